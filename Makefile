@@ -1,0 +1,36 @@
+# `make bench` and `make test` work on a fresh machine with Python >= 3.11: each makes .venv, installs, and runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: bench test lint format clean
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run_all.py --profile quick
+
+test: .venv/installed-test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch first and by its own pin: a range alone would fetch a CUDA build of several gigabytes.
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,41 @@
+"""Gymnasium environments for token-level text generation with a guide language model.
+
+Importing this package registers ``textgym/IMDB-v0``, ``textgym/CommonGen-v0`` and ``textgym/TLDR-v0``.
+"""
+
+import gymnasium as gym
+
+from textgym.guidance import Guidance
+from textgym.task import Split, Task
+
+__all__ = ["Guidance", "Split", "Task", "register"]
+
+
+def register(id: str, task: Task) -> None:
+    """Register an environment for a task of your own.
+
+    Args:
+        id: The environment's id, such as "my/Questions-v0".
+        task: The task.
+    """
+
+    # The engine is imported when an environment is made, so that registering costs nothing.
+    def make(**arguments):  # type: ignore[no-untyped-def]
+        from textgym.env import TextEnv
+
+        return TextEnv(task=task, **arguments)
+
+    def make_vec(**arguments):  # type: ignore[no-untyped-def]
+        from textgym.engine import TextVectorEnv
+
+        return TextVectorEnv(task=task, **arguments)
+
+    gym.register(id, entry_point=make, vector_entry_point=make_vec)
+
+
+for _name, _module in (("IMDB", "imdb"), ("CommonGen", "commongen"), ("TLDR", "tldr")):
+    gym.register(
+        f"textgym/{_name}-v0",
+        entry_point=f"textgym.tasks.{_module}:{_name}Env",
+        vector_entry_point=f"textgym.tasks.{_module}:{_name}VectorEnv",
+    )

@@ -1,0 +1,420 @@
+"""Sampling from causal language models of transformers: one cached pass per token over the rows still being written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from textgym.seeding import uniform
+
+# A nucleus is first looked for among this many most probable tokens; the whole vocabulary is ranked only if it is wider.
+_NUCLEUS_GUESS = 256
+# Leaving rows are cut out of the cache once the live rows are at most this fraction of it: a cut copies the cache,
+# which costs about as much as the wasted rows do in a few steps.
+_COMPACT_BELOW = 0.8
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen from a model's distribution.
+
+    Truncation is applied in the order of transformers: temperature, top-k, then top-p inside the top k.
+
+    Attributes:
+        temperature: Logits are divided by it.
+        top_k: Only the k most probable tokens can be chosen; 0 allows all.
+        top_p: Only the smallest set of most probable tokens whose probability reaches it can be chosen (nucleus
+            sampling, Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"); at least one token.
+        min_new_tokens: EOS cannot be chosen before the text has that many new tokens, a prefix counted.
+        greedy: Always choose the most probable token.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
+            raise ValueError(f"Decoding.temperature must be a finite number > 0, got {self.temperature!r}")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"Decoding.top_p must be a number with 0 < top_p <= 1, got {self.top_p!r}")
+        for name in ("top_k", "min_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"Decoding.{name} must be an int >= 0, got {value!r}")
+        if not isinstance(self.greedy, bool):
+            raise ValueError(f"Decoding.greedy must be True or False, got {self.greedy!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Sample(NamedTuple):
+    """The next token of each of n rows.
+
+    Attributes:
+        tokens: (n,) int64.
+        log_probs: (n,) float32, log-probabilities under the untruncated distribution at temperature 1, whatever the
+            decoding: the probability ratios of policy gradients are ratios of the policy's own distribution.
+        values: (n,) float32, values of the states in which the tokens were chosen; None without a value head.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    values: Tensor | None
+
+
+class Sampler:
+    """Cached sampling, one token for every row a call, from which finished rows leave.
+
+    Token h of a row is drawn by inverse CDF with the uniform number that belongs to (seed of the row, h), so a row is
+    the same text alone or in any batch. Rows without a single valid token (idle rows of an environment) never enter.
+
+    Args:
+        model: A causal language model that takes `attention_mask`, `position_ids` and a cache.
+        input_ids: (N, S) integers; valid tokens of a row may have padding on both sides (an observation).
+        attention_mask: (N, S), nonzero where `input_ids` is valid.
+        decoding: How tokens are chosen.
+        seeds: (N,) integers.
+        eos_token_id: Held back for `decoding.min_new_tokens`.
+        prefix_lengths: (N,) new tokens that `input_ids` already holds; None for none.
+        max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
+        value_head: Maps hidden states (n, d) to values (n, 1).
+        vocab_size: Token ids from here on are never chosen (embedding rows beyond the tokenizer's); None for all.
+
+    Attributes:
+        rows: (n,) int64 tensor, indices into the N given rows of those still in the batch.
+
+    Raises:
+        ValueError: Shapes that do not agree, or texts longer than the model has positions.
+    """
+
+    rows: Tensor
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Any,
+        attention_mask: Any,
+        *,
+        decoding: Decoding,
+        seeds: Any,
+        eos_token_id: int,
+        prefix_lengths: Any = None,
+        max_new_tokens: int | Sequence[int] | np.ndarray,
+        value_head: nn.Module | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        ids = torch.as_tensor(input_ids, device=model.device).long()
+        valid = torch.as_tensor(attention_mask, device=model.device).bool()
+        if ids.ndim != 2 or ids.shape != valid.shape:
+            raise ValueError(
+                "input_ids and attention_mask must both have shape (rows, columns), "
+                f"got {tuple(ids.shape)} and {tuple(valid.shape)}"
+            )
+        per_row = {
+            "seeds": np.asarray(seeds),
+            "prefix_lengths": np.asarray(0 if prefix_lengths is None else prefix_lengths),
+            "max_new_tokens": np.asarray(max_new_tokens),
+        }
+        for name, array in per_row.items():
+            if array.shape != (len(ids),) and (array.shape or name == "seeds"):
+                raise ValueError(f"{name} must have one entry for each of {len(ids)} rows, got shape {array.shape}")
+        prefix = np.broadcast_to(per_row["prefix_lengths"], len(ids))
+        remaining = np.broadcast_to(per_row["max_new_tokens"], len(ids)) - prefix
+        lengths = valid.sum(1)
+        check_positions(model, int((lengths.cpu().numpy() + remaining).max(initial=0)))
+
+        self.model, self.decoding, self.eos_token_id = model, decoding, eos_token_id
+        self.value_head, self.vocab_size = value_head, vocab_size
+        self.rows = lengths.nonzero().squeeze(1)
+        self._steps, self._step = max(int(remaining.max(initial=0)), 0), 0
+        counters = prefix[:, None] + np.arange(self._steps)
+        self._uniforms = torch.from_numpy(uniform(per_row["seeds"][:, None], counters)).to(model.device)
+        self._eos_banned = torch.from_numpy(counters < decoding.min_new_tokens).to(model.device)
+
+        # A stable sort by validity moves each row's tokens, in order, to the right end: a left-padded batch.
+        width = int(lengths.max()) if len(ids) else 0
+        columns = valid[self.rows].to(torch.int8).argsort(dim=1, stable=True)[:, valid.shape[1] - width :]
+        self._inputs = ids[self.rows].gather(1, columns)
+        # The columns of tokens to come are valid from the start; a pass sees only those that exist.
+        self._mask = torch.ones(len(self.rows), width + self._steps, dtype=torch.bool, device=model.device)
+        self._mask[:, :width] = valid[self.rows].gather(1, columns)
+        self._positions = (self._mask[:, :width].cumsum(1) - 1).clamp_min_(0)
+        self._width = width
+        self._cache: Any = None
+        # Rows of the cache that are still being written, in the order of `rows`.
+        self._live = torch.arange(len(self.rows), device=model.device)
+
+    @torch.no_grad()
+    def sample(self) -> Sample:
+        """Choose the next token of every row in `rows`.
+
+        Raises:
+            ValueError: No row is left, or every text already has `max_new_tokens` tokens.
+        """
+        if not len(self.rows):
+            raise ValueError("Sampler.sample() needs a row to write, and all rows have left the batch")
+        if self._step == self._steps:
+            raise ValueError(f"Sampler.sample() was called more than max_new_tokens (here {self._steps}) times")
+        logits, hidden, self._cache = forward(
+            self.model,
+            lambda states: states[self._live, -1],
+            input_ids=self._inputs,
+            attention_mask=self._mask[:, : self._width],
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        logits = logits.float()
+        values = None if self.value_head is None else self.value_head(hidden.float()).squeeze(-1)
+        normalizers = logits.logsumexp(-1)
+        scores = logits[:, : self.vocab_size]
+        if self.decoding.min_new_tokens > 0:
+            scores[:, self.eos_token_id].masked_fill_(self._eos_banned[self.rows, self._step], -math.inf)
+        tokens = choose(scores, self._uniforms[self.rows, self._step], self.decoding)
+        log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - normalizers
+
+        # What the next pass reads: only the new tokens. Rows of the cache that have left are fed an arbitrary one.
+        self._inputs = torch.zeros_like(self._inputs[:, -1:])
+        self._inputs[self._live, 0] = tokens
+        self._positions = self._positions[:, -1:] + 1
+        self._step += 1
+        self._width += 1
+        return Sample(tokens, log_probs, values)
+
+    def keep(self, mask: Any) -> None:
+        """Let rows leave the batch.
+
+        Args:
+            mask: (n,) bool, which of `rows` go on; the next `sample` continues these.
+        """
+        mask = torch.as_tensor(mask, device=self.rows.device)
+        if mask.dtype != torch.bool or mask.shape != self.rows.shape:
+            raise ValueError(
+                f"mask must be bool of shape {tuple(self.rows.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        self.rows, self._live = self.rows[mask], self._live[mask]
+        if len(self._live) <= _COMPACT_BELOW * len(self._inputs):
+            if self._cache is not None:
+                self._cache.batch_select_indices(self._live)
+            self._inputs, self._positions = self._inputs[self._live], self._positions[self._live]
+            self._mask = self._mask[self._live]
+            self._live = torch.arange(len(self._live), device=self._live.device)
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Any,
+    attention_mask: Any,
+    *,
+    decoding: Decoding,
+    seeds: Any,
+    eos_token_id: int,
+    prefix_lengths: Any = None,
+    max_new_tokens: int | Sequence[int] | np.ndarray,
+    batch_size: int | None = None,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Write every row to its end.
+
+    Args:
+        model: As for `Sampler`; so are the arguments not named here.
+        input_ids: (N, S) integers.
+        attention_mask: (N, S), nonzero where `input_ids` is valid.
+        decoding: How tokens are chosen.
+        seeds: (N,) integers.
+        eos_token_id: A text ends with it.
+        prefix_lengths: (N,) new tokens that `input_ids` already holds; None for none.
+        max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
+        batch_size: Most rows a pass; rows of similar length go together. None: all.
+        vocab_size: Token ids from here on are never chosen.
+
+    Returns:
+        For each row the ids written now, EOS included where the text ended with it.
+
+    Raises:
+        ValueError: A row without a valid token, or what `Sampler` raises.
+    """
+    ids, valid, seeds = np.asarray(input_ids), np.asarray(attention_mask) != 0, np.asarray(seeds)
+    lengths = valid.sum(1)
+    if not lengths.all():
+        raise ValueError(f"attention_mask must have a valid token in every row, row {int(lengths.argmin())} has none")
+    prefix = np.broadcast_to(0 if prefix_lengths is None else np.asarray(prefix_lengths), len(ids))
+    horizon = np.broadcast_to(np.asarray(max_new_tokens), len(ids))
+    remaining = horizon - prefix
+    texts: list[list[int]] = [[] for _ in ids]
+    order = np.argsort(lengths, kind="stable")[::-1]
+    for start in range(0, len(ids), batch_size or max(len(ids), 1)):
+        batch = order[start : start + (batch_size or len(ids))]
+        sampler = Sampler(
+            model,
+            ids[batch],
+            valid[batch],
+            decoding=decoding,
+            seeds=seeds[batch],
+            eos_token_id=eos_token_id,
+            prefix_lengths=prefix[batch],
+            max_new_tokens=horizon[batch],
+            vocab_size=vocab_size,
+        )
+        limits = torch.from_numpy(remaining[batch]).to(model.device)
+        written = torch.full((len(batch), max(int(remaining[batch].max()), 0)), -1, device=model.device)
+        step = 0
+        sampler.keep(limits > 0)
+        while len(sampler.rows):
+            tokens = sampler.sample().tokens
+            written[sampler.rows, step] = tokens
+            step += 1
+            sampler.keep((tokens != eos_token_id) & (limits[sampler.rows] > step))
+        for row, line in zip(batch, written.cpu().numpy(), strict=True):
+            texts[row] = line[line >= 0].tolist()
+    return texts
+
+
+def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
+    """Choose one token a row.
+
+    Args:
+        scores: (n, V) float32 logits; -inf marks tokens that cannot be chosen.
+        uniforms: (n,) float64 in [0, 1).
+        decoding: How to choose; its `min_new_tokens` is the caller's business.
+
+    Returns:
+        (n,) int64.
+    """
+    if decoding.greedy:
+        return scores.argmax(-1)
+    if decoding.temperature != 1:
+        scores = scores / decoding.temperature
+    if decoding.top_k == 0 and decoding.top_p == 1:
+        return _inverse_cdf(scores, uniforms)
+    scores, ids = _truncate(scores, decoding.top_k, decoding.top_p)
+    # In the order of ids, not of ranks: rounding that differs between batch sizes can swap the ranks of near ties.
+    ids, order = ids.sort(-1)
+    return ids.gather(1, _inverse_cdf(scores.gather(1, order), uniforms)[:, None]).squeeze(1)
+
+
+def _truncate(scores: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the scores of the k most probable tokens, -inf outside the nucleus, and their ids; both (n, k)."""
+    vocab_size = scores.shape[-1]
+    if top_k:
+        top, ids = scores.topk(min(top_k, vocab_size))
+        probs = top.softmax(-1)
+    else:
+        k, normalizers = min(_NUCLEUS_GUESS, vocab_size), scores.logsumexp(-1, keepdim=True)
+        while True:
+            top, ids = scores.topk(k)
+            probs = (top - normalizers).exp()
+            if k == vocab_size or probs.sum(-1).min() > top_p:
+                break
+            k = min(8 * k, vocab_size)
+    if top_p < 1:
+        more_probable = probs.cumsum(-1) - probs
+        # The first is kept by its rank: rounding could leave it a little more than nothing before it.
+        more_probable[:, 0] = 0
+        top = top.masked_fill(more_probable >= top_p, -math.inf)
+    return top, ids
+
+
+def _inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Return for each row the first index whose cumulative probability exceeds the uniform number; (n,) int64."""
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    # Float64, because in float32 the sum over a large vocabulary swallows its rare tokens.
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    # Strictly below the total, and searched from the right: a token without probability adds nothing to the sum, so
+    # it is never the first to exceed the threshold.
+    thresholds = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1)
+
+
+def forward(
+    model: PreTrainedModel, select: Callable[[Tensor], Tensor], **inputs: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """Run a causal language model whose head sees only the hidden states that are needed.
+
+    The head is the model's own (some cap or scale their logits after the output embedding), which is why the states
+    are exchanged between the decoder and the head, and not multiplied by the output embedding here.
+
+    Args:
+        model: The model.
+        select: Takes the decoder's last hidden states (B, S, d), returns those needed, (n, d).
+        **inputs: The model's own arguments.
+
+    Returns:
+        Logits (n, V), the selected hidden states (n, d), and the cache.
+    """
+    selected: list[Tensor] = []
+
+    def exchange(_module: nn.Module, _args: Any, output: Any) -> Any:
+        selected.append(select(output.last_hidden_state))
+        output.last_hidden_state = selected[0][None]
+        return output
+
+    handle = model.get_decoder().register_forward_hook(exchange)
+    try:
+        output = model(**inputs)
+    finally:
+        handle.remove()
+    return output.logits[0], selected[0], output.past_key_values
+
+
+def check_positions(model: PreTrainedModel, length: int) -> None:
+    """Refuse texts longer than a model can read.
+
+    Raises:
+        ValueError: `length` is larger than the model's number of positions, where it has one.
+    """
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"prompt and new tokens together can be {length} tokens long, but {type(model).__name__} has "
+            f"{positions} positions: lower max_prompt_tokens or max_new_tokens"
+        )
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Load a causal language model for use without dropout.
+
+    Args:
+        path: Hub id or folder with safetensors weights.
+        device: "auto" is CUDA where there is one, else CPU.
+        dtype: Type of the weights.
+
+    Raises:
+        ValueError: There is no such model, or it has no safetensors weights.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model {str(path)!r} must be a hub id or a folder of a causal language model with safetensors weights: "
+            f"{error}"
+        ) from error
+    return model.to(resolve_device(device)).eval()
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Read a device argument; "auto" is CUDA where there is one, else CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)

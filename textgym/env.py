@@ -1,0 +1,154 @@
+"""The single environment: the engine with one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from textgym.engine import TextVectorEnv
+from textgym.guidance import Guidance
+from textgym.guides.base import Guide
+from textgym.rewards.base import RewardFunction
+from textgym.task import Split, Task
+
+VECTOR_ONLY = ("num_envs", "parking", "autoreset_mode", "copy")
+VECTOR_ONLY_OPTIONS = ("reset_mask", "group_size")
+
+
+class TextEnv(gym.Env):
+    """Token-level text generation, one episode at a time.
+
+    An episode is ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end. The
+    classes of the single tasks (`textgym.tasks`) are the reference pages; this one has what they share.
+
+    Args:
+        task: The task. Subclasses set it as a class attribute.
+        **arguments: As for `TextVectorEnv`, but for those that only a vector environment has: ``num_envs``,
+            ``parking``, ``autoreset_mode``, ``copy``.
+
+    Raises:
+        ValueError: An argument outside of what is allowed, or one that only the vector environment has.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
+    task: Task
+
+    def __init__(self, *, task: Task | None = None, **arguments: Any) -> None:
+        for name in VECTOR_ONLY:
+            if name in arguments:
+                raise ValueError(
+                    f"{name} is an argument of the vector environment only (gym.make_vec), got {name}={arguments[name]!r}"
+                )
+        if task is not None:
+            self.task = task
+        self._engine = TextVectorEnv(1, task=self.task, autoreset_mode=AutoresetMode.DISABLED, **arguments)
+        self.render_mode = self._engine.render_mode
+        self.observation_space = self._engine.single_observation_space
+        self.action_space = self._engine.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            seed: Seeds everything random from here on.
+            options: Any of ``index`` (int), ``prompt`` (str) with ``references`` (a sequence of str), ``prefix`` (str or
+                token ids), ``guidance`` (in force until replaced).
+
+        Returns:
+            The observation, and info: ``prompt``, ``references``, ``sample_id`` (-1 for a user's prompt),
+            ``prefix_length``, ``authors`` (int8 (T,), codes of `textgym.guides.Author`).
+
+        Raises:
+            ValueError: An unknown option, or a value outside of what is allowed.
+        """
+        super().reset(seed=seed)
+        options = dict(options or {})
+        for name in VECTOR_ONLY_OPTIONS:
+            if name in options:
+                raise ValueError(f"options[{name!r}] is an option of the vector environment only")
+        # A sequence would mean one entry a row to the engine, whose only row this is.
+        for name in ("prefix", "references"):
+            if options.get(name) is not None:
+                options[name] = [options[name]]
+        if isinstance(options.get("prompt"), str):
+            options["prompt"] = [options["prompt"]]
+        if self._engine._row_keys is None and seed is None:
+            seed = int(self.np_random.integers(2**31))
+        observation, infos = self._engine.reset(seed=seed, options=options)
+        return _first(observation), _first_info(infos)
+
+    def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Write one token, or ask the guide to finish (see `TextVectorEnv.step`).
+
+        Args:
+            action: A token id, or ``vocab_size`` for a hand-off where the environment has that action.
+
+        Returns:
+            Observation, reward, terminated, truncated (never True) and info, which is empty until the episode ends.
+
+        Raises:
+            ValueError: An action outside of the action space.
+            gymnasium.error.ResetNeeded: The episode is over, or never began.
+        """
+        observation, rewards, terminations, _, infos = self._engine.step(np.asarray(action).reshape(1))
+        return _first(observation), float(rewards[0]), bool(terminations[0]), False, _first_info(infos)
+
+    def render(self) -> str | None:
+        """Show prompt and text, each author in a colour of its own: as a string ("ansi") or printed ("human")."""
+        frames = self._engine.render()
+        return frames[0] if frames else None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every sample of a sequential pass was visited; the next reset starts another pass."""
+        return self._engine.exhausted
+
+    @property
+    def guidance(self) -> Guidance:
+        """The guidance in force."""
+        return self._engine._guidance[0]
+
+    @property
+    def guide(self) -> Guide | None:
+        """The guide."""
+        return self._engine.guide
+
+    @property
+    def data(self) -> Split:
+        """The split's samples and fingerprint."""
+        return self._engine.data
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer whose ids are the actions."""
+        return self._engine.tokenizer
+
+    @property
+    def reward_function(self) -> RewardFunction:
+        """The reward; loaded, and trained where the task says so, on first use."""
+        return self._engine.reward_function
+
+
+def _first(observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: value[0] for key, value in observation.items()}
+
+
+def _first_info(infos: Mapping[str, Any]) -> dict[str, Any]:
+    info: dict[str, Any] = {}
+    for key, value in infos.items():
+        if key.startswith("_"):
+            continue
+        if isinstance(value, dict):
+            info[key] = _first_info(value)
+        else:
+            first: Any = value[0]
+            info[key] = first.item() if isinstance(first, np.generic) else first
+    return info
+
+

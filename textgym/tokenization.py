@@ -1,0 +1,197 @@
+"""Text to token ids and back, for prompts, references and whatever a guide writes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from textgym.data.sources import cache_dir
+from textgym.task import Task
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+VOCAB_SIZE = 8192
+# Enough text for stable merges; more only makes the first start slower.
+TRAINING_ROWS = 20_000
+
+
+def load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None, task: Task, source: str
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of an environment.
+
+    Args:
+        tokenizer: A tokenizer, its hub id or path, or None for a byte-level BPE of at most 8,192 tokens trained on the
+            task's train split and kept in the cache folder.
+        task: The task.
+        source: The data source ("mini", "hub" or a folder) to train on when `tokenizer` is None.
+
+    Raises:
+        ValueError: Not one of these, or a tokenizer without an end-of-sequence token.
+    """
+    if tokenizer is None:
+        loaded = _task_tokenizer(task, source)
+    elif isinstance(tokenizer, PreTrainedTokenizerBase):
+        loaded = tokenizer
+    elif isinstance(tokenizer, str | os.PathLike):
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer must be a hub id or a folder with a tokenizer, got {str(tokenizer)!r}: {error}"
+            ) from error
+    else:
+        raise ValueError(
+            "tokenizer must be None, a hub id or path, or a PreTrainedTokenizerBase, "
+            f"got {type(tokenizer).__name__}: {tokenizer!r}"
+        )
+    if loaded.eos_token_id is None:
+        raise ValueError("tokenizer must have an eos_token: it is the action that ends a text")
+    return loaded
+
+
+def _task_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
+    split = task.split("train", source)
+    folder = cache_dir() / "tokenizers" / f"{task.name}-{split.fingerprint}-{VOCAB_SIZE}"
+    if folder.is_dir():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    texts = []
+    for _, row in zip(range(TRAINING_ROWS), split.rows, strict=False):
+        prompt = "".join(task.prompt_of(row))
+        texts += [prompt, *(as_continuation(prompt, reference) for reference in task.references_of(row))]
+    tokenizer = train_tokenizer(texts)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was quicker; what it wrote is the same
+        shutil.rmtree(temporary)
+    return tokenizer
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with ``<|endoftext|>`` (0) as EOS and ``<|pad|>`` (1) as padding.
+
+    Args:
+        texts: The text to learn merges from.
+        vocab_size: Most tokens; merges seen only once are never made.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, pad_token=PAD)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[str, str, str]],
+    max_prompt_tokens: int,
+    truncation_side: Literal["left", "right"] = "right",
+) -> list[tuple[str, list[int]]]:
+    """Encode prompts, dropping tokens of the body where one is too long.
+
+    Each prompt is encoded whole, so that truncation never changes how the rest is split into tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompts: Triples (before, body, after); only the body may be truncated.
+        max_prompt_tokens: Most tokens of a prompt.
+        truncation_side: Which end of the body is dropped.
+
+    Returns:
+        For each prompt the text that is left and its token ids.
+
+    Raises:
+        ValueError: A prompt that is too long without its body, or that has no tokens at all.
+    """
+    if not tokenizer.is_fast:
+        return [_encode_parts(tokenizer, parts, max_prompt_tokens, truncation_side) for parts in prompts]
+    texts = ["".join(parts) for parts in prompts]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    result = []
+    for (before, body, after), text, ids, offsets in zip(
+        prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        excess = len(ids) - max_prompt_tokens
+        if excess > 0:
+            start, end = len(before), len(before) + len(body)
+            inside = [i for i, (low, high) in enumerate(offsets) if low >= start and high <= end]
+            if len(inside) < excess:
+                raise _too_long(max_prompt_tokens, len(ids) - len(inside), text)
+            if truncation_side == "right":
+                first, last = inside[-excess], inside[-1]
+                keep = (offsets[first - 1][1] if first else 0, end)
+            else:
+                first, last = inside[0], inside[excess - 1]
+                keep = (start, offsets[last][1])
+            ids = ids[:first] + ids[last + 1 :]
+            text = text[: keep[0]] + text[keep[1] :]
+        if not ids:
+            raise ValueError(f"a prompt must have at least one token, got {text!r}")
+        result.append((text, ids))
+    return result
+
+
+def _encode_parts(
+    tokenizer: PreTrainedTokenizerBase, parts: tuple[str, str, str], max_prompt_tokens: int, truncation_side: str
+) -> tuple[str, list[int]]:
+    """For tokenizers that do not tell which characters a token covers: each part is encoded on its own."""
+    before, body, after = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts)
+    room = max_prompt_tokens - len(before) - len(after)
+    if room < 0 or not before + body + after:
+        raise _too_long(max_prompt_tokens, len(before) + len(after), "".join(parts))
+    if len(body) > room:
+        body = body[:room] if truncation_side == "right" else body[len(body) - room :]
+        parts = (parts[0], tokenizer.decode(body), parts[2])
+    return "".join(parts), before + body + after
+
+
+def _too_long(max_prompt_tokens: int, needed: int, text: str) -> ValueError:
+    return ValueError(
+        f"max_prompt_tokens={max_prompt_tokens} is too small: this prompt needs at least {needed} tokens for the parts "
+        f"that are never truncated: {text[:200]!r}"
+    )
+
+
+def as_continuation(prompt: str, text: str) -> str:
+    """`text` with a leading space where neither it nor the end of `prompt` has one."""
+    if prompt and text and not prompt[-1].isspace() and not text[0].isspace():
+        return " " + text
+    return text
+
+
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts that continue a prompt, without an EOS.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: The text before each of them.
+        texts: Continuations; a leading space is added where there is none (see `as_continuation`).
+    """
+    if not texts:
+        return []
+    return tokenizer([as_continuation(prompt, text) for text in texts], add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
+    """Decode token ids without special tokens; bytes that end inside a character become U+FFFD."""
+    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
