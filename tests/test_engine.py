@@ -20,10 +20,11 @@ from textgym.env import TextEnv
 from textgym.guides import Author, CallableGuide, Completion
 from textgym.tokenization import train_tokenizer
 
-WORDS = "red green blue one two three sun moon star sea hill tree".split()
+WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "sea", "hill", "tree"]
 HORIZON = 6
 ROWS = [
-    {"ask": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 4]), "answer": [WORDS[i % 12] + f" {WORDS[i % 5]}"]} for i in range(23)
+    {"ask": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 4]), "answer": [WORDS[i % 12] + f" {WORDS[i % 5]}"]}
+    for i in range(23)
 ]
 TOKENIZER = train_tokenizer([" ".join(WORDS), " " + " ".join(reversed(WORDS))] * 3)
 EOS = TOKENIZER.eos_token_id
@@ -104,7 +105,9 @@ def test_rows_equal_single_environments_and_sync_vector_env(mode, guided):
         assert_same_infos(infos, expected_infos)
         actions = some_actions(rng, n, guided)
         obs, rewards, terminations, truncations, infos = ours.step(actions)
-        expected_obs, expected_rewards, expected_terminations, expected_truncations, expected_infos = theirs.step(actions)
+        expected_obs, expected_rewards, expected_terminations, expected_truncations, expected_infos = theirs.step(
+            actions
+        )
         np.testing.assert_array_equal(rewards, expected_rewards)
         np.testing.assert_array_equal(terminations, expected_terminations)
         np.testing.assert_array_equal(truncations, expected_truncations)
@@ -292,7 +295,9 @@ def test_references_can_start_an_episode_but_not_finish_it():
 
 
 def test_text_of_a_guide_is_encoded_as_a_continuation():
-    env = single(guide=lambda requests: ["sun moon"] * len(requests), guidance=Guidance(handoff_prob=1, handoff_length=1))
+    env = single(
+        guide=lambda requests: ["sun moon"] * len(requests), guidance=Guidance(handoff_prob=1, handoff_length=1)
+    )
     env.reset(options={"prompt": "red"})
     obs, _, terminated, _, info = env.step(TOKENIZER(" blue")["input_ids"][0])
     assert terminated

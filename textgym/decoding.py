@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from textgym.seeding import uniform
 
-# A nucleus is first looked for among this many most probable tokens; the whole vocabulary is ranked only if it is wider.
+# A nucleus is first looked for among this many most probable tokens; more are ranked only if it is wider.
 _NUCLEUS_GUESS = 256
 # Leaving rows are cut out of the cache once the live rows are at most this fraction of it: a cut copies the cache,
 # which costs about as much as the wasted rows do in a few steps.
@@ -343,9 +343,7 @@ def _inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1)
 
 
-def forward(
-    model: PreTrainedModel, select: Callable[[Tensor], Tensor], **inputs: Any
-) -> tuple[Tensor, Tensor, Any]:
+def forward(model: PreTrainedModel, select: Callable[[Tensor], Tensor], **inputs: Any) -> tuple[Tensor, Tensor, Any]:
     """Run a causal language model whose head sees only the hidden states that are needed.
 
     The head is the model's own (some cap or scale their logits after the output embedding), which is why the states
@@ -389,7 +387,7 @@ def check_positions(model: PreTrainedModel, length: int) -> None:
 
 
 def load_model(
-    path: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32
+    path: str | os.PathLike, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Load a causal language model for use without dropout.
 
@@ -410,7 +408,27 @@ def load_model(
             f"model {str(path)!r} must be a hub id or a folder of a causal language model with safetensors weights: "
             f"{error}"
         ) from error
-    return model.to(resolve_device(device)).eval()
+    module: Any = model.eval()  # transformers wraps `to` in a way that type checkers misread
+    return module.to(resolve_device(device))
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        path: Hub id or folder.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}") from error
+    # Where only a model lies, transformers makes a tokenizer of nothing but the special tokens of its architecture.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}, which has none")
+    return tokenizer
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

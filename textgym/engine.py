@@ -106,12 +106,18 @@ class TextVectorEnv(VectorEnv):
         self.max_new_tokens = _positive("max_new_tokens", max_new_tokens, task.max_new_tokens)
         self.split: SplitName = _one_of("split", split, SPLITS)
         self.order = _one_of("order", order, ORDERS)
-        self.truncation_side: Any = _one_of("truncation_side", truncation_side or task.truncation_side, ("left", "right"))
+        self.truncation_side: Any = _one_of(
+            "truncation_side", truncation_side or task.truncation_side, ("left", "right")
+        )
         self.render_mode = _one_of("render_mode", render_mode, (None, *self.metadata["render_modes"]))
         self.handoff = _one_of("handoff", handoff, (False, True))
         self.parking = _one_of("parking", parking, (False, True))
         self.copy = _one_of("copy", copy, (False, True))
-        if isinstance(handoff_cost, bool) or not isinstance(handoff_cost, int | float) or not 0 <= handoff_cost < np.inf:
+        if (
+            isinstance(handoff_cost, bool)
+            or not isinstance(handoff_cost, int | float)
+            or not 0 <= handoff_cost < np.inf
+        ):
             raise ValueError(f"handoff_cost must be a finite number >= 0, got {handoff_cost!r}")
         self.handoff_cost = float(handoff_cost)
         try:
@@ -279,7 +285,9 @@ class TextVectorEnv(VectorEnv):
             raise ValueError(f"options['group_size'] must divide num_envs={self.num_envs}, got {group_size}")
         groups = mask.reshape(-1, group_size)
         if (groups.any(1) != groups.all(1)).any():
-            raise ValueError(f"options['reset_mask'] must take whole groups of group_size={group_size} rows, got {mask}")
+            raise ValueError(
+                f"options['reset_mask'] must take whole groups of group_size={group_size} rows, got {mask}"
+            )
 
     def _set_guidance(self, rows: np.ndarray, value: Any) -> None:
         """Put guidance in force for rows; `value` is one guidance or a sequence with one entry a row."""
@@ -412,7 +420,12 @@ class TextVectorEnv(VectorEnv):
                 else:
                     sample = NO_SAMPLE
                 text, ids, refs = self._encoded_sample(sample) if sample != NO_SAMPLE else ("", (), ())
-            self._sample[row], self._prompts[row], self._prompt_ids[row], self._references[row] = sample, text, ids, refs
+            self._sample[row], self._prompts[row], self._prompt_ids[row], self._references[row] = (
+                sample,
+                text,
+                ids,
+                refs,
+            )
 
     def _encode(self, parts: tuple[str, str, str]) -> tuple[str, tuple[int, ...]]:
         from textgym.tokenization import encode_prompts
@@ -429,11 +442,14 @@ class TextVectorEnv(VectorEnv):
     def _user_prefix(self, row: int, prefix: str | Sequence[int]) -> list[int]:
         from textgym.tokenization import encode_continuation
 
-        ids = encode_continuation(self.tokenizer, self._prompts[row], [prefix])[0] if isinstance(prefix, str) else prefix
+        ids = (
+            encode_continuation(self.tokenizer, self._prompts[row], [prefix])[0] if isinstance(prefix, str) else prefix
+        )
         ids = [int(token) for token in ids]
         if len(ids) >= self.max_new_tokens:
             raise ValueError(
-                f"options['prefix'] must leave a token to write: at most {self.max_new_tokens - 1} tokens, got {len(ids)}"
+                f"options['prefix'] must leave a token to write: at most {self.max_new_tokens - 1} tokens, "
+                f"got {len(ids)}"
             )
         if any(not 0 <= token < self.vocab_size or token == self.eos_token_id for token in ids):
             raise ValueError(
@@ -463,7 +479,7 @@ class TextVectorEnv(VectorEnv):
         seeds, redraw = self._request_seeds(rows, RESTART_SEED), self._draw(rows, RESTART_REDRAW)
         # Rows of a group make the same request, which the guide then serves once.
         leaders = self._origin[rows]
-        unique, first, inverse = np.unique(leaders, return_index=True, return_inverse=True)
+        _, first, inverse = np.unique(leaders, return_index=True, return_inverse=True)
         written = self._ask(rows[first], length[first].tolist(), [seeds[i] for i in first])
         for i, row in enumerate(rows):
             ids, finished = written[inverse[i]]
@@ -530,9 +546,7 @@ class TextVectorEnv(VectorEnv):
 
     # Step
 
-    def step(
-        self, actions: Any
-    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Write one token in every active row.
 
         Args:
@@ -581,7 +595,10 @@ class TextVectorEnv(VectorEnv):
                 ended = np.flatnonzero(terminations)
                 final_obs = np.full(self.num_envs, None, object)
                 for row in ended:
-                    final_obs[row] = {"input_ids": self._input_ids[row].copy(), "attention_mask": self._attention_mask[row].copy()}
+                    final_obs[row] = {
+                        "input_ids": self._input_ids[row].copy(),
+                        "attention_mask": self._attention_mask[row].copy(),
+                    }
                 infos = {"final_obs": final_obs, "_final_obs": terminations.copy()}
                 infos |= {"final_info": final, "_final_info": terminations.copy()}
                 self._done[ended] = False
@@ -600,7 +617,7 @@ class TextVectorEnv(VectorEnv):
 
     def _write(self, rows: np.ndarray, actions: np.ndarray) -> None:
         """Append the policy's tokens and find out which rows wait now."""
-        if actions.size and not (0 <= actions.min() and actions.max() < self.vocab_size + self.handoff):
+        if actions.size and not (actions.min() >= 0 and actions.max() < self.vocab_size + self.handoff):
             raise ValueError(
                 f"actions must be in [0, {self.vocab_size + self.handoff}), got {actions.min()} to {actions.max()}"
             )
@@ -715,7 +732,7 @@ class TextVectorEnv(VectorEnv):
         colours = {Author.POLICY: "32", Author.GUIDE: "35", Author.REFERENCE: "34", Author.USER: "33"}
         tokens, authors = self._tokens(row), self._authors[row, : self._length[row]]
         starts = np.flatnonzero(np.diff(authors, prepend=-2))
-        runs = [tokens[start:end] for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+        runs = [tokens[start:end] for start, end in zip(starts, [*starts, len(tokens)][1:], strict=True)]
         parts = [f"\x1b[2m{self._prompts[row] or ''}\x1b[0m"]
         for start, text in zip(starts, decode(self.tokenizer, runs), strict=True):
             parts.append(f"\x1b[{colours[Author(authors[start])]}m{text}\x1b[0m")
@@ -771,7 +788,8 @@ def _per_row(value: Any, num_envs: int, name: str, kind: Any) -> list | None:
     entries = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else None
     if entries is None or any(entry is not None and not isinstance(entry, kind) for entry in entries):
         raise ValueError(
-            f"options[{name!r}] must be {getattr(kind, '__name__', kind)} or a sequence with one (or None) a row, got {value!r}"
+            f"options[{name!r}] must be {getattr(kind, '__name__', kind)} or a sequence with one (or None) a row, "
+            f"got {value!r}"
         )
     if len(entries) != num_envs:
         raise ValueError(f"options[{name!r}] must have one entry a row ({num_envs}), got {len(entries)}")
@@ -783,7 +801,9 @@ def _references_per_row(value: Any, prompt: Any, num_envs: int) -> list | None:
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"options['references'] must be a sequence of texts, or one such sequence a row, got {value!r}")
+        raise ValueError(
+            f"options['references'] must be a sequence of texts, or one such sequence a row, got {value!r}"
+        )
     if all(isinstance(entry, str) for entry in value) and (prompt is None or isinstance(prompt, str)):
         return [tuple(value)] * num_envs
     if len(value) != num_envs:

@@ -41,7 +41,8 @@ class TextEnv(gym.Env):
         for name in VECTOR_ONLY:
             if name in arguments:
                 raise ValueError(
-                    f"{name} is an argument of the vector environment only (gym.make_vec), got {name}={arguments[name]!r}"
+                    f"{name} is an argument of the vector environment only (gym.make_vec), "
+                    f"got {name}={arguments[name]!r}"
                 )
         if task is not None:
             self.task = task
@@ -57,8 +58,8 @@ class TextEnv(gym.Env):
 
         Args:
             seed: Seeds everything random from here on.
-            options: Any of ``index`` (int), ``prompt`` (str) with ``references`` (a sequence of str), ``prefix`` (str or
-                token ids), ``guidance`` (in force until replaced).
+            options: Any of ``index`` (int), ``prompt`` (str) with ``references`` (a sequence of str), ``prefix``
+                (str or token ids), ``guidance`` (in force until replaced).
 
         Returns:
             The observation, and info: ``prompt``, ``references``, ``sample_id`` (-1 for a user's prompt),
@@ -150,5 +151,3 @@ def _first_info(infos: Mapping[str, Any]) -> dict[str, Any]:
             first: Any = value[0]
             info[key] = first.item() if isinstance(first, np.generic) else first
     return info
-
-

@@ -57,7 +57,8 @@ class Guidance:
                 or bounds[0] > bounds[-1]
             ):
                 raise ValueError(
-                    f"Guidance.{name} must be None, an int >= 0, or a pair (low, high) with 0 <= low <= high, got {value!r}"
+                    f"Guidance.{name} must be None, an int >= 0, or a pair (low, high) with 0 <= low <= high, "
+                    f"got {value!r}"
                 )
 
     @classmethod

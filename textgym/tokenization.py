@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from textgym.data.sources import cache_dir
 from textgym.task import Task
@@ -39,6 +39,8 @@ def load_tokenizer(
     elif isinstance(tokenizer, PreTrainedTokenizerBase):
         loaded = tokenizer
     elif isinstance(tokenizer, str | os.PathLike):
+        from transformers import AutoTokenizer  # imports torch
+
         try:
             loaded = AutoTokenizer.from_pretrained(tokenizer)
         except (OSError, ValueError) as error:
@@ -126,7 +128,7 @@ def encode_prompts(
     texts = ["".join(parts) for parts in prompts]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     result = []
-    for (before, body, after), text, ids, offsets in zip(
+    for (before, body, _), text, ids, offsets in zip(
         prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         excess = len(ids) - max_prompt_tokens
@@ -194,4 +196,6 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
     """Decode token ids without special tokens; bytes that end inside a character become U+FFFD."""
+    if not ids:
+        return []
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,191 @@
+"""Where a task's samples come from: the mini edition, the Hugging Face hub, or a folder of Parquet files.
+
+`datasets` is imported when real data is asked for, never for "mini".
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from textgym.data.mini import mini_rows
+from textgym.task import SPLITS, Row, Split, SplitName
+
+if TYPE_CHECKING:
+    import datasets
+
+_HUB_IDS = {"imdb": "stanfordnlp/imdb", "commongen": "allenai/common_gen", "tldr": "trl-lib/tldr"}
+_HUB_COLUMNS = {
+    "imdb": ["text", "label"],
+    "commongen": ["concept_set_idx", "concepts", "target"],
+    "tldr": ["prompt", "completion"],
+}
+_FOLDER_COLUMNS = _HUB_COLUMNS | {"tldr": ["subreddit", "title", "post", "summary"]}
+_HUB_POST = re.compile(
+    r"SUBREDDIT: r/(?P<subreddit>.*?)\n+TITLE: (?P<title>.*?)\n+POST: (?P<post>.*?)\s*TL;DR:\s*", re.DOTALL
+)
+# One review in this many of the train files is the validation split: about 5%.
+_IMDB_VALIDATION_EVERY = 20
+
+
+def cache_dir() -> Path:
+    """The folder for whatever textgym trains and keeps: $TEXTGYM_CACHE, else ~/.cache/textgym."""
+    return Path(os.environ.get("TEXTGYM_CACHE") or Path.home() / ".cache" / "textgym").expanduser()
+
+
+def resolve_source(source: str | os.PathLike | None) -> str:
+    """Turn the environment's `source` argument into "mini", "hub" or the path of a folder that exists.
+
+    Args:
+        source: One of these; None reads the environment variable TEXTGYM_SOURCE, and without it is "mini".
+
+    Raises:
+        ValueError: Anything else.
+    """
+    argument = "source"
+    if source is None:
+        source = os.environ.get("TEXTGYM_SOURCE") or "mini"
+        argument = "the environment variable TEXTGYM_SOURCE"
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source must be 'mini', 'hub', a folder or None, got {type(source).__name__}: {source!r}")
+    if source in ("mini", "hub"):
+        return str(source)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{argument} must be 'mini', 'hub' or a folder that exists, got {str(source)!r}")
+    return str(folder)
+
+
+def load_split(task_name: str, split: SplitName, source: str | os.PathLike | None = None) -> Split:
+    """Load one split of one of the three tasks.
+
+    Rows are read-only: calls may share them. The fingerprint is of the rows' content, so that a folder and its hub twin
+    have the same one where they hold the same samples.
+
+    Args:
+        task_name: "imdb" (columns text, label), "commongen" (concepts, targets: one row a concept set) or "tldr"
+            (subreddit, title, post, summary).
+        split: "train", "validation" or "test". IMDB has no validation file: about 5% of its train reviews, chosen by a
+            hash of their text, are the validation split. Reviews of the test file are dropped from both.
+        source: See `resolve_source`.
+
+    Raises:
+        ValueError: An unknown task, split or source, data that is not there, or columns that are missing.
+
+    Warns:
+        UserWarning: Rows without a reference text (the test split of ``allenai/common_gen``).
+    """
+    if task_name not in _READERS:
+        raise ValueError(f"task_name must be one of {sorted(_READERS)}, got {task_name!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
+    source = resolve_source(source)
+    if source == "mini":
+        return _mini_split(task_name, split)
+    return Split.of(_READERS[task_name](split, source))
+
+
+@functools.cache
+def _mini_split(task_name: str, split: SplitName) -> Split:
+    return Split.of(mini_rows(task_name, split))
+
+
+def _read(task_name: str, file: SplitName, source: str) -> datasets.Dataset:
+    """Load a file of the hub or of a folder, with the columns we use."""
+    import datasets
+
+    if source == "hub":
+        place = f"the hub's {_HUB_IDS[task_name]} ({file})"
+        columns = _HUB_COLUMNS[task_name]
+        arguments: dict[str, Any] = {"path": _HUB_IDS[task_name], "split": file}
+    else:
+        path = Path(source) / task_name / f"{file}.parquet"
+        columns = _FOLDER_COLUMNS[task_name]
+        if not path.is_file():
+            raise ValueError(
+                f"source={source!r} has no {file} data for {task_name}: expected {path} with columns {columns}"
+            )
+        place = str(path)
+        arguments = {"path": "parquet", "data_files": glob.escape(place), "split": "train"}
+    try:
+        dataset = datasets.load_dataset(**arguments)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        hint = "; without network, give source= a folder with Parquet files" if source == "hub" else ""
+        raise ValueError(f"source={source!r}: cannot load {place}: {error}{hint}") from error
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"source={source!r}: {place} must have columns {columns}, {missing} are missing among "
+            f"{dataset.column_names}"
+        )
+    return dataset.select_columns(columns)
+
+
+def _read_imdb(split: SplitName, source: str) -> list[Row]:
+    if split == "test":
+        return _reviews("test", source)
+    test = {row["text"] for row in _reviews("test", source)}
+    wanted = split == "validation"
+    return [
+        row for row in _reviews("train", source) if _is_validation(row["text"]) == wanted and row["text"] not in test
+    ]
+
+
+def _reviews(file: SplitName, source: str) -> list[Row]:
+    """The reviews of a file as single paragraphs, without the line-break tags."""
+    reviews = _read("imdb", file, source)
+    return [
+        {"text": " ".join(text.replace("<br />", " ").split()), "label": label}
+        for text, label in zip(reviews["text"][:], reviews["label"][:], strict=True)
+    ]
+
+
+def _is_validation(review: str) -> bool:
+    return int.from_bytes(hashlib.sha1(review.encode()).digest()[:8]) % _IMDB_VALIDATION_EVERY == 0
+
+
+def _read_commongen(split: SplitName, source: str) -> list[Row]:
+    """One row a concept set, in the order of the file."""
+    sentences = _read("commongen", split, source)
+    sets: dict[int, dict[str, list[str]]] = {}
+    for index, concepts, target in zip(*(sentences[column][:] for column in sentences.column_names), strict=True):
+        row = sets.setdefault(index, {"concepts": concepts, "targets": []})
+        if target:
+            row["targets"].append(target)
+    without = sum(not row["targets"] for row in sets.values())
+    if without:
+        warnings.warn(
+            f"{without} of {len(sets)} concept sets of commongen's {split} split from source={source!r} have no target "
+            "sentence (the hub keeps the test targets to itself): rewards, metrics and guides that need references "
+            "cannot use them. Take split='validation', or a folder with targets.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return list(sets.values())
+
+
+def _read_tldr(split: SplitName, source: str) -> datasets.Dataset:
+    posts = _read("tldr", split, source)
+    return posts.with_transform(_parse_posts) if source == "hub" else posts
+
+
+def _parse_posts(batch: dict[str, list]) -> dict[str, list]:
+    """Take the hub's laid-out prompts apart again."""
+    matches = [_HUB_POST.fullmatch(prompt) for prompt in batch["prompt"]]
+    for prompt, match in zip(batch["prompt"], matches, strict=True):
+        if match is None:
+            raise ValueError(
+                f"source='hub': a prompt of {_HUB_IDS['tldr']} must read 'SUBREDDIT: r/... TITLE: ... POST: ... "
+                f"TL;DR:', got {prompt!r}"
+            )
+    columns = {name: [match[name] for match in matches if match] for name in ("subreddit", "title", "post")}
+    return columns | {"summary": [completion.strip() for completion in batch["completion"]]}
+
+
+_READERS = {"imdb": _read_imdb, "commongen": _read_commongen, "tldr": _read_tldr}

@@ -1,0 +1,117 @@
+"""IMDB: finish a film review so that it reads as a positive one."""
+
+from __future__ import annotations
+
+import functools
+
+from textgym.data.sources import load_split
+from textgym.engine import TextVectorEnv
+from textgym.env import TextEnv
+from textgym.rewards.base import RewardFunction
+from textgym.task import Row, Task
+
+
+def _halves(row: Row) -> tuple[str, str]:
+    """A review's first and second half by words, the middle word in the second; the second starts with a space."""
+    words = row["text"].split()
+    middle = len(words) // 2
+    return " ".join(words[:middle]), " " + " ".join(words[middle:])
+
+
+def _prompt(row: Row) -> str:
+    return _halves(row)[0]
+
+
+def _references(row: Row) -> list[str]:
+    return [_halves(row)[1]]
+
+
+def _is_positive(row: Row) -> bool:
+    return row["label"] == 1
+
+
+def _sentiment(source: str) -> RewardFunction:
+    from textgym.rewards.classifier import sentiment_reward
+
+    return sentiment_reward(source)
+
+
+TASK = Task(
+    name="imdb",
+    data=functools.partial(load_split, "imdb"),
+    prompt=_prompt,
+    references=_references,
+    max_prompt_tokens=64,
+    max_new_tokens=48,
+    truncation_side="right",
+    reward="sentiment",
+    rewards={"sentiment": _sentiment},
+    metrics=("perplexity", "distinct_1", "distinct_2"),
+    demonstration=_is_positive,
+)
+
+
+class IMDBEnv(TextEnv):
+    """Finish a film review so that it is positive.
+
+    Description
+        The prompt is the first half of a review of the Large Movie Review Dataset (Maas et al. 2011), at most P tokens.
+        The text continues it. The original authors of RLGF use this task with GPT-2 (arXiv 2306.11816, section 5).
+
+    Action Space
+        ``Discrete(vocab)``: the id of the next token. With ``handoff=True``, ``Discrete(vocab + 1)``: the last action
+        asks the guide to finish the text.
+
+    Observation Space
+        ``Dict`` of ``input_ids``, int64 (P+T,), and ``attention_mask``, int8 (P+T,). The prompt is left-padded into the
+        first P columns; token h of the text stands in column P+h; what follows is padding, mask 0.
+
+    Rewards
+        Zero until the episode ends, then P(positive) of prompt and text together, in [0, 1], by a small classifier
+        trained on the same data source.
+        Every token of a guide's completion costs ``handoff_cost``.
+
+    Starting State
+        The prompt of a sample. With probability ``guidance.restart_prob`` a prefix that the guide wrote follows it. The
+        options of ``reset`` choose the sample (``index``), or give a ``prompt`` with ``references``, a ``prefix``, or
+        new ``guidance``.
+
+    Episode End
+        The episode terminates at the end-of-sequence token ("stop"), after T tokens ("length"), or when the guide
+        completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
+
+    Arguments
+        ``split``: "train" (default), "validation" or "test".
+        ``source``: "mini" (made for this project, no network), "hub", or a folder with the layout of the real data.
+        None reads the environment variable ``TEXTGYM_SOURCE``, else "mini".
+        ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
+        ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 64 and 48.
+        ``truncation_side``: which end of the truncatable text is dropped, by default "right".
+        ``reward``: "sentiment" (None for the first); the hub id or path of a sequence-classification
+        model; or a callable ``(prompts, completions, references) -> floats or named parts``.
+        ``guide``: "references", the hub id or path of a causal language model, a `textgym.guides.Guide`, or a function
+        on a list of `textgym.guides.GuideRequest`.
+        ``guidance``: a `textgym.Guidance`, or a mapping of its fields: when the guide takes part.
+        ``handoff``: True adds the hand-off action. ``handoff_cost``: what each token of a guide's completion costs.
+        ``order``: "random" (default) or "sequential", one visit to each sample of the split.
+        ``render_mode``: "ansi", "human" or None.
+
+        The vector environment also takes ``num_envs``, ``parking``, ``autoreset_mode`` and ``copy``
+        (see `textgym.engine.TextVectorEnv`).
+
+    Info
+        From ``reset``: ``prompt``, ``references``, ``sample_id`` (-1 for a user's prompt), ``prefix_length``,
+        ``authors`` (int8 (T,): -1 nothing, 0 policy, 1 guide, 2 reference, 3 user). From the last ``step``: ``text``,
+        ``authors``, ``finish_reason``, ``reward_parts``, ``prefix_length``, ``policy_tokens``, ``guide_tokens``.
+
+    Version History
+        v0: first version.
+    """
+
+    task = TASK
+
+
+class IMDBVectorEnv(TextVectorEnv):
+    """`IMDBEnv` for N rows at once (see `textgym.engine.TextVectorEnv`)."""
+
+    task = TASK

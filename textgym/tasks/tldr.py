@@ -1,0 +1,108 @@
+"""TL;DR: summarise a Reddit post, in the layout of Stiennon et al. 2020 (arXiv 2009.01325)."""
+
+from __future__ import annotations
+
+import functools
+
+from textgym.data.sources import load_split
+from textgym.engine import TextVectorEnv
+from textgym.env import TextEnv
+from textgym.rewards.base import RewardFunction
+from textgym.task import Row, Task
+
+
+def _prompt(row: Row) -> tuple[str, str, str]:
+    return f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", row["post"], "\n\nTL;DR:"
+
+
+def _rouge_l(source: str) -> RewardFunction:
+    from textgym.rewards.overlap import rouge_l_reward
+
+    return rouge_l_reward(source)
+
+
+def _preference(source: str) -> RewardFunction:
+    from textgym.rewards.preference import preference_reward
+
+    return preference_reward(source)
+
+
+TASK = Task(
+    name="tldr",
+    data=functools.partial(load_split, "tldr"),
+    prompt=_prompt,
+    references="summary",
+    # As published. A model with fewer than 550 positions needs a smaller max_prompt_tokens.
+    max_prompt_tokens=500,
+    max_new_tokens=50,
+    truncation_side="right",
+    reward="rouge_l",
+    rewards={"rouge_l": _rouge_l, "preference": _preference},
+    metrics=("perplexity", "distinct_2", "rouge_l", "bleu"),
+)
+
+
+class TLDREnv(TextEnv):
+    """Summarise a Reddit post.
+
+    Description
+        The prompt has the layout of Stiennon et al. 2020 (arXiv 2009.01325): subreddit, title, post, "TL;DR:". Only the
+        post is ever truncated.
+
+    Action Space
+        ``Discrete(vocab)``: the id of the next token. With ``handoff=True``, ``Discrete(vocab + 1)``: the last action
+        asks the guide to finish the text.
+
+    Observation Space
+        ``Dict`` of ``input_ids``, int64 (P+T,), and ``attention_mask``, int8 (P+T,). The prompt is left-padded into the
+        first P columns; token h of the text stands in column P+h; what follows is padding, mask 0.
+
+    Rewards
+        Zero until the episode ends, then ROUGE-L (F1) against the author's own summary, or with ``reward="preference"``
+        the score of a model trained on preference pairs.
+        Every token of a guide's completion costs ``handoff_cost``.
+
+    Starting State
+        The prompt of a sample. With probability ``guidance.restart_prob`` a prefix that the guide wrote follows it. The
+        options of ``reset`` choose the sample (``index``), or give a ``prompt`` with ``references``, a ``prefix``, or
+        new ``guidance``.
+
+    Episode End
+        The episode terminates at the end-of-sequence token ("stop"), after T tokens ("length"), or when the guide
+        completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
+
+    Arguments
+        ``split``: "train" (default), "validation" or "test".
+        ``source``: "mini" (made for this project, no network), "hub", or a folder with the layout of the real data.
+        None reads the environment variable ``TEXTGYM_SOURCE``, else "mini".
+        ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
+        ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 500 and 50.
+        ``truncation_side``: which end of the truncatable text is dropped, by default "right".
+        ``reward``: "rouge_l" or "preference" (None for the first); the hub id or path of a sequence-classification
+        model; or a callable ``(prompts, completions, references) -> floats or named parts``.
+        ``guide``: "references", the hub id or path of a causal language model, a `textgym.guides.Guide`, or a function
+        on a list of `textgym.guides.GuideRequest`.
+        ``guidance``: a `textgym.Guidance`, or a mapping of its fields: when the guide takes part.
+        ``handoff``: True adds the hand-off action. ``handoff_cost``: what each token of a guide's completion costs.
+        ``order``: "random" (default) or "sequential", one visit to each sample of the split.
+        ``render_mode``: "ansi", "human" or None.
+
+        The vector environment also takes ``num_envs``, ``parking``, ``autoreset_mode`` and ``copy``
+        (see `textgym.engine.TextVectorEnv`).
+
+    Info
+        From ``reset``: ``prompt``, ``references``, ``sample_id`` (-1 for a user's prompt), ``prefix_length``,
+        ``authors`` (int8 (T,): -1 nothing, 0 policy, 1 guide, 2 reference, 3 user). From the last ``step``: ``text``,
+        ``authors``, ``finish_reason``, ``reward_parts``, ``prefix_length``, ``policy_tokens``, ``guide_tokens``.
+
+    Version History
+        v0: first version.
+    """
+
+    task = TASK
+
+
+class TLDRVectorEnv(TextVectorEnv):
+    """`TLDREnv` for N rows at once (see `textgym.engine.TextVectorEnv`)."""
+
+    task = TASK
