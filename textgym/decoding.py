@@ -424,7 +424,9 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}") from error
+        raise ValueError(
+            f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}"
+        ) from error
     # Where only a model lies, transformers makes a tokenizer of nothing but the special tokens of its architecture.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}, which has none")

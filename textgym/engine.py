@@ -371,11 +371,12 @@ class TextVectorEnv(VectorEnv):
             self._attention_mask[row, self.max_prompt_tokens - len(ids) : self.max_prompt_tokens] = 1
 
         given = np.zeros(self.num_envs, bool)
-        for row in live if prefix is not None else ():
-            own_prefix = prefix[self._origin[row]]
-            if own_prefix is not None:
-                given[row] = True
-                self._append(row, self._user_prefix(row, own_prefix), Author.USER)
+        if prefix is not None:
+            for row in live.tolist():
+                own_prefix = prefix[self._origin[row]]
+                if own_prefix is not None:
+                    given[row] = True
+                    self._append(row, self._user_prefix(row, own_prefix), Author.USER)
         if self._restart_prob.any():
             restart_prob = self._restart_prob[self._origin[live]]
             self._restart(live[(self._draw(live, RESTART) < restart_prob) & ~given[live]])
@@ -651,13 +652,13 @@ class TextVectorEnv(VectorEnv):
             limits = (self.max_new_tokens - self._length[handed]).tolist()
             assert self.guide is not None
             for row, (ids, _) in zip(
-                handed, self._ask(handed, limits, self._request_seeds(handed, HANDOFF_SEED)), strict=True
+                handed.tolist(), self._ask(handed, limits, self._request_seeds(handed, HANDOFF_SEED)), strict=True
             ):
                 self._append(row, ids, self.guide.author)
                 self._completion_tokens[row] = len(ids)
             self._finish[handed] = HANDOFF
         rows = np.flatnonzero(mask)
-        texts = decode(self.tokenizer, [self._tokens(row) for row in rows])
+        texts = decode(self.tokenizer, [self._tokens(row) for row in rows.tolist()])
         value = self.reward_function(
             prompts=self._prompts[rows].tolist(), completions=texts, references=self._references[rows].tolist()
         )

@@ -161,7 +161,7 @@ def _encode_parts(
         raise _too_long(max_prompt_tokens, len(before) + len(after), "".join(parts))
     if len(body) > room:
         body = body[:room] if truncation_side == "right" else body[len(body) - room :]
-        parts = (parts[0], tokenizer.decode(body), parts[2])
+        parts = (parts[0], str(tokenizer.decode(body)), parts[2])
     return "".join(parts), before + body + after
 
 
@@ -194,7 +194,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
     ]
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
     """Decode token ids without special tokens; bytes that end inside a character become U+FFFD."""
     if not ids:
         return []

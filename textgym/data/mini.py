@@ -413,7 +413,7 @@ def _finish_review(draw: _Draw, opening: str, facts: dict[str, str]) -> Row:
     side, other = "+-" if label else "-+"
     # How much of a review speaks for its verdict: nearly all of a plain one, a little more than half of a mixed one,
     # only the end of a turning one. So the first half of a review leaves its second half open.
-    mood = draw.choice(("plain", "plain", "mixed", "turning"))
+    mood = draw.choice(("plain", "plain", "plain", "mixed", "turning"))
     length = 5 + int(draw.random() * 3)
     turn = length // 2 if mood == "turning" else 0
     aspects = iter(draw.shuffled(_ASPECTS))
@@ -422,7 +422,7 @@ def _finish_review(draw: _Draw, opening: str, facts: dict[str, str]) -> Row:
     if draw.random() < 0.4:
         sentences.append(_REVIEW.write(draw, "plot", facts))
     for position in range(length):
-        agrees = draw.random() < (0.6 if mood == "mixed" else 0.85)
+        agrees = draw.random() < (0.6 if mood == "mixed" else 0.9)
         if position == turn > 0:
             form, sign = "turn", side
         elif draw.random() < 0.2:

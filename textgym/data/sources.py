@@ -85,15 +85,12 @@ def load_split(task_name: str, split: SplitName, source: str | os.PathLike | Non
         raise ValueError(f"task_name must be one of {sorted(_READERS)}, got {task_name!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
-    source = resolve_source(source)
-    if source == "mini":
-        return _mini_split(task_name, split)
-    return Split.of(_READERS[task_name](split, source))
+    return _load_split(task_name, split, resolve_source(source))
 
 
-@functools.cache
-def _mini_split(task_name: str, split: SplitName) -> Split:
-    return Split.of(mini_rows(task_name, split))
+@functools.cache  # an environment, its tokenizer, its reward and an algorithm all ask for the same split
+def _load_split(task_name: str, split: SplitName, source: str) -> Split:
+    return Split.of(mini_rows(task_name, split) if source == "mini" else _READERS[task_name](split, source))
 
 
 def _read(task_name: str, file: SplitName, source: str) -> datasets.Dataset:

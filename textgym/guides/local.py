@@ -1,0 +1,256 @@
+"""A causal language model of transformers as a guide, in this process."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from textgym.guides.base import Author, Completion, GuideRequest
+
+# torch and everything that needs it are imported when the first text is completed: a guide can be named at
+# `gym.make`, which must be quick.
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from textgym.decoding import Decoding
+
+# Models by where they came from, while any guide holds them. Their weights never change, so guides share them.
+_LOADED: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
+
+
+class LocalGuide:
+    """Continues texts with a language model whose weights never change.
+
+    Where the guide's tokenizer has the vocabulary of the environment's, token ids go in and come out untouched. Where
+    it has another one, the guide reads and writes text.
+
+    Args:
+        model: Hub id or folder of a causal language model with safetensors weights, loaded when the first text is
+            completed; or a model, of which the guide takes a copy.
+        tokenizer: The guide's tokenizer, or where to find it. None: the one beside the model at a hub id or folder,
+            the environment's for a model given as an object.
+        decoding: How its tokens are chosen. None is the guide decoding that Chang et al. 2023 publish for IMDB, top-p
+            0.92 inside the top 50 tokens.
+        device: "auto" is CUDA where there is one, else CPU.
+        batch_size: Most texts in one pass.
+
+    Attributes:
+        author: `Author.GUIDE`.
+        can_hand_off: True.
+        fingerprint: 16 hex digits that change when a weight or the decoding does; the first access loads the model.
+
+    Raises:
+        ValueError: An argument of another kind; when it is loaded, a model or tokenizer that is not there or that does
+            not fit.
+    """
+
+    author = Author.GUIDE
+    can_hand_off = True
+
+    def __init__(
+        self,
+        model: str | os.PathLike | PreTrainedModel,
+        *,
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        decoding: Decoding | None = None,
+        device: str | torch.device = "auto",
+        batch_size: int = 64,
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
+        self.path = str(model) if isinstance(model, str | os.PathLike) else None
+        self.tokenizer, self.decoding, self.device, self.batch_size = tokenizer, decoding, device, batch_size
+        self._model: Any = None if self.path is not None else _frozen_copy(model, device)
+        self._own_tokenizer: Any = None
+        self._compared: tuple[Any, bool] = (None, False)
+
+    def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
+        """Continue every request.
+
+        Args:
+            requests: N requests.
+            tokenizer: The environment's tokenizer.
+
+        Returns:
+            N completions: ids where the vocabularies are the same, else text.
+
+        Raises:
+            ValueError: The model or its tokenizer cannot be loaded, or a text is too long for the model.
+        """
+        if not requests:
+            return []
+        self._load()
+        own = self._own_tokenizer or tokenizer
+        rows = self._model.get_output_embeddings().weight.shape[0]
+        if len(own) > rows:
+            raise ValueError(
+                f"guide: the tokenizer has {len(own)} tokens, but the model's vocabulary has only {rows}: "
+                "pass LocalGuide(model, tokenizer=...) the tokenizer that belongs to it"
+            )
+        if self._same_vocabulary(own, tokenizer):
+            return self._complete_ids(requests, own, tokenizer)
+        return self._complete_texts(requests, own, tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change when a weight or the decoding does."""
+        self._load()
+        return fingerprint_of(self._model, self.decoding)
+
+    def _complete_ids(
+        self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Completion]:
+        contexts = [[*request.prompt_ids, *request.prefix_ids] for request in requests]
+        completions = []
+        for ids in self._write(contexts, requests, [request.max_new_tokens for request in requests], own):
+            finished = bool(ids) and ids[-1] == own.eos_token_id
+            # The same vocabulary may name another of its tokens as the end.
+            completions.append(
+                Completion(token_ids=[*ids[:-1], tokenizer.eos_token_id] if finished else ids, finished=finished)
+            )
+        return completions
+
+    def _complete_texts(
+        self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Completion]:
+        contexts = [_encode_context(own, request.prompt + request.prefix) for request in requests]
+        positions = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        room = [np.inf if positions is None else positions - len(context) for context in contexts]
+        # One token of the environment may be several of the guide's. A text that turns out too short is written again
+        # with twice the tokens; it begins with the same ones, since they hang on the request's seed alone.
+        limits = [int(min(max(1, request.max_new_tokens), left)) for request, left in zip(requests, room, strict=True)]
+        completions: list[Completion] = [Completion(text="", finished=False)] * len(requests)
+        waiting = [index for index, request in enumerate(requests) if request.max_new_tokens > 0]
+        while waiting:
+            written = self._write(
+                [contexts[i] for i in waiting],
+                [requests[i] for i in waiting],
+                [limits[i] for i in waiting],
+                own,
+            )
+            again = []
+            for i, ids in zip(waiting, written, strict=True):
+                finished = bool(ids) and ids[-1] == own.eos_token_id
+                text = _decode_continuation(own, contexts[i], ids)
+                completions[i] = Completion(text=text, finished=finished)
+                length = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                if not finished and length < requests[i].max_new_tokens and limits[i] < room[i]:
+                    again.append(i)
+                    limits[i] = int(min(2 * limits[i], room[i]))
+            waiting = again
+        return completions
+
+    def _write(
+        self,
+        contexts: Sequence[Sequence[int]],
+        requests: Sequence[GuideRequest],
+        limits: Sequence[int],
+        own: PreTrainedTokenizerBase,
+    ) -> list[list[int]]:
+        from textgym.decoding import Decoding, generate
+
+        lengths = np.array([len(context) for context in contexts])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        input_ids = np.zeros(mask.shape, np.int64)
+        input_ids[mask] = np.concatenate([np.asarray(context, np.int64) for context in contexts])
+        prefix_lengths = np.array([len(request.prefix_ids) for request in requests])
+        return generate(
+            self._model,
+            input_ids,
+            mask,
+            decoding=self.decoding or Decoding(),
+            seeds=np.array([request.seed & 0xFFFFFFFFFFFFFFFF for request in requests], np.uint64),
+            eos_token_id=-1 if own.eos_token_id is None else own.eos_token_id,
+            prefix_lengths=prefix_lengths,
+            max_new_tokens=prefix_lengths + np.asarray(limits),
+            batch_size=self.batch_size,
+            vocab_size=len(own),
+        )
+
+    def _load(self) -> None:
+        from textgym.decoding import Decoding, load_model, load_tokenizer, resolve_device
+
+        if self.decoding is None:
+            self.decoding = Decoding(top_p=0.92, top_k=50)
+        if self._model is None and self.path is not None:
+            key = (self.path, _modified(self.path), str(resolve_device(self.device)))
+            self._model = _LOADED.get(key)
+            if self._model is None:
+                self._model = _LOADED[key] = load_model(self.path, device=self.device).requires_grad_(False)
+        if self._own_tokenizer is None:
+            own = self.path if self.tokenizer is None else self.tokenizer
+            self._own_tokenizer = load_tokenizer(own) if isinstance(own, str | os.PathLike) else own
+
+    def _same_vocabulary(self, own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+        if own is other:
+            return True
+        if self._compared[0] is not other:
+            self._compared = (other, own.get_vocab() == other.get_vocab())
+        return self._compared[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalGuide:
+        """Share the model, whose weights never change."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be loaded again."""
+        state = {**self.__dict__, "_own_tokenizer": None, "_compared": (None, False)}
+        return state if self.path is None else {**state, "_model": None}
+
+
+def fingerprint_of(model: PreTrainedModel, *more: Any) -> str:
+    """16 hex digits that change when a weight of `model` does, or the `repr` of anything `more`."""
+    import torch
+
+    digest = hashlib.sha256(repr(more).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        # As bytes, because numpy has no bfloat16.
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
+    from transformers import PreTrainedModel
+
+    from textgym.decoding import resolve_device
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ValueError(
+            "model must be a hub id, a path or a causal language model of transformers, "
+            f"got {type(model).__name__}: {str(model)[:200]}"
+        )
+    frozen: Any = copy.deepcopy(model)
+    if device != "auto":
+        frozen.to(resolve_device(device))
+    return frozen.eval().requires_grad_(False)
+
+
+def _modified(path: str) -> tuple[int, ...]:
+    """When the weights of a folder were written: a folder that was written over holds another model."""
+    return tuple(sorted(file.stat().st_mtime_ns for file in Path(path).glob("*.safetensors")))
+
+
+def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encode a text to be continued, with the special tokens that the model expects at its start."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]
+    return ids
+
+
+def _decode_continuation(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int]) -> str:
+    """Decode ids as what they add to their context: decoded alone, some tokenizers drop a leading space."""
+    before: Any = tokenizer.decode(list(context), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    whole: Any = tokenizer.decode([*context, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return whole[len(before) :]

@@ -1,0 +1,90 @@
+"""Rewards: what a finished text is worth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from textgym.rewards.base import RewardFunction, Rewards
+
+if TYPE_CHECKING:
+    from textgym.task import Task
+
+__all__ = ["RewardFunction", "Rewards", "check_reward", "load_reward", "split_parts"]
+
+
+def check_reward(reward: str | os.PathLike[str] | RewardFunction | None, task: Task) -> None:
+    """Check the environment's argument `reward` without loading or training anything.
+
+    Args:
+        reward: None for the task's own; a name in ``task.rewards``; a hub id ("owner/name") or a folder of a
+            sequence-classification model; or a function on batches.
+        task: The task.
+
+    Raises:
+        ValueError: `reward` is none of these.
+    """
+    if reward is None or callable(reward) or isinstance(reward, os.PathLike):
+        return
+    if not isinstance(reward, str) or not (reward in task.rewards or "/" in reward or os.path.isdir(reward)):
+        raise ValueError(
+            f"reward must be None, one of {sorted(task.rewards)}, a hub id 'owner/name' or a folder of a "
+            f"sequence-classification model, or a function on batches, got {reward!r}"
+        )
+
+
+def load_reward(reward: str | os.PathLike[str] | RewardFunction | None, task: Task, source: str) -> RewardFunction:
+    """Turn the environment's argument `reward` into a function.
+
+    Args:
+        reward: As for `check_reward`.
+        task: The task.
+        source: The data source, which the task's named rewards are built for.
+
+    Raises:
+        ValueError: As for `check_reward`.
+    """
+    reward = task.reward if reward is None else reward
+    check_reward(reward, task)
+    if not isinstance(reward, str | os.PathLike):
+        return reward
+    if isinstance(reward, str) and reward in task.rewards:
+        return task.rewards[reward](source)
+    from textgym.rewards.classifier import ModelReward
+
+    return ModelReward(os.fspath(reward))
+
+
+def split_parts(values: Rewards, n: int, name: str = "reward") -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Check what a reward function returned and split it into total and parts.
+
+    Args:
+        values: N floats, or a mapping from part names to N floats.
+        n: The number of texts that were scored.
+        name: What to call the reward in an error.
+
+    Returns:
+        The sum of the parts, float64 (n,), and each part, float64 (n,); without parts, one part "reward".
+
+    Raises:
+        ValueError: Not numbers, not n of them, not all finite, or no part at all.
+    """
+    named: Mapping[Any, Any] = values if isinstance(values, Mapping) else {"reward": values}
+    if not named:
+        raise ValueError(f"{name} must return {n} numbers or named parts, got an empty mapping")
+    parts = {}
+    for part, numbers in named.items():
+        try:
+            array = np.array(numbers, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must return {n} numbers, part {part!r} is a {type(numbers).__name__}") from error
+        if array.shape != (n,):
+            raise ValueError(f"{name} must return {n} numbers, part {part!r} has shape {array.shape}")
+        if not np.isfinite(array).all():
+            row = int(np.flatnonzero(~np.isfinite(array))[0])
+            raise ValueError(f"{name} must return finite numbers, part {part!r} is {array[row]} for text {row}")
+        parts[str(part)] = array
+    return np.sum(list(parts.values()), axis=0), parts

@@ -1,0 +1,244 @@
+"""Rewards that compare a text with its sample's references: CIDEr-D, concept coverage, ROUGE-L.
+
+CommonGen was published with a SPICE term; SPICE needs a Java scene-graph parser, so this project has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from textgym.data.sources import load_split
+
+if TYPE_CHECKING:
+    from nltk.stem.snowball import SnowballStemmer
+
+# A human sentence reaches about 0.14 by CIDEr-D / 10 against the other references of its set, and 1 by coverage: a
+# quarter keeps both terms of one order, and a bare list of the concepts well below a sentence.
+CIDER_WEIGHT = 1.0
+COVERAGE_WEIGHT = 0.25
+
+_WORD = re.compile(r"\w+(?:'\w+)?")
+
+# Forms that a suffix stemmer cannot join: "<lemma> <form> ...", verbs and nouns that everyday sentences use.
+_IRREGULAR = """
+be am is are was were been being; bear bore borne born; beat beaten; become became; begin began begun; bend bent; bind
+bound; bite bit bitten; bleed bled; blow blew blown; break broke broken; breed bred; bring brought; build built; burn
+burnt; buy bought; calf calves; catch caught; child children; choose chose chosen; cling clung; come came; creep
+crept; deal dealt; dig dug; do does did done; draw drew drawn; dream dreamt; drink drank drunk; drive drove driven;
+eat ate eaten; elf elves; fall fell fallen; feed fed; feel felt; fight fought; find found; fireman firemen; fisherman
+fishermen; flee fled; fling flung; fly flew flown; foot feet; forbid forbade forbidden; forget forgot forgotten;
+forgive forgave forgiven; freeze froze frozen; get got gotten; give gave given; go goes went gone; goose geese;
+grandchild grandchildren; grind ground; grow grew grown; half halves; hang hung; have has had; hear heard; hide hid
+hidden; hold held; keep kept; kneel knelt; knife knives; know knew known; lay laid; lead led; leaf leaves; lean leant;
+leap leapt; learn learnt; leave left; lend lent; lie lay lain lying; life lives; light lit; loaf loaves; lose lost;
+make made; man men; mean meant; meet met; mouse mice; pay paid; person people; policeman policemen; ride rode ridden;
+ring rang rung; rise rose risen; run ran; say said; scarf scarves; see saw seen; seek sought; sell sold; send sent;
+sew sewn; shake shook shaken; shelf shelves; bookshelf bookshelves; shine shone; shoot shot; show shown; shrink shrank
+shrunk; sing sang sung; sink sank sunk; sit sat; sleep slept; slide slid; sling slung; snowman snowmen; speak spoke
+spoken; speed sped; spend spent; spin spun; spring sprang sprung; stand stood; steal stole stolen; stick stuck; sting
+stung; stride strode; strike struck; string strung; swear swore sworn; sweep swept; swell swollen; swim swam swum;
+swing swung; take took taken; teach taught; tear tore torn; tell told; think thought; throw threw thrown; tie tying;
+tooth teeth; understand understood; wake woke woken; wear wore worn; weave wove woven; weep wept; wife wives; win won;
+wind wound; wolf wolves; woman women; write wrote written
+"""
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text for the overlap measures of this module: lower case, words only, punctuation dropped."""
+    return _WORD.findall(text.lower())
+
+
+class CiderD:
+    """CIDEr-D with frozen document frequencies (Vedantam, Zitnick, Parikh 2015, section 5, equations 1 to 4).
+
+    n-grams of 1 to 4 words weighted by tf-idf, clipped cosine to each reference, a Gaussian penalty (sigma 6) on the
+    difference of lengths, mean over n and over references, times 10. As in the authors' code (`pycocoevalcap`), a
+    length is the number of bigrams. The words are those of `words_of`; there is no stemming.
+
+    Args:
+        documents: The references that the document frequencies come from; a document is one sample's references.
+    """
+
+    orders = 4
+    sigma = 6.0
+
+    def __init__(self, documents: Iterable[Sequence[str]]):
+        frequency: Counter[str] = Counter()
+        size = 0
+        for references in documents:
+            frequency.update({ngram for text in references for ngram in self._counts(text)})
+            size += 1
+        self._default_idf = math.log(max(size, 1))
+        # An n-gram of one document weighs as much as one of none: only the others need to be kept.
+        self._idf = {ngram: self._default_idf - math.log(n) for ngram, n in frequency.items() if n > 1}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CiderD:
+        # Nothing changes after construction, and the table is large.
+        return self
+
+    def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """Score N candidates.
+
+        Args:
+            candidates: N texts.
+            references: For each its reference texts; a candidate without any scores 0.
+
+        Returns:
+            float64 (N,), each in [0, 10].
+        """
+        scores = np.zeros(len(candidates))
+        for i, (candidate, texts) in enumerate(zip(candidates, references, strict=True)):
+            if texts:
+                weights, norms, length = self._vector(candidate)
+                similarities = [self._similarity(weights, norms, length, *self._vector(text)) for text in texts]
+                scores[i] = 10 * np.mean(similarities)
+        return scores
+
+    def _counts(self, text: str) -> Counter[str]:
+        words = words_of(text)
+        return Counter(" ".join(words[i : i + n]) for n in range(1, self.orders + 1) for i in range(len(words) - n + 1))
+
+    def _vector(self, text: str) -> tuple[dict[str, float], np.ndarray, int]:
+        """The tf-idf weights of a text's n-grams, their norm for each n, and the number of bigrams."""
+        weights, squares, length = {}, np.zeros(self.orders), 0
+        for ngram, count in self._counts(text).items():
+            n = ngram.count(" ")
+            weights[ngram] = count * self._idf.get(ngram, self._default_idf)
+            squares[n] += weights[ngram] ** 2
+            length += count * (n == 1)
+        return weights, np.sqrt(squares), length
+
+    def _similarity(
+        self,
+        candidate: Mapping[str, float],
+        candidate_norms: np.ndarray,
+        candidate_length: int,
+        reference: Mapping[str, float],
+        reference_norms: np.ndarray,
+        reference_length: int,
+    ) -> float:
+        products = np.zeros(self.orders)
+        for ngram in candidate.keys() & reference.keys():
+            products[ngram.count(" ")] += min(candidate[ngram], reference[ngram]) * reference[ngram]
+        norms = candidate_norms * reference_norms
+        cosines = np.divide(products, norms, out=np.zeros(self.orders), where=norms > 0)
+        return float(cosines.mean() * math.exp(-((candidate_length - reference_length) ** 2) / (2 * self.sigma**2)))
+
+
+@lru_cache(maxsize=1)
+def _stemmer() -> tuple[SnowballStemmer, dict[str, frozenset[str]]]:
+    from nltk.stem.snowball import SnowballStemmer
+
+    stemmer = SnowballStemmer("english")
+    lemmas: dict[str, set[str]] = {}
+    for entry in _IRREGULAR.split(";"):
+        lemma, *forms = entry.split()
+        for form in forms:
+            lemmas.setdefault(form, set()).add(stemmer.stem(lemma))
+    return stemmer, {form: frozenset(stems) for form, stems in lemmas.items()}
+
+
+@lru_cache(maxsize=2**16)
+def _stems(word: str) -> frozenset[str]:
+    """The stems a word may belong to ("leaves": of leaf and of leave)."""
+    stemmer, lemmas = _stemmer()
+    return lemmas.get(word, frozenset()) | {stemmer.stem(word.removesuffix("'s"))}
+
+
+def concepts_of(prompt: str) -> list[str]:
+    """The concepts a prompt asks for: its words after the last "with:", or all its words where it has none."""
+    return words_of(prompt.rpartition("with:")[2])
+
+
+def coverage(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+    """Fraction of the concepts that a text uses, in any inflected form.
+
+    Two words are forms of one another when the English Snowball stemmer gives them one stem, or when a table of
+    irregular verbs and nouns says so.
+
+    Args:
+        prompts: N prompts, "generate a sentence with: c1 c2 c3" or just the concepts.
+        completions: N texts.
+
+    Returns:
+        float64 (N,) in [0, 1]; 0 where the prompt has no concept.
+    """
+    fractions = np.zeros(len(prompts))
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        concepts = concepts_of(prompt)
+        written = frozenset().union(*map(_stems, words_of(completion)))
+        fractions[i] = np.mean([not written.isdisjoint(_stems(concept)) for concept in concepts]) if concepts else 0.0
+    return fractions
+
+
+def rouge_l(completions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """ROUGE-L F1 with Porter stemming by the `rouge-score` package (Lin 2004), the best over a text's references.
+
+    Returns:
+        float64 (N,) in [0, 1]; 0 for a text without references.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = zip(completions, references, strict=True)
+    return np.array(
+        [max((scorer.score(t, text)["rougeL"].fmeasure for t in texts), default=0.0) for text, texts in pairs]
+    )
+
+
+class CiderCoverage:
+    """CommonGen's reward: ``CIDER_WEIGHT * CIDEr-D / 10 + COVERAGE_WEIGHT * coverage``, shown as two parts.
+
+    Args:
+        cider: CIDEr-D with the document frequencies to use.
+        fingerprint: Says what these came from.
+    """
+
+    def __init__(self, cider: CiderD, fingerprint: str):
+        self.cider = cider
+        self.fingerprint = fingerprint
+
+    def __call__(
+        self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, np.ndarray]:
+        """Score N texts (see `RewardFunction`)."""
+        return {
+            "cider": CIDER_WEIGHT * self.cider(completions, references) / 10,
+            "coverage": COVERAGE_WEIGHT * coverage(prompts, completions),
+        }
+
+
+def cider_coverage_reward(source: str) -> CiderCoverage:
+    """CommonGen's reward with the document frequencies of the source's training references.
+
+    Args:
+        source: "mini", "hub" or a folder.
+    """
+    train = load_split("commongen", "train", source)
+    recipe = f"cider-d {CIDER_WEIGHT} coverage {COVERAGE_WEIGHT} {train.fingerprint}"
+    return CiderCoverage(CiderD(row["targets"] for row in train.rows), hashlib.sha256(recipe.encode()).hexdigest()[:16])
+
+
+class RougeL:
+    """ROUGE-L F1 (see `rouge_l`) as a reward."""
+
+    fingerprint = "rouge-score rougeL F1 stemmed max"
+
+    def __call__(
+        self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> np.ndarray:
+        """Score N texts (see `RewardFunction`)."""
+        return rouge_l(completions, references)
+
+
+def rouge_l_reward(source: str) -> RougeL:
+    """ROUGE-L against the references; it learns nothing from the source."""
+    return RougeL()
