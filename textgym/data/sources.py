@@ -85,11 +85,14 @@ def load_split(task_name: str, split: SplitName, source: str | os.PathLike | Non
         raise ValueError(f"task_name must be one of {sorted(_READERS)}, got {task_name!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
-    return _load_split(task_name, split, resolve_source(source))
+    source = resolve_source(source)
+    files = sorted(Path(source, task_name).glob("*.parquet"))
+    return _load_split(task_name, split, source, tuple(file.stat().st_mtime_ns for file in files))
 
 
-@functools.cache  # an environment, its tokenizer, its reward and an algorithm all ask for the same split
-def _load_split(task_name: str, split: SplitName, source: str) -> Split:
+# An environment, its tokenizer, its reward and an algorithm all ask for the same split.
+@functools.cache
+def _load_split(task_name: str, split: SplitName, source: str, modified: tuple[int, ...]) -> Split:
     return Split.of(mini_rows(task_name, split) if source == "mini" else _READERS[task_name](split, source))
 
 
