@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from textgym.seeding import uniform
 
-# A nucleus is first looked for among this many most probable tokens; more are ranked only if it is wider.
+# A nucleus is looked for among this many most probable tokens; the vocabulary is ranked only for rows where it is wider.
 _NUCLEUS_GUESS = 256
 # Leaving rows are cut out of the cache once the live rows are at most this fraction of it: a cut copies the cache,
 # which costs about as much as the wasted rows do in a few steps.
@@ -301,34 +301,32 @@ def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
         return scores.argmax(-1)
     if decoding.temperature != 1:
         scores = scores / decoding.temperature
-    if decoding.top_k == 0 and decoding.top_p == 1:
-        return _inverse_cdf(scores, uniforms)
-    scores, ids = _truncate(scores, decoding.top_k, decoding.top_p)
-    # In the order of ids, not of ranks: rounding that differs between batch sizes can swap the ranks of near ties.
-    ids, order = ids.sort(-1)
-    return ids.gather(1, _inverse_cdf(scores.gather(1, order), uniforms)[:, None]).squeeze(1)
+    ids = None
+    if decoding.top_k:
+        # In the order of ids, not of ranks: rounding that differs between batch sizes can swap the ranks of near ties.
+        ids = scores.topk(min(decoding.top_k, scores.shape[-1])).indices.sort(-1).values
+        scores = scores.gather(1, ids)
+    if decoding.top_p < 1:
+        scores = _nucleus(scores, decoding.top_p)
+    chosen = _inverse_cdf(scores, uniforms)
+    return chosen if ids is None else ids.gather(1, chosen[:, None]).squeeze(1)
 
 
-def _truncate(scores: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the scores of the k most probable tokens, -inf outside the nucleus, and their ids; both (n, k)."""
-    vocab_size = scores.shape[-1]
-    if top_k:
-        top, ids = scores.topk(min(top_k, vocab_size))
-        probs = top.softmax(-1)
-    else:
-        k, normalizers = min(_NUCLEUS_GUESS, vocab_size), scores.logsumexp(-1, keepdim=True)
-        while True:
-            top, ids = scores.topk(k)
-            probs = (top - normalizers).exp()
-            if k == vocab_size or probs.sum(-1).min() > top_p:
-                break
-            k = min(8 * k, vocab_size)
-    if top_p < 1:
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Set the scores outside each row's nucleus to -inf; (n, k) to (n, k)."""
+    normalizers = scores.logsumexp(-1, keepdim=True)
+
+    def lowest_score(ranked: Tensor, normalizers: Tensor) -> Tensor:
+        probs = (ranked - normalizers).exp()
         more_probable = probs.cumsum(-1) - probs
-        # The first is kept by its rank: rounding could leave it a little more than nothing before it.
-        more_probable[:, 0] = 0
-        top = top.masked_fill(more_probable >= top_p, -math.inf)
-    return top, ids
+        return ranked.gather(1, (more_probable < top_p).sum(-1, keepdim=True).clamp_(min=1) - 1)
+
+    ranked = scores.topk(min(_NUCLEUS_GUESS, scores.shape[-1])).values
+    thresholds = lowest_score(ranked, normalizers)
+    wider = (ranked - normalizers).exp().sum(-1) <= top_p
+    if ranked.shape != scores.shape and wider.any():
+        thresholds[wider] = lowest_score(scores[wider].sort(descending=True).values, normalizers[wider])
+    return scores.masked_fill(scores < thresholds, -math.inf)
 
 
 def _inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:

@@ -1,0 +1,46 @@
+"""Credit for tokens: advantages and returns over ragged bodies, and means over credited tokens only."""
+
+from __future__ import annotations
+
+import torch
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation over the credited tokens of each row.
+
+    ``A_h = delta_h + gamma lambda A_{h+1}`` with ``delta_h = r_h + gamma V(s_{h+1}) - V(s_h)`` (Schulman et al. 2016,
+    arXiv 1506.02438, equation 16). Credited tokens are one contiguous run a row, anywhere in it. The value after the
+    last one is zero: an episode that ends, by EOS or by length, has ended.
+
+    Args:
+        rewards: float (N, T), the reward of each token.
+        values: float (N, T), the value of the state before each token.
+        mask: bool (N, T), which tokens are credited. What stands elsewhere in the other arrays is never read.
+        gamma: Discount factor.
+        gae_lambda: Trace decay; 1 gives Monte-Carlo returns, 0 one-step temporal differences.
+
+    Returns:
+        Advantages and returns (advantage plus value), float (N, T) each, zero outside the mask.
+    """
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for column in reversed(range(values.shape[1])):
+        delta = rewards[:, column] + gamma * next_value - values[:, column]
+        next_advantage = torch.where(mask[:, column], delta + gamma * gae_lambda * next_advantage, 0)
+        next_value = values[:, column]
+        advantages[:, column] = next_advantage
+    return advantages, advantages + values
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the entries where `mask` is True (zero where there is none); the rest is never read."""
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, epsilon: float = 1e-8) -> torch.Tensor:
+    """Shift and scale the entries where `mask` is True to mean 0 and standard deviation 1; zero elsewhere."""
+    centred = (values - masked_mean(values, mask)).masked_fill(~mask, 0)
+    return centred / (masked_mean(centred.square(), mask).sqrt() + epsilon)

@@ -1,0 +1,411 @@
+"""What every algorithm shares: checks, the learn loop, evaluation, tracking, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
+from agents.policy import CausalLMPolicy, Policy
+from agents.rollout import Rollout, collect
+from textgym.decoding import Decoding
+from textgym.engine import TextVectorEnv
+from textgym.guidance import Guidance
+from textgym.seeding import hash64
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
+
+
+class Algorithm(ABC):
+    """A policy, an environment, and a loop of iterations that improve the one on the other.
+
+    Args:
+        policy: A `Policy`, or the hub id or path of a causal language model.
+        env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
+        episodes_per_iteration: Episodes (for supervised learning: reference texts) an iteration; a multiple of the
+            rows of `env`.
+        decoding: How training episodes are sampled (None: as the policy does).
+        seed: Seed of everything random here and in the environment.
+        device: "auto" (an accelerator where there is one) or a torch device.
+        eval_every: Iterations between two evaluations on validation prompts; 0 never evaluates.
+        eval_prompts: Validation prompts of such an evaluation, always the same ones.
+        eval_env: What to evaluate on (None: the validation split of the environment, without a guide).
+        output_dir: Where checkpoints go: ``last`` and, judged by `score`, ``best``; each is a model folder and can be
+            resumed with `load`. They are written at every evaluation and when `learn` returns.
+        track: Names of Accelerate's trackers ("tensorboard", "wandb", ...), or tracker objects.
+
+    Attributes:
+        history: One record an iteration: metric name to number.
+        num_timesteps: Policy tokens so far.
+        num_guide_tokens: Guide tokens so far.
+        num_episodes: Episodes so far.
+        iteration: Iterations so far.
+        last_rollout: The episodes of the last iteration, for callbacks.
+    """
+
+    name: ClassVar[str]
+    plays_episodes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        policy: Policy | str | os.PathLike,
+        env: TextVectorEnv | str,
+        *,
+        episodes_per_iteration: int,
+        decoding: Decoding | None,
+        seed: int,
+        device: str | torch.device,
+        eval_every: int,
+        eval_prompts: int,
+        eval_env: TextVectorEnv | None,
+        output_dir: str | os.PathLike | None,
+        track: str | GeneralTracker | Sequence[str | GeneralTracker] | None,
+        hyperparameters: dict[str, Any],
+    ) -> None:
+        check("episodes_per_iteration", episodes_per_iteration, episodes_per_iteration >= 1, "at least 1")
+        check("eval_every", eval_every, eval_every >= 0, "at least 0")
+        check("eval_prompts", eval_prompts, eval_prompts >= 1, "at least 1")
+        check("seed", seed, seed >= 0, "at least 0")
+        self.accelerator = Accelerator(log_with=track, project_dir=output_dir)  # type: ignore[arg-type]
+        device = self.accelerator.device if device == "auto" else torch.device(device)
+        self.policy = policy if isinstance(policy, Policy) else CausalLMPolicy.from_pretrained(policy, device=device)
+        self.policy.to(device)
+        if isinstance(env, str):
+            env = make_env(env, num_envs=episodes_per_iteration, tokenizer=self.policy.tokenizer)
+        if not isinstance(env, TextVectorEnv) or not env.parking:
+            raise ValueError(f"env must be an environment id or a TextVectorEnv made with parking=True, got {env!r}")
+        if self.plays_episodes and episodes_per_iteration % env.num_envs:
+            raise ValueError(
+                f"episodes_per_iteration must be a multiple of the environment's {env.num_envs} rows, "
+                f"got {episodes_per_iteration}"
+            )
+        if env.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
+            raise ValueError("env must be made with the policy's tokenizer: make_vec(..., tokenizer=policy.tokenizer)")
+        self.env = env
+        self.trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.episodes_per_iteration = episodes_per_iteration
+        self.decoding = decoding
+        self.seed = seed
+        self.eval_every = eval_every
+        self.eval_prompts = eval_prompts
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.hyperparameters = hyperparameters
+        self._tracked = track is not None
+        self._eval_env = eval_env
+        if eval_every and eval_env is None:
+            self._eval_env = sibling_env(env, num_envs=min(eval_prompts, env.num_envs), split="validation")
+
+        self.history: list[dict[str, Any]] = []
+        self.iteration = self.num_timesteps = self.num_guide_tokens = self.num_episodes = 0
+        self.best_score = -math.inf
+
+    @abstractmethod
+    def iterate(self) -> dict[str, Any]:
+        """Run one iteration, move the counters of tokens and episodes, and return its record."""
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser whose state a checkpoint holds."""
+
+    def score(self, record: Mapping[str, Any]) -> float | None:
+        """How good the policy is by an iteration's record, higher is better; None where it was not judged."""
+        return record.get("eval/reward")
+
+    @property
+    def finished(self) -> bool:
+        """Whether further iterations would be pointless."""
+        return False
+
+    def guidance(self) -> Guidance:
+        """Who writes which part of the next iteration's episodes; by default the policy writes all of them."""
+        return Guidance()
+
+    def learn(
+        self,
+        total_timesteps: int | None = None,
+        total_episodes: int | None = None,
+        callback: Callback | None = None,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Run iterations until so many more timesteps or episodes are done.
+
+        Args:
+            total_timesteps: Policy tokens, counted from now.
+            total_episodes: Episodes, counted from now. Exactly one of the two totals is given.
+            callback: Called after each iteration as ``callback(locals(), globals())``, as in Stable-Baselines3;
+                ``locals["self"]`` is the algorithm, ``locals["record"]`` the iteration's record. Returning False stops.
+            progress_bar: Whether to draw a progress bar.
+
+        Raises:
+            ValueError: None or both of the totals, or one that is not positive.
+            FloatingPointError: A reward, loss or gradient is not finite. The policy is as it was before that update,
+                and no checkpoint is written.
+        """
+        if (total_timesteps is None) == (total_episodes is None):
+            raise ValueError(
+                "exactly one of total_timesteps and total_episodes must be given, "
+                f"got total_timesteps={total_timesteps}, total_episodes={total_episodes}"
+            )
+        counter = "num_episodes" if total_timesteps is None else "num_timesteps"
+        total = total_episodes if total_timesteps is None else total_timesteps
+        check(f"total_{counter[4:]}", total, total >= 1, "at least 1")  # type: ignore[operator]
+        start = getattr(self, counter)
+        return self._learn(lambda: (getattr(self, counter) - start) / total, callback, progress_bar)
+
+    def _learn(self, done: Callable[[], float], callback: Callback | None, progress_bar: bool) -> Self:
+        """Iterate until `done`, the share of the work that is finished, reaches 1."""
+        if self._tracked:
+            config = {key: value for key, value in self.hyperparameters.items() if isinstance(value, int | float | str)}
+            self.accelerator.init_trackers("textgym", config={"algorithm": self.name, **config})
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        with Progress(*columns, disable=not progress_bar, transient=True) as progress:
+            bar = progress.add_task(self.name, total=1.0, status="")
+            while done() < 1 and not self.finished:
+                try:
+                    record = self._run_iteration()
+                except Exception as error:
+                    error.add_note(
+                        f"in iteration {self.iteration + 1} of {self.name}; no checkpoint was written for it"
+                    )
+                    raise
+                progress.update(bar, completed=min(done(), 1.0), status=self.status(record))
+                if callback is not None and callback(locals(), globals()) is False:
+                    break
+        if self.output_dir is not None:
+            self.save(self.output_dir / "last")
+        if self._tracked:
+            self.accelerator.end_training()
+        return self
+
+    def _run_iteration(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        record = {"iteration": self.iteration + 1, **self.iterate()}
+        record |= {
+            "num_timesteps": self.num_timesteps,
+            "num_guide_tokens": self.num_guide_tokens,
+            "num_episodes": self.num_episodes,
+            "seconds": time.perf_counter() - started,
+        }
+        self.iteration += 1
+        if self.eval_every and self.iteration % self.eval_every == 0:
+            result = self.evaluate()
+            record |= {"eval/reward": result.reward, "eval/length": result.length, "eval/seconds": result.seconds}
+            record |= {f"eval/reward/{name}": value for name, value in result.reward_parts.items() if name != "reward"}
+        self.history.append(record)
+        score = self.score(record)
+        if score is not None:
+            better, self.best_score = score > self.best_score, max(score, self.best_score)
+            if self.output_dir is not None:
+                for folder in ("last", "best") if better else ("last",):
+                    self.save(self.output_dir / folder)
+        if self._tracked:
+            self.accelerator.log(record, step=self.num_timesteps)
+        return record
+
+    def status(self, record: Mapping[str, Any]) -> str:
+        """A few words about an iteration for the progress bar."""
+        return " ".join(f"{key} {record[key]:.3f}" for key in ("reward", "kl", "eval/reward") if key in record)
+
+    def evaluate(self) -> EvaluationResult:
+        """Evaluate the policy on the fixed validation prompts, with its own decoding and a fixed seed."""
+        assert self._eval_env is not None
+        return evaluate(self.policy, self._eval_env, num_prompts=self.eval_prompts, metrics=())
+
+    def collect(self, **options: Any) -> Rollout:
+        """Play `episodes_per_iteration` episodes, and count them.
+
+        Args:
+            **options: Reset options beside the guidance ("group_size", ...).
+        """
+        rollouts = []
+        for part in range(self.episodes_per_iteration // self.env.num_envs):
+            rollouts.append(
+                collect(
+                    self.env,
+                    self.policy,
+                    seeds=hash64(self.seed, self.iteration, part, np.arange(self.env.num_envs)),
+                    decoding=self.decoding,
+                    # Spread, because rows of one environment seeded s are seeded s, s + 1, ...
+                    reset_seed=int(hash64(self.seed)) >> 33 if self.iteration == part == 0 else None,
+                    options={"guidance": self.guidance(), **options},
+                )
+            )
+        rollout = Rollout.concatenate(rollouts)
+        self.last_rollout = rollout
+        self.check_finite("reward", rollout.rewards)
+        self.num_episodes += len(rollout)
+        self.num_timesteps += int(rollout.policy_tokens.sum())
+        self.num_guide_tokens += int(rollout.guide_tokens.sum())
+        return rollout
+
+    def check_finite(self, what: str, values: torch.Tensor) -> None:
+        """Stop where a number is not finite.
+
+        Raises:
+            FloatingPointError: It names the iteration and what was not finite.
+        """
+        wrong = int((~torch.isfinite(values)).sum())
+        if wrong:
+            raise FloatingPointError(
+                f"{self.name}, iteration {self.iteration + 1}: {what} is not finite in {wrong} of {values.numel()} "
+                "places; the policy is as it was before this update"
+            )
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> Any:
+        """Choose actions, as in Stable-Baselines3 (see `Policy.predict`)."""
+        return self.policy.predict(observation, state, episode_start, deterministic)
+
+    def generate(self, prompts: list[str], **arguments: Any) -> list[str]:
+        """Continue texts (see `Policy.generate`); by default at most the environment's new tokens."""
+        return self.policy.generate(prompts, **{"max_new_tokens": self.env.max_new_tokens, **arguments})
+
+    def training_state(self) -> dict[str, Any]:
+        """What an algorithm must remember beside the policy; nested dicts and lists of arrays, tensors and numbers."""
+        counters = ("iteration", "num_timesteps", "num_guide_tokens", "num_episodes", "best_score")
+        return {
+            "counters": {name: getattr(self, name) for name in counters},
+            "history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "env": self.env.get_state(),
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `training_state`."""
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self.history = state["history"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.env.set_state(_to_arrays(state["env"]))
+
+    def save_models(self, folder: Path) -> None:
+        """Write the policy, and whatever other models the algorithm needs, into a folder."""
+        self.policy.save_pretrained(folder)
+
+    def load_models(self, folder: Path) -> None:  # noqa: B027 (most algorithms have no other model)
+        """Read what `save_models` wrote beside the policy itself."""
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a checkpoint: the policy as a model folder, and beside it everything that `load` needs.
+
+        It is written under a temporary name and then renamed, so that a folder of this name is always whole.
+        """
+        with replaced_folder(Path(path)) as folder:
+            self.save_models(folder)
+            torch.save(_plain(self.training_state()), folder / "training.pt")
+            description = {"algorithm": self.name, "hyperparameters": _plain(self.hyperparameters)}
+            (folder / "algorithm.json").write_text(json.dumps(description, indent=2))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        env: TextVectorEnv | str,
+        *,
+        policy_class: type[Policy] = CausalLMPolicy,
+        **arguments: Any,
+    ) -> Self:
+        """Continue from a checkpoint, exactly as if there had been no interruption.
+
+        Args:
+            path: A folder that `save` wrote.
+            env: An environment made like the one that was used.
+            policy_class: The class of a policy of your own.
+            **arguments: Replace the saved arguments of the constructor ("device", "output_dir", "track", ...).
+
+        Raises:
+            ValueError: `path` is no checkpoint of this algorithm.
+        """
+        folder = Path(path)
+        try:
+            description = json.loads((folder / "algorithm.json").read_text())
+        except FileNotFoundError as error:
+            raise ValueError(f"path must be a folder written by {cls.__name__}.save, got {str(path)!r}") from error
+        if description["algorithm"] != cls.name:
+            raise ValueError(f"path must hold a checkpoint of {cls.name!r}, got one of {description['algorithm']!r}")
+        hyperparameters = {**description["hyperparameters"], **arguments}
+        if isinstance(hyperparameters.get("decoding"), dict):
+            hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
+        device = hyperparameters.get("device", "auto")
+        algorithm = cls(policy_class.from_pretrained(folder, device=device), env, **hyperparameters)
+        algorithm.load_models(folder)
+        # Only tensors and plain values: nothing in the file can run code.
+        algorithm.load_training_state(torch.load(folder / "training.pt", map_location="cpu", weights_only=True))
+        return algorithm
+
+
+def check(name: str, value: Any, valid: bool, allowed: str) -> None:
+    """Refuse a wrong argument.
+
+    Raises:
+        ValueError: It is not valid.
+    """
+    if not valid:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder beside `path`, then put it in its place; if that fails, `path` is what it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        old = temporary.with_name(temporary.name + "-old")
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """Nested containers with arrays as tensors, and value objects and paths as plain data."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, Path | torch.device) else value
+
+
+def _to_arrays(value: Any) -> Any:
+    """Undo `_plain` where an environment stands on the other side."""
+    if isinstance(value, dict):
+        return {key: _to_arrays(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_arrays(item) for item in value]
+    return value.numpy() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,310 @@
+"""Judging a policy: every prompt of a split once, the task's reward, and metrics beside it.
+
+Also a command: ``python -m agents.evaluation --policy PATH --env textgym/IMDB-v0 --split test``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from agents.policy import CausalLMPolicy, Policy
+from agents.rollout import Rollout, collect
+from textgym.decoding import Decoding, load_model
+from textgym.guides.base import Author
+from textgym.metrics import METRICS, perplexity
+from textgym.seeding import hash64
+from textgym.task import SplitName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from agents.algorithm import Algorithm
+    from textgym.engine import TextVectorEnv
+
+
+@dataclass
+class EvaluationResult:
+    """What a policy wrote for the prompts of a split, and what that was worth.
+
+    Attributes:
+        task: Name of the task.
+        split: Name of the split.
+        source: Where its data came from.
+        fingerprint: Fingerprint of the split's data.
+        decoding: How texts were decoded.
+        seed: Seed of the sampling.
+        rewards: float (N,), in the order of `sample_ids`.
+        reward_parts: Mean of each part of the reward.
+        metrics: Metrics of all texts by name; "perplexity" where a start model was given.
+        sample_ids: int (N,), rows of the split, ascending.
+        prompts: N prompts.
+        completions: N texts, without special tokens.
+        references: N tuples of reference texts.
+        finish_reasons: N times "stop", "length" or "handoff".
+        token_ids: N lists of the tokens after the prompt.
+        authors: N lists of their authors (`textgym.guides.base.Author`).
+        policy_tokens: Tokens written by the policy.
+        guide_tokens: Tokens written by a guide.
+        seconds: Wall-clock time of writing and judging.
+    """
+
+    task: str
+    split: str
+    source: str
+    fingerprint: str
+    decoding: Decoding
+    seed: int
+    rewards: np.ndarray
+    reward_parts: dict[str, float]
+    metrics: dict[str, float]
+    sample_ids: np.ndarray
+    prompts: list[str]
+    completions: list[str]
+    references: list[tuple[str, ...]]
+    finish_reasons: list[str]
+    token_ids: list[list[int]] = field(repr=False)
+    authors: list[list[int]] = field(repr=False)
+    policy_tokens: int
+    guide_tokens: int
+    seconds: float
+
+    @property
+    def reward(self) -> float:
+        """Mean reward."""
+        return float(self.rewards.mean())
+
+    @property
+    def length(self) -> float:
+        """Mean number of tokens after the prompt, EOS counted."""
+        return float(np.mean([len(authors) for authors in self.authors]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the texts and tokens, as JSON takes it."""
+        return {
+            "task": self.task,
+            "split": self.split,
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "decoding": asdict(self.decoding),
+            "seed": self.seed,
+            "num_prompts": len(self.rewards),
+            "reward": self.reward,
+            "reward_parts": self.reward_parts,
+            "metrics": self.metrics,
+            "length": self.length,
+            "stop_fraction": float(np.mean([reason == "stop" for reason in self.finish_reasons])),
+            "policy_tokens": self.policy_tokens,
+            "guide_tokens": self.guide_tokens,
+            "seconds": self.seconds,
+            "rewards": self.rewards.tolist(),
+            "sample_ids": self.sample_ids.tolist(),
+        }
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one JSON line a prompt: its text, what was written, by whom, and the reward."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for row in range(len(self.rewards)):
+            sample = {
+                "sample_id": int(self.sample_ids[row]),
+                "prompt": self.prompts[row],
+                "completion": self.completions[row],
+                "references": list(self.references[row]),
+                "reward": float(self.rewards[row]),
+                "finish_reason": self.finish_reasons[row],
+                "token_ids": self.token_ids[row],
+                "authors": [Author(author).name.lower() for author in self.authors[row]],
+            }
+            lines.append(json.dumps(sample, ensure_ascii=False))
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+        os.replace(temporary, path)
+
+
+def evaluate(
+    agent: Algorithm | Policy,
+    env: str | TextVectorEnv,
+    split: SplitName = "test",
+    *,
+    num_prompts: int | None = None,
+    num_envs: int = 64,
+    decoding: Decoding | None = None,
+    seed: int = 0,
+    metrics: Sequence[str] | None = None,
+    start_model: PreTrainedModel | str | os.PathLike | None = None,
+    **env_arguments: Any,
+) -> EvaluationResult:
+    """Write a text for every prompt of a split, once, and judge it.
+
+    A prompt's text hangs on `seed` and the sample alone, so two policies are compared on paired draws, and the number
+    of rows changes nothing.
+
+    Args:
+        agent: An algorithm or a policy.
+        env: The id of an environment; or a `TextVectorEnv` made with ``parking=True``, whose own split and rows are
+            then used.
+        split: "train", "validation" or "test"; only with an id.
+        num_prompts: Use only so many prompts, chosen at random but always the same ones; None uses all.
+        num_envs: Rows played at a time; only with an id.
+        decoding: How texts are decoded (None: as the policy does).
+        seed: Seed of the sampling.
+        metrics: Names in `textgym.metrics.METRICS`, or "perplexity" (None: the task's, perplexity only with a start
+            model).
+        start_model:  the texts' perplexity is measured; it
+            must have the environment's tokenizer.
+        **env_arguments: Further arguments of the environment ("source", "reward", ...); only with an id.
+
+    Raises:
+        ValueError: An argument is wrong.
+    """
+    if num_prompts is not None and num_prompts < 1:
+        raise ValueError(f"num_prompts must be None or at least 1, got {num_prompts!r}")
+    unknown = sorted(set(metrics or ()) - set(METRICS) - {"perplexity"})
+    if unknown:
+        raise ValueError(f"metrics must be of {sorted({*METRICS, 'perplexity'})}, got {unknown}")
+    if "perplexity" in (metrics or ()) and start_model is None:
+        raise ValueError("metrics can hold 'perplexity' only where start_model is given")
+    policy: Policy = agent if isinstance(agent, Policy) else agent.policy
+    if isinstance(env, str):
+        env = make_env(env, num_envs=num_envs, **{"tokenizer": policy.tokenizer, **env_arguments, "split": split})
+    elif env_arguments:
+        raise ValueError(f"env_arguments need env to be an id, got {sorted(env_arguments)} and {env!r}")
+    started = time.perf_counter()
+    indices = np.random.default_rng(0).permutation(len(env.data))[:num_prompts]
+    indices.sort()
+    # The last round is filled up with samples that were already judged; what they give is dropped.
+    rounds = np.resize(indices, (-(-len(indices) // env.num_envs), env.num_envs))
+    rollouts = [
+        collect(
+            env,
+            policy,
+            seeds=hash64(seed, rows),
+            decoding=decoding,
+            values=False,
+            reset_seed=seed,
+            options={"index": rows.tolist()},
+        )
+        for rows in rounds
+    ]
+    rollout, count = Rollout.concatenate(rollouts), len(indices)
+    ids, mask = (array[:count].cpu().numpy() for array in (rollout.input_ids, rollout.attention_mask > 0))
+    authors = rollout.authors[:count].cpu().numpy()
+    prompt_ids, token_ids = (
+        [row[valid].tolist() for row, valid in zip(ids[:, columns], mask[:, columns], strict=True)]
+        for columns in (slice(rollout.prompt_columns), slice(rollout.prompt_columns, None))
+    )
+    texts: dict[str, Any] = {
+        "prompts": rollout.prompts[:count].tolist(),
+        "completions": rollout.texts[:count].tolist(),
+        "references": rollout.references[:count].tolist(),
+    }
+    names = [name for name in (env.task.metrics if metrics is None else metrics) if name != "perplexity"]
+    values = {name: float(METRICS[name](**texts)) for name in names}
+    if start_model is not None:
+        judge = load_model(start_model) if isinstance(start_model, str | os.PathLike) else start_model
+        values["perplexity"] = perplexity(judge, prompt_ids, token_ids)
+    return EvaluationResult(
+        task=env.task.name,
+        split=env.split,
+        source=env.source,
+        fingerprint=env.data.fingerprint,
+        decoding=decoding or policy.decoding,
+        seed=seed,
+        rewards=rollout.rewards[:count].cpu().numpy().astype(np.float64),
+        reward_parts={name: float(part[:count].mean()) for name, part in rollout.reward_parts.items()},
+        metrics=values,
+        sample_ids=rollout.sample_ids[:count],
+        **texts,
+        finish_reasons=rollout.finish_reason[:count].tolist(),
+        token_ids=token_ids,
+        authors=[row[row >= 0].tolist() for row in authors],
+        policy_tokens=int(rollout.policy_tokens[:count].sum()),
+        guide_tokens=int(rollout.guide_tokens[:count].sum()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
+    """Make an environment as agents want it: rows wait for each other, and nothing resets by itself."""
+    arguments |= {"parking": True, "autoreset_mode": AutoresetMode.DISABLED}
+    return gym.make_vec(env_id, num_envs=num_envs, **arguments).unwrapped  # type: ignore[return-value]
+
+
+def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName) -> TextVectorEnv:
+    """Make the same environment on another split, without a guide.
+
+    Raises:
+        ValueError: `env` was not made by `gymnasium.make_vec`, so how it was made is not known.
+    """
+    if env.spec is None:
+        raise ValueError("eval_env must be given where env was not made by gymnasium.make_vec")
+    arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
+    arguments |= {"guide": None, "guidance": None, "handoff": False, "order": "random", "split": split}
+    # What is loaded already is shared, not loaded again.
+    arguments |= {"tokenizer": env.tokenizer, "reward": env.reward_function}
+    return make_env(env.spec.id, num_envs=num_envs, **arguments)
+
+
+def main(
+    policy: str,
+    env: str,
+    split: SplitName = "test",
+    source: str | None = None,
+    num_prompts: int | None = None,
+    num_envs: int = 64,
+    greedy: bool = False,
+    seed: int = 0,
+    start_model: str | None = None,
+    device: str = "auto",
+    output: Path | None = None,
+) -> None:
+    """Evaluate a policy on every prompt of a split, and print the result as JSON.
+
+    Args:
+        policy: Hub id or folder of a causal language model or of a checkpoint.
+        env: Id of the environment.
+        split: Split to evaluate on.
+        source: "mini", "hub" or a folder.
+        num_prompts: Use only so many prompts.
+        num_envs: Rows played at a time.
+        greedy: Always take the most probable token, instead of decoding as the policy does.
+        seed: Seed of the sampling.
+        start_model: Model under which the texts' perplexity is measured.
+        device: Where the policy runs.
+        output: File for the texts, one JSON line a prompt.
+    """
+    import textgym  # noqa: F401  (registers the environments)
+
+    result = evaluate(
+        CausalLMPolicy.from_pretrained(policy, device=device),
+        env,
+        split,
+        source=source,
+        num_prompts=num_prompts,
+        num_envs=num_envs,
+        decoding=Decoding(greedy=True) if greedy else None,
+        seed=seed,
+        start_model=start_model,
+    )
+    if output is not None:
+        result.save(output)
+    print(json.dumps(result.to_dict(), indent=2))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main)

@@ -1,0 +1,399 @@
+"""What an algorithm needs from whoever writes, and the causal language models of transformers as that."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from textgym.decoding import Decoding, Sampler, check_positions, forward, generate, load_model, load_tokenizer
+from textgym.tokenization import decode
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+POLICY_FILE = "policy.json"
+
+
+class Evaluation(NamedTuple):
+    """How a policy judges tokens that are already written; every entry is zero where there is no token.
+
+    Attributes:
+        log_probs: (B, A) float32, log-probabilities of the tokens under the untruncated softmax at temperature 1.
+        entropy: (B, A) float32, entropies in nats of the distributions they were drawn from.
+        values: (B, A) float32, values of the states before the tokens.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+class Policy(nn.Module, ABC):
+    """Base class of everything that `agents` can train: a network that writes texts and judges them.
+
+    A network of your own implements the abstract methods below; its trainable parameters are those of the module. It
+    is a policy of any architecture as long as `sampler` and `evaluate` speak of the same distribution: the
+    log-probabilities that sampling records must be those `evaluate` returns for the same tokens. Dropout must be off
+    in both.
+
+    Attributes:
+        tokenizer: The tokenizer of its tokens; environments are made with it.
+        decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    decoding: Decoding
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """Choose the next action for observations, as in Stable-Baselines3.
+
+        Args:
+            observation: "input_ids" and "attention_mask", each (P+T,) or batched (N, P+T); valid tokens of a row can
+                have padding on both sides.
+            state: What the last call returned as state, or None.
+            episode_start: (N,) bool, rows whose episode has just begun.
+            deterministic: Take the most probable token.
+
+        Returns:
+            Actions, int64 () or (N,), and the state for the next call.
+        """
+
+    @abstractmethod
+    def sampler(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        seeds: np.ndarray,
+        max_new_tokens: int,
+        prefix_lengths: Any = None,
+        decoding: Decoding | None = None,
+        values: bool = True,
+    ) -> Sampler:
+        """Begin to write a batch of texts.
+
+        Args:
+            observation: "input_ids" and "attention_mask", each (N, P+T).
+            seeds: (N,) integers; token h of a text must depend on its own row's seed, state and h alone.
+            max_new_tokens: Most new tokens of a text, prefix included.
+            prefix_lengths: (N,) new tokens that the observation already holds; None for none.
+            decoding: How tokens are chosen; None for the policy's own `decoding`.
+            values: Whether the samples carry values.
+
+        Returns:
+            An object with the attribute `rows` and the methods `sample` and `keep` of `textgym.decoding.Sampler`.
+        """
+
+    @abstractmethod
+    def evaluate(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> Evaluation:
+        """Judge tokens that are already written. Gradients flow into all three results.
+
+        Args:
+            input_ids: (B, S) int64; valid tokens of a row can have padding on both sides.
+            attention_mask: (B, S), nonzero where valid.
+            columns: (B, A) int64, the columns of the tokens to judge, each given all valid tokens before it; -1 for
+                none.
+        """
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
+    ) -> list[str]:
+        """Continue texts.
+
+        Args:
+            prompts: N texts.
+            max_new_tokens: Most tokens of a continuation.
+            decoding: How tokens are chosen; None for the policy's own `decoding`.
+            seed: The continuations of equal prompts and seeds are equal.
+
+        Returns:
+            N continuations, without the prompts and without special tokens.
+        """
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the policy into a folder: weights as safetensors, tokenizer, and whatever else it needs."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, path: str | os.PathLike, *, device: str | torch.device = "auto", **arguments: Any) -> Any:
+        """Read what `save_pretrained` wrote."""
+
+
+class CausalLMPolicy(Policy):
+    """A causal language model of transformers with a linear value head on its last hidden state.
+
+    The value head begins at zero, so that the critic of an untrained policy says 0 everywhere. Dropout is always off:
+    the module stays in evaluation mode, since probability ratios of two dropout masks would be noise.
+
+    Args:
+        model: The language model.
+        tokenizer: Its tokenizer.
+        decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
+
+    Raises:
+        ValueError: The tokenizer has no EOS token, or more tokens than the model's vocabulary.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding | None = None
+    ) -> None:
+        super().__init__()
+        rows, width = model.get_output_embeddings().weight.shape
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer must have an eos_token: it is the action that ends a text")
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has only {rows}: they do not "
+                "belong together"
+            )
+        self.model = model
+        self.value_head = nn.Linear(width, 1, device=model.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.tokenizer = tokenizer
+        self.decoding = decoding or Decoding()
+        self.set_seed(0)
+        self.eval()
+
+    def train(self, mode: bool = True) -> CausalLMPolicy:
+        """Stay in evaluation mode: dropout is off in training too."""
+        return super().train(False)
+
+    def set_seed(self, seed: int) -> None:
+        """Seed the draws of `predict`."""
+        self._generator = np.random.default_rng(seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
+        decoding: Decoding | None = None,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype = torch.float32,
+        **arguments: Any,
+    ) -> CausalLMPolicy:
+        """Load a language model, and value head and decoding where they lie beside it.
+
+        Args:
+            path: Hub id or folder with safetensors weights.
+            tokenizer: The tokenizer or where to find it; None: beside the model.
+            decoding: None: the one saved with the policy, else plain sampling.
+            device: "auto" is CUDA where there is one, else CPU.
+            dtype: Type of the model's weights; the value head is float32.
+            **arguments: None are allowed; they are a subclass's.
+
+        Raises:
+            ValueError: There is no model with safetensors weights or no tokenizer at `path`, or they do not fit.
+        """
+        if arguments:
+            raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
+        model = load_model(path, device=device, dtype=dtype)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = load_tokenizer(path if tokenizer is None else tokenizer)
+        settings, head = _beside(path, POLICY_FILE), _beside(path, VALUE_HEAD_FILE)
+        if decoding is None and settings is not None:
+            decoding = Decoding(**json.loads(Path(settings).read_text())["decoding"])
+        policy = cls(model, tokenizer, decoding)
+        if head is not None:
+            policy.value_head.load_state_dict(load_file(head, device=str(policy.device)))
+        return policy
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` open too, replacing what is there."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            new, old = Path(name) / "new", Path(name) / "old"
+            new.mkdir()
+            self.model.save_pretrained(new)
+            self.tokenizer.save_pretrained(new)
+            save_file(self.value_head.state_dict(), new / VALUE_HEAD_FILE)
+            (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        state: np.ndarray | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the next token (see `Policy.predict`); no cache is kept between calls.
+
+        The state counts the tokens this policy has chosen in each row's episode, for `decoding.min_new_tokens`.
+        Rows without any token (idle rows) get EOS.
+        """
+        ids, mask = np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"])
+        batched_ids, batched_mask = np.atleast_2d(ids), np.atleast_2d(mask)
+        written = np.zeros(len(batched_ids), np.int64) if state is None else np.asarray(state, np.int64)
+        if episode_start is not None:
+            written = np.where(episode_start, 0, written)
+        actions = np.full(len(batched_ids), self.tokenizer.eos_token_id, np.int64)
+        sampler = Sampler(
+            self.model,
+            batched_ids,
+            batched_mask,
+            decoding=Decoding(greedy=True, min_new_tokens=self.decoding.min_new_tokens)
+            if deterministic
+            else self.decoding,
+            seeds=self._generator.integers(2**63, size=len(batched_ids)),
+            eos_token_id=self.tokenizer.eos_token_id,
+            prefix_lengths=written,
+            max_new_tokens=written + 1,
+            vocab_size=len(self.tokenizer),
+        )
+        if len(sampler.rows):
+            actions[sampler.rows.cpu().numpy()] = sampler.sample().tokens.cpu().numpy()
+        return actions.reshape(ids.shape[:-1]), written + 1
+
+    def sampler(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        seeds: np.ndarray,
+        max_new_tokens: int,
+        prefix_lengths: Any = None,
+        decoding: Decoding | None = None,
+        values: bool = True,
+    ) -> Sampler:
+        """Begin to write a batch of texts (see `Policy.sampler`).
+
+        Raises:
+            ValueError: A text could be longer than the model has positions.
+        """
+        return Sampler(
+            self.model,
+            observation["input_ids"],
+            observation["attention_mask"],
+            decoding=decoding or self.decoding,
+            seeds=seeds,
+            eos_token_id=self.tokenizer.eos_token_id,
+            prefix_lengths=prefix_lengths,
+            max_new_tokens=max_new_tokens,
+            value_head=self.value_head if values else None,
+            vocab_size=len(self.tokenizer),
+        )
+
+    def evaluate(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> Evaluation:
+        """Judge tokens in one pass that computes logits only where they are needed (see `Policy.evaluate`).
+
+        Raises:
+            ValueError: A column without a valid token, or with none before it; a text longer than the model has
+                positions.
+        """
+        valid = attention_mask.bool()
+        rows, actions = (columns >= 0).nonzero(as_tuple=True)
+        # Every row's tokens move to the left end: a causal model never looks at what comes after, so that no column
+        # has to be masked, and position ids are the column numbers.
+        width = int(valid.sum(1).max())
+        check_positions(self.model, width)
+        order = (~valid).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+        packed_ids = input_ids.gather(1, order)
+        places = (valid.cumsum(1) - 1)[rows, columns[rows, actions]]
+        if not (valid[rows, columns[rows, actions]] & (places > 0)).all():
+            raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
+        logits, hidden, _ = forward(
+            self.model,
+            lambda states: states[rows, places - 1],
+            input_ids=packed_ids,
+            attention_mask=torch.ones_like(packed_ids),
+            position_ids=torch.arange(width, device=packed_ids.device).expand_as(packed_ids),
+            use_cache=False,
+        )
+        log_probs, entropy = _LogProbAndEntropy.apply(logits.float(), packed_ids[rows, places])
+        values = self.value_head(hidden.float()).squeeze(-1)
+
+        def spread(entries: Tensor) -> Tensor:
+            return entries.new_zeros(columns.shape).index_put((rows, actions), entries)
+
+        return Evaluation(spread(log_probs), spread(entropy), spread(values))
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
+    ) -> list[str]:
+        """Continue texts (see `Policy.generate`).
+
+        Raises:
+            ValueError: A prompt without a token, or too long for the model.
+        """
+        if not prompts:
+            return []
+        encoded = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
+        input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
+        input_ids[mask] = np.concatenate(encoded)
+        written = generate(
+            self.model,
+            input_ids,
+            mask,
+            decoding=decoding or self.decoding,
+            seeds=np.random.default_rng(seed).integers(2**63, size=len(prompts)),
+            eos_token_id=self.tokenizer.eos_token_id,
+            max_new_tokens=max_new_tokens,
+            vocab_size=len(self.tokenizer),
+        )
+        return decode(self.tokenizer, written)
+
+
+class _LogProbAndEntropy(torch.autograd.Function):
+    """Log-probability of one token and entropy of each row of logits, with their gradients in closed form.
+
+    Autograd would keep several copies of the logits, by far the largest tensors of an update; this keeps one. With
+    p = softmax(logits) and H its entropy, d log p_a / d logits = onehot(a) - p and d H / d logits = -p (log p + H).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        normalizers = logits.logsumexp(-1, keepdim=True)
+        log_probs = logits - normalizers
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        ctx.save_for_backward(logits, tokens, normalizers, entropy)
+        return log_probs.gather(1, tokens[:, None]).squeeze(1), entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, normalizers, entropy = ctx.saved_tensors
+        of_log_prob, of_entropy = (gradient[:, None] for gradient in gradients)
+        log_probs = logits - normalizers
+        # -p * (g_logp + g_H * (log p + H)), plus g_logp at the token itself
+        gradient = (log_probs + entropy[:, None]).mul_(of_entropy).add_(of_log_prob).mul_(log_probs.exp_()).neg_()
+        return gradient.scatter_add_(1, tokens[:, None], of_log_prob), None
+
+
+def _beside(path: str | os.PathLike, name: str) -> str | None:
+    """Where a file that may lie beside a model is, if it is there."""
+    return cached_file(
+        path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )

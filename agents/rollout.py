@@ -1,0 +1,187 @@
+"""Whole episodes from a vector environment, as one batch of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from textgym.engine import NO_SAMPLE
+from textgym.guides.base import Author
+
+if TYPE_CHECKING:
+    from agents.policy import Policy
+    from textgym.decoding import Decoding
+    from textgym.engine import TextVectorEnv
+
+
+@dataclass
+class Rollout:
+    """N finished episodes: P prompt columns (left-padded), then T token columns (right-padded).
+
+    Tensors live on the policy's device; a *body* is what the policy wrote.
+
+    Attributes:
+        input_ids: int64 (N, P+T).
+        attention_mask: int64 (N, P+T).
+        authors: int8 (N, T), who wrote each token (`textgym.guides.base.Author`).
+        log_probs: float32 (N, T), of body tokens as they were sampled, under the untruncated softmax at temperature 1
+            (whatever the decoding was); zero elsewhere.
+        values: float32 (N, T), of the state before each body token; zero elsewhere and where none were asked for.
+        rewards: float32 (N,), the task's reward of each whole text.
+        prefix_length: int64 (N,), tokens in the text before the policy's first.
+        policy_tokens: int64 (N,).
+        guide_tokens: int64 (N,).
+        reward_parts: float arrays (N,) by the name of the part.
+        finish_reason: object array (N,), "stop", "length" or "handoff".
+        texts: object array (N,) of str, what was written after the prompt, without special tokens.
+        prompts: object array (N,) of str.
+        references: object array (N,) of tuples of str.
+        sample_ids: int64 array (N,), -1 for a user's own prompt.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    authors: torch.Tensor
+    log_probs: torch.Tensor
+    values: torch.Tensor
+    rewards: torch.Tensor
+    prefix_length: torch.Tensor
+    policy_tokens: torch.Tensor
+    guide_tokens: torch.Tensor
+    reward_parts: dict[str, np.ndarray]
+    finish_reason: np.ndarray
+    texts: np.ndarray
+    prompts: np.ndarray
+    references: np.ndarray
+    sample_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def body(self) -> torch.Tensor:
+        """Bool (N, T): the tokens the policy wrote."""
+        return self.authors == int(Author.POLICY)
+
+    @property
+    def prompt_columns(self) -> int:
+        """P."""
+        return self.input_ids.shape[1] - self.authors.shape[1]
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """int64 (N, T): in which column of `input_ids` each body token is, -1 elsewhere (see `Policy.evaluate`)."""
+        return torch.where(
+            self.body, torch.arange(self.authors.shape[1], device=self.authors.device) + self.prompt_columns, -1
+        )
+
+    @classmethod
+    def concatenate(cls, rollouts: list[Rollout]) -> Rollout:
+        """Join rollouts of one environment, row after row."""
+        if len(rollouts) == 1:
+            return rollouts[0]
+        joined: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls)):
+            parts = [getattr(rollout, name) for rollout in rollouts]
+            if isinstance(parts[0], torch.Tensor):
+                joined[name] = torch.cat(parts)
+            elif isinstance(parts[0], dict):
+                joined[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            else:
+                joined[name] = np.concatenate(parts)
+        return cls(**joined)
+
+
+def collect(
+    env: TextVectorEnv,
+    policy: Policy,
+    *,
+    seeds: np.ndarray,
+    decoding: Decoding | None = None,
+    values: bool = True,
+    reset_seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Rollout:
+    """Play one episode in every row that has a sample.
+
+    Rows that are parked from reset on (no policy token) have no body. A row leaves the policy's batch as soon as the
+    environment parks it.
+
+    Args:
+        env: N rows, made with ``parking=True``.
+        policy: Who writes.
+        seeds: uint64 (N,), the seed of each row's tokens. A row's episode depends on its own seed alone, not on what
+            stands beside it.
+        decoding: How tokens are drawn (None: as the policy does).
+        values: Whether to record the critic's values.
+        reset_seed: Seed for the environment's own randomness (None: it continues).
+        options: Reset options: "guidance", "group_size", "index", "prompt", "references", "prefix".
+
+    Raises:
+        ValueError: The environment does not park, resets itself within the last step, or the number of seeds is not N.
+    """
+    if not env.parking:
+        raise ValueError("env must be made with parking=True: rows wait for each other, and end on the same step")
+    if env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
+        raise ValueError("env must not be made with autoreset_mode=SAME_STEP: the last step must show the whole texts")
+    if len(seeds) != env.num_envs:
+        raise ValueError(f"seeds must have one entry for each of the {env.num_envs} rows, got {len(seeds)}")
+
+    observation, info = env.reset(seed=reset_seed, options=dict(options or {}))
+    prompts, references, sample_ids = info["prompt"], info["references"], info["sample_id"]
+    live = np.flatnonzero(
+        sample_ids != NO_SAMPLE
+    )  # the last reset of a sequential pass can leave rows without a sample
+    shape = (env.num_envs, env.max_new_tokens)
+    log_probs, state_values = torch.zeros(2, *shape, device=policy.device)
+    column = torch.from_numpy(info["prefix_length"].copy()).to(policy.device)
+
+    sampler = policy.sampler(
+        observation,
+        seeds=seeds,
+        decoding=decoding,
+        values=values,
+        max_new_tokens=env.max_new_tokens,
+        prefix_lengths=info["prefix_length"],
+    )
+    sampler.keep(~info["parked"][sampler.rows.cpu().numpy()])
+    actions = np.zeros(env.num_envs, np.int64)
+    while True:
+        if len(sampler.rows):
+            sample, rows = sampler.sample(), sampler.rows
+            log_probs[rows, column[rows]] = sample.log_probs
+            if sample.values is not None:
+                state_values[rows, column[rows]] = sample.values
+            column[rows] += 1
+            actions[rows.cpu().numpy()] = sample.tokens.cpu().numpy()
+        observation, rewards, terminations, _, info = env.step(actions)
+        if terminations[live].all():
+            break
+        sampler.keep(~info["parked"][sampler.rows.cpu().numpy()])
+
+    def tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(array[live]).to(policy.device, dtype)
+
+    parts = info["reward_parts"]
+    return Rollout(
+        input_ids=tensor(observation["input_ids"], torch.int64),
+        attention_mask=tensor(observation["attention_mask"], torch.int64),
+        authors=tensor(info["authors"], torch.int8),
+        log_probs=log_probs[live],
+        values=state_values[live],
+        rewards=tensor(rewards, torch.float32),
+        prefix_length=tensor(info["prefix_length"], torch.int64),
+        policy_tokens=tensor(info["policy_tokens"], torch.int64),
+        guide_tokens=tensor(info["guide_tokens"], torch.int64),
+        reward_parts={name: part[live] for name, part in parts.items() if not name.startswith("_")},
+        finish_reason=info["finish_reason"][live],
+        texts=info["text"][live],
+        prompts=prompts[live],
+        references=references[live],
+        sample_ids=sample_ids[live],
+    )

@@ -1,0 +1,313 @@
+"""Supervised learning on reference texts: where a policy starts before it is reinforced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from agents.algorithm import Algorithm, Callback, check
+from agents.policy import Policy
+from textgym.task import Split
+from textgym.tokenization import encode_continuation, encode_prompts
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+    from transformers import PreTrainedTokenizerBase
+
+    from textgym.engine import TextVectorEnv
+
+
+class Example(NamedTuple):
+    """A text to imitate: token ids that are only read, then token ids that are learned."""
+
+    context: list[int]
+    target: list[int]
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.target)
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], text: str, max_new_tokens: int
+) -> Example:
+    """Encode a reference text after its prompt, cut at the horizon, with EOS where there is room for it."""
+    (ids,) = encode_continuation(tokenizer, prompt, [text])
+    return Example(prompt_ids, [*ids, tokenizer.eos_token_id][:max_new_tokens])
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pad examples to one batch.
+
+    Returns:
+        Input ids (B, S), attention mask (B, S) and the columns (B, A) of the targets (-1: none), int64 each.
+    """
+    width, longest = max(map(len, examples)), max(len(example.target) for example in examples)
+    input_ids = np.full((len(examples), width), pad_token_id)
+    attention_mask = np.zeros((len(examples), width), np.int64)
+    columns = np.full((len(examples), longest), -1)
+    for row, (context, target) in enumerate(examples):
+        end = len(context) + len(target)
+        input_ids[row, :end] = context + target
+        attention_mask[row, :end] = 1
+        columns[row, : len(target)] = np.arange(len(context), end)
+    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(columns)
+
+
+def supervised_loss(policy: Policy, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
+    """Negative log-likelihood a target token, in nats, averaged over the targets of all examples."""
+    batch = [tensor.to(policy.device) for tensor in collate(examples, pad_token_id)]
+    return -policy.evaluate(*batch).log_probs.sum() / (batch[2] >= 0).sum()
+
+
+class SL(Algorithm):
+    """Supervised learning on the references of an environment's split, by maximum likelihood.
+
+    Training follows a schedule of `n_epochs` passes, in iterations of `episodes_per_iteration` texts; after each the
+    loss on validation references is measured. When the schedule is over, or the validation loss has not improved for
+    `patience` iterations, `learn` puts back the weights with the best validation loss. An episode here is one reference
+    text, a timestep one token of it that is learned.
+
+    Args:
+        policy: A `Policy`, or the hub id or path of a causal language model.
+        env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
+        loss_on: "completion" learns the references of the rows that the task says to imitate, given their prompts.
+            "text" learns prompts and references of all rows as a language model does.
+        n_epochs: Passes over the references in the whole schedule; a fraction is fine.
+        episodes_per_iteration: Texts between two looks at the validation loss.
+        minibatch_size: Texts a gradient step.
+        learning_rate: Peak step size of AdamW; it rises linearly, then decays linearly to zero.
+        warmup: Share of the schedule in which it rises.
+        weight_decay: Weight decay of AdamW, on matrices only.
+        patience: Iterations without a better validation loss after which training stops.
+        max_grad_norm: Gradients are scaled down to this norm.
+        seed: Seed of the order of the texts.
+        device: "auto" or a torch device.
+        eval_every: Iterations between evaluations of the reward on validation prompts; 0 never evaluates it.
+        eval_prompts: Validation texts for the loss, and prompts for that evaluation.
+        eval_env: What to evaluate on (None: the validation split of `env`, without a guide).
+        output_dir: Where the checkpoints ``last`` and ``best`` go.
+        track: Accelerate trackers.
+
+    Raises:
+        ValueError: An argument is wrong, or there is no reference to learn from.
+    """
+
+    name = "sl"
+    plays_episodes = False
+
+    def __init__(
+        self,
+        policy: Policy | str | os.PathLike,
+        env: TextVectorEnv | str,
+        *,
+        loss_on: Literal["completion", "text"] = "completion",
+        n_epochs: float = 3.0,
+        episodes_per_iteration: int = 512,
+        minibatch_size: int = 16,
+        learning_rate: float = 5e-4,
+        warmup: float = 0.05,
+        weight_decay: float = 0.01,
+        patience: int = 5,
+        max_grad_norm: float = 1.0,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        eval_every: int = 0,
+        eval_prompts: int = 256,
+        eval_env: TextVectorEnv | None = None,
+        output_dir: str | os.PathLike | None = None,
+        track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None,
+    ) -> None:
+        hyperparameters = {
+            key: value
+            for key, value in locals().items()
+            if key not in ("self", "policy", "env", "eval_env", "track", "__class__")
+        }
+        check("loss_on", loss_on, loss_on in ("completion", "text"), '"completion" or "text"')
+        check("n_epochs", n_epochs, n_epochs > 0, "above 0")
+        check("minibatch_size", minibatch_size, minibatch_size >= 1, "at least 1")
+        check("learning_rate", learning_rate, learning_rate > 0, "above 0")
+        check("warmup", warmup, 0 <= warmup < 1, "in [0, 1)")
+        check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        check("patience", patience, patience >= 1, "at least 1")
+        check("max_grad_norm", max_grad_norm, max_grad_norm > 0, "above 0")
+        super().__init__(
+            policy,
+            env,
+            episodes_per_iteration=episodes_per_iteration,
+            decoding=None,
+            seed=seed,
+            device=device,
+            eval_every=eval_every,
+            eval_prompts=eval_prompts,
+            eval_env=eval_env,
+            output_dir=output_dir,
+            track=track,
+            hyperparameters=hyperparameters,
+        )
+        self.loss_on, self.n_epochs, self.minibatch_size = loss_on, n_epochs, minibatch_size
+        self.learning_rate, self.warmup, self.patience = learning_rate, warmup, patience
+        self.max_grad_norm = max_grad_norm
+        groups = [
+            {"params": [p for p in self.trainable if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+
+        self.train_pairs = self.pairs(self.env.data)
+        validation = self.env.task.split("validation", self.env.source)
+        pairs = self.pairs(validation)
+        if not self.train_pairs or not pairs:
+            raise ValueError(
+                f"env must have references to learn from: task {self.env.task.name!r}, source {self.env.source!r} has "
+                f"{len(self.train_pairs)} in split {self.env.split!r} and {len(pairs)} in validation"
+            )
+        chosen = np.random.default_rng(0).permutation(len(pairs))[:eval_prompts]  # the same for every seed
+        self.validation_examples = self.encode(validation, [pairs[index] for index in chosen])
+        self.total_texts = max(1, round(n_epochs * len(self.train_pairs)))
+        self.best_state: dict[str, torch.Tensor] | None = None
+        self.iterations_since_best = 0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over the policy."""
+        return self._optimizer
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule is over or the validation loss has stopped falling."""
+        return self.num_episodes >= self.total_texts or self.iterations_since_best >= self.patience
+
+    def score(self, record: Mapping[str, Any]) -> float:
+        """The validation loss, negated."""
+        return -record["validation_loss"]
+
+    def status(self, record: Mapping[str, Any]) -> str:
+        """The losses."""
+        return f"loss {record['loss']:.3f} validation {record['validation_loss']:.3f}"
+
+    def learn(
+        self,
+        total_timesteps: int | None = None,
+        total_episodes: int | None = None,
+        callback: Callback | None = None,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Follow the schedule: to its end, or for so many more timesteps or episodes (see `Algorithm.learn`).
+
+        Raises:
+            ValueError: Both totals are given, or one that is not positive.
+            FloatingPointError: A loss or gradient is not finite.
+        """
+        if total_timesteps is None and total_episodes is None:
+            total_episodes = max(1, self.total_texts - self.num_episodes)
+        return super().learn(total_timesteps, total_episodes, callback, progress_bar)
+
+    def _learn(self, done: Callable[[], float], callback: Callback | None, progress_bar: bool) -> Self:
+        super()._learn(done, callback, progress_bar)
+        if self.finished and self.best_state is not None:
+            self.policy.load_state_dict(self.best_state)
+        return self
+
+    def iterate(self) -> dict[str, Any]:
+        """Learn the next texts of the schedule, then measure the validation loss."""
+        start, end = self.num_episodes, min(self.num_episodes + self.episodes_per_iteration, self.total_texts)
+        examples = self.encode(self.env.data, [self.train_pairs[index] for index in self.order(start, end)])
+        batches = self.batches(examples)
+        losses, tokens = [], 0
+        for step in np.random.default_rng([self.seed, self.iteration]).permutation(len(batches)):
+            rate = self.learning_rate * self.schedule(self.num_episodes / self.total_texts)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss = supervised_loss(self.policy, batches[step], self.env.pad_token_id)
+            self.check_finite("loss", loss)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.check_finite("gradient norm", torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm))
+            self.optimizer.step()
+            losses.append(loss.detach())
+            self.num_episodes += len(batches[step])
+            tokens += sum(len(example.target) for example in batches[step])
+        self.num_timesteps += tokens
+
+        validation_loss = self.validation_loss()
+        if -validation_loss > self.best_score:
+            self.best_state = {name: value.clone() for name, value in self.policy.state_dict().items()}
+            self.iterations_since_best = 0
+        else:
+            self.iterations_since_best += 1
+        return {
+            "loss": float(torch.stack(losses).mean()),
+            "validation_loss": validation_loss,
+            "validation_perplexity": float(np.exp(validation_loss)),
+            "learning_rate": rate,
+            "epoch": self.num_episodes / len(self.train_pairs),
+            "policy_tokens": tokens,
+        }
+
+    def schedule(self, progress: float) -> float:
+        """The step size, as a share of its peak, when a share of the schedule is done: up linearly, then down."""
+        first = 1 / self.total_texts  # so that the first step is not zero
+        return min((progress + first) / (self.warmup + first), (1 - progress) / (1 - self.warmup))
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Nats a token on the validation references."""
+        total, tokens = 0.0, 0
+        for batch in self.batches(self.validation_examples):
+            count = sum(len(example.target) for example in batch)
+            total += count * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
+            tokens += count
+        return total / tokens
+
+    def order(self, start: int, end: int) -> np.ndarray:
+        """Which references stand at places start..end-1 of the schedule: every pass is a shuffle of its own."""
+        count = len(self.train_pairs)
+        passes = [
+            np.random.default_rng([self.seed, epoch]).permutation(count)
+            for epoch in range(start // count, (end - 1) // count + 1)
+        ]
+        return np.concatenate(passes)[start - start // count * count :][: end - start]
+
+    def pairs(self, split: Split) -> list[tuple[int, int]]:
+        """The (row, reference) pairs of a split to learn."""
+        demonstration = None if self.loss_on == "text" else self.env.task.demonstration
+        return [
+            (index, reference)
+            for index, row in enumerate(split.rows)
+            if demonstration is None or demonstration(row)
+            for reference in range(len(self.env.task.references_of(row)))
+        ]
+
+    def encode(self, split: Split, pairs: Sequence[tuple[int, int]]) -> list[Example]:
+        """Encode (row, reference) pairs of a split."""
+        env = self.env
+        rows = [split.rows[index] for index, _ in pairs]
+        prompts = encode_prompts(
+            env.tokenizer, [env.task.prompt_of(row) for row in rows], env.max_prompt_tokens, env.truncation_side
+        )
+        examples = [
+            encode_example(env.tokenizer, prompt, ids, env.task.references_of(row)[reference], env.max_new_tokens)
+            for (prompt, ids), row, (_, reference) in zip(prompts, rows, pairs, strict=True)
+        ]
+        if self.loss_on == "text":  # nothing predicts the first token
+            examples = [Example(context[:1], context[1:] + target) for context, target in examples]
+        return examples
+
+    def batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Minibatches of texts of similar length, so that little of them is padding."""
+        ordered = sorted(examples, key=len)
+        return [ordered[at : at + self.minibatch_size] for at in range(0, len(ordered), self.minibatch_size)]
+
+    def training_state(self) -> dict[str, Any]:
+        """Add the best weights and how long ago they were found."""
+        best = {"best_state": self.best_state, "iterations_since_best": self.iterations_since_best}
+        return {**super().training_state(), **best}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `training_state`."""
+        super().load_training_state(state)
+        self.best_state, self.iterations_since_best = state["best_state"], state["iterations_since_best"]

@@ -1,0 +1,1 @@
+"""Comparisons of algorithms: runs, statistics and reports."""

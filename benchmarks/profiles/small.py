@@ -1,0 +1,35 @@
+"""Real data, language models of a few million parameters: hours on two CPU cores.
+
+With ``--base`` the start model is that model; without, a GPT-2 of about six million parameters is trained on the task's
+text. What is published for full-size models (arXiv 2306.11816) is kept where a small model can follow it.
+"""
+
+from benchmarks.profiles import LanguageModel, Profile, TaskProfile
+
+LANGUAGE_MODEL = LanguageModel(
+    n_embd=256,
+    n_layer=5,
+    n_head=4,
+    training={"n_epochs": 4, "episodes_per_iteration": 4096, "minibatch_size": 32, "learning_rate": 1e-3},
+)
+ALGORITHMS = {"ppo++": {"beta": 0.6}}
+
+IMDB = TaskProfile(
+    env_id="textgym/IMDB-v0",
+    language_model=LANGUAGE_MODEL,
+    supervised={"n_epochs": 3, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-4},
+    episodes=112 * 80,
+    rl={
+        "episodes_per_iteration": 112,
+        "minibatch_size": 28,
+        "n_epochs": 4,
+        "learning_rate": 5e-5,
+        "kl_coef": 0.02,
+        "eval_every": 10,
+        "eval_prompts": 128,
+    },
+    algorithms=ALGORITHMS,
+    decoding={"top_k": 50, "min_new_tokens": 48},
+)
+
+SMALL = Profile(name="small", source="hub", tasks={"imdb": IMDB})

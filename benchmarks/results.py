@@ -1,0 +1,74 @@
+"""The results file: one JSON line a finished run, which is all that the report reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+
+RESULTS = "results.jsonl"
+
+
+def read_results(folder: str | Path) -> list[Record]:
+    """Read the finished runs of a benchmark folder, in the order they finished.
+
+    Returns:
+        One mapping a run, with the keys ``task, algo, seed, profile, source, base, final_reward, best_reward,
+        reward_parts, metrics, policy_tokens, guide_tokens, episodes, seconds, hyperparameters, fingerprints, versions,
+        evaluation, history, samples, rollouts, finished``. Empty if nothing has finished.
+
+    Raises:
+        ValueError: A line that is not JSON.
+    """
+    path = Path(folder) / RESULTS
+    if not path.exists():
+        return []
+    records = []
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+    return records
+
+
+def append_result(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Add a finished run; a crash leaves the file as it was or with the whole line, never with half of it.
+
+    Raises:
+        ValueError: A number that is not finite, or a value that JSON cannot hold.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RESULTS
+    try:
+        line = json.dumps(record, default=_plain, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the record of {record.get('task')}, {record.get('algo')} cannot be written: {error}"
+        ) from error
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_text(path, before + line + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one piece: to a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: arrays, NumPy scalars, paths."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON: {value!r}")

@@ -1,0 +1,123 @@
+"""Compare algorithms: ``python benchmarks/run_all.py --profile quick``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a file, its folder stands first on the path, where our statistics would hide the standard library's.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from datetime import datetime
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def run_all(
+    profile: str = "quick",
+    tasks: str | None = None,
+    algos: str = "sl,ppo,ppo++",
+    seeds: int = 1,
+    source: str | None = None,
+    base: str | None = None,
+    name: str | None = None,
+    out: Path | None = None,
+) -> int:
+    """Run algorithms on tasks and write a report.
+
+    Results go to a folder, one JSON line a finished run; the same folder again continues where it stopped.
+
+    Args:
+        profile: "quick" (mini data, minutes) or "small" (real data, hours).
+        tasks: Names of tasks, separated by commas; all of the profile's by default.
+        algos: Names of algorithms, separated by commas.
+        seeds: Number of training seeds, 0 to seeds - 1.
+        source: "mini", "hub" or a folder; by default the profile's.
+        base: Hub id or folder of the start model; by default one is trained from scratch on each task's text.
+        name: Results go to runs/NAME; by default the profile's name and the time.
+        out: Results go to this folder instead.
+
+    Returns:
+        0, or 1 if a run failed.
+    """
+    from benchmarks.profiles import load_profile
+
+    console = Console()
+    chosen = load_profile(profile)
+    task_names = _names("tasks", tasks, list(chosen.tasks))
+
+    with console.status("loading"):  # torch and transformers take seconds
+        from transformers.utils.logging import disable_progress_bar
+
+        import textgym  # noqa: F401  (registers the environments)
+        from agents import ALGORITHMS
+        from benchmarks.report import write_report
+        from benchmarks.runner import Benchmark, Run
+
+    disable_progress_bar()  # one display is enough
+    algo_names = _names("algos", algos, list(ALGORITHMS))
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    folder = out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    benchmark = Benchmark(chosen, source, base, folder)
+    runs = [Run(task, algo, seed) for task in task_names for seed in range(seeds) for algo in algo_names]
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        done = sum(run in benchmark.finished for run in runs)
+        overall = progress.add_task("all runs", total=len(runs), completed=done, status=f"{done} of {len(runs)} done")
+        current = progress.add_task("", total=1.0, status="")
+
+        def report(run: Run, what: str, share: float) -> None:
+            progress.update(current, description=str(run), completed=share, status=what)
+
+        def finished(run: Run, outcome: str) -> None:
+            console.print(f"{run}: {outcome}", markup=False, highlight=False, soft_wrap=True)
+            progress.advance(overall)
+            progress.update(overall, status=f"{int(progress.tasks[overall].completed)} of {len(runs)} done")
+            progress.reset(current)
+
+        failed = benchmark.run_all(runs, report, finished)
+        progress.remove_task(current)
+    for run, trace in failed.items():
+        console.print(f"{run} failed:\n{trace}", markup=False, highlight=False, soft_wrap=True)
+    if benchmark.finished:
+        files = write_report(folder)
+        print(files.table)
+        print(files.page)
+    return 1 if failed else 0
+
+
+def _names(argument: str, given: str | None, allowed: list[str]) -> list[str]:
+    """Read a comma-separated list of names.
+
+    Raises:
+        ValueError: A name that is not allowed, or none.
+    """
+    names = allowed if given is None else list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    unknown = [name for name in names if name not in allowed]
+    if unknown or not names:
+        raise ValueError(f"{argument} must be some of {','.join(allowed)}, got {given!r}")
+    return names
+
+
+def main() -> None:
+    """Read the command line; a wrong argument ends in one line, not in a traceback."""
+    try:
+        sys.exit(tyro.cli(run_all))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Runs: every algorithm on every task with every seed, from the same warm start, judged on the same test prompts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from agents import ALGORITHMS, SL, CausalLMPolicy, EvaluationResult, Policy, evaluate
+from agents.algorithm import Algorithm
+from agents.evaluation import make_env
+from agents.rollout import Rollout
+from benchmarks.profiles import Profile
+from benchmarks.results import Record, append_result, read_results, write_text
+from benchmarks.warm_start import Report, WarmStart, warm_start
+from textgym.decoding import Decoding
+from textgym.guides.base import Author
+from textgym.guides.local import LocalGuide
+from textgym.tokenization import decode
+
+PACKAGES = ("textgym", "torch", "transformers", "tokenizers", "gymnasium", "datasets", "numpy")
+SAMPLES = 4  # texts of a run that the report shows
+
+
+class Run(NamedTuple):
+    """One algorithm on one task with one seed."""
+
+    task: str
+    algo: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.algo} seed {self.seed}"
+
+
+class Benchmark:
+    """The runs of a profile, and the folder where their results go.
+
+    Args:
+        profile: What to run.
+        source: "mini", "hub" or a folder; None takes the profile's.
+        base: Hub id or folder of the start model; None trains one from scratch on each task's text.
+        out: The results folder. A run that finished there is not run again.
+
+    Raises:
+        ValueError: `out` holds runs with another profile, source, base or hyperparameters.
+    """
+
+    def __init__(self, profile: Profile, source: str | None, base: str | None, out: Path) -> None:
+        self.profile, self.source, self.base, self.out = profile, source or profile.source, base, out
+        self._warm_starts: dict[str, WarmStart] = {}
+        self.finished: set[Run] = set()
+        for record in read_results(out):
+            run = Run(record["task"], record["algo"], record["seed"])
+            self.finished.add(run)
+            if run.task in profile.tasks and run.algo in ALGORITHMS:
+                for key, value in self.settings(run).items():
+                    if record[key] != value:
+                        raise ValueError(
+                            f"out must be a new folder, or one with runs of the same settings: in {out}, {run} has "
+                            f"{key} {record[key]!r}, now it is {value!r}"
+                        )
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """What was chosen for a run, as it stands in its record."""
+        task = self.profile.tasks[run.task]
+        hyperparameters = {
+            "env": task.env,
+            "decoding": task.decoding,
+            "guide_decoding": task.guide_decoding,
+            "test_prompts": task.test_prompts,
+            "start_model": asdict(task.language_model) if self.base is None else self.base,
+            "supervised": task.supervised,
+        }
+        if run.algo != SL.name:
+            hyperparameters |= {"episodes": task.episodes, **task.rl, **task.algorithms.get(run.algo, {})}
+        settings = {
+            "profile": self.profile.name,
+            "source": self.source,
+            "base": self.base,
+            "hyperparameters": hyperparameters,
+        }
+        return json.loads(json.dumps(settings))  # as it will be read: tuples become lists
+
+    def run_all(
+        self, runs: Sequence[Run], report: Callable[[Run, str, float], None], finished: Callable[[Run, str], None]
+    ) -> dict[Run, str]:
+        """Do the runs that are not finished; one that fails does not stop the others.
+
+        Args:
+            runs: What to do, in order.
+            report: Is told, for a run, what is happening and how much of it is done.
+            finished: Is told about the end of a run.
+
+        Returns:
+            The tracebacks of the runs that failed; they are also in ``<out>/<run>/traceback.txt``.
+        """
+        failed = {}
+        for run in runs:
+            if run in self.finished:
+                continue
+            try:
+                record = self.run(run, partial(report, run))
+                append_result(self.out, record)
+                self.finished.add(run)
+                finished(run, f"test reward {record['final_reward']:.3f}")
+            except Exception:
+                failed[run] = traceback.format_exc()
+                folder = self.folder(run)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "traceback.txt", failed[run])
+                finished(run, "failed")
+        return failed
+
+    def folder(self, run: Run) -> Path:
+        """Where a run's checkpoints go."""
+        return self.out / f"{run.task}-{run.algo}-{run.seed}"
+
+    def run(self, run: Run, report: Report) -> Record:
+        """Train, evaluate, and say everything about it."""
+        task = self.profile.tasks[run.task]
+        start = self.warm_start(run.task, report)
+        training_seed, evaluation_seed = spread(run.seed)
+        decoding = Decoding(**task.decoding)
+        algorithm = self.train(run, start, training_seed, report)
+        policy = (
+            CausalLMPolicy.from_pretrained(start.supervised, decoding=decoding)
+            if algorithm is None
+            else algorithm.policy
+        )
+
+        def judge(policy: Policy) -> EvaluationResult:
+            return evaluate(
+                policy,
+                task.env_id,
+                split="test",
+                source=self.source,
+                num_prompts=task.test_prompts,
+                decoding=decoding,
+                seed=evaluation_seed,
+                start_model=str(start.start_model),
+                **task.env,
+            )
+
+        report("evaluation", 0)
+        result = judge(policy)
+        best = self.folder(run) / "best"
+        best_reward = judge(CausalLMPolicy.from_pretrained(best)).reward if best.is_dir() else result.reward
+        history = start.history if algorithm is None else algorithm.history
+        return {
+            **run._asdict(),
+            **self.settings(run),
+            "final_reward": result.reward,
+            "best_reward": best_reward,
+            "reward_parts": result.reward_parts,
+            "metrics": result.metrics,
+            "episodes": history[-1]["num_episodes"],
+            "policy_tokens": 0 if algorithm is None else algorithm.num_timesteps,
+            "guide_tokens": 0 if algorithm is None else algorithm.num_guide_tokens,
+            "seconds": sum(record["seconds"] for record in history),
+            "history": history,
+            "evaluation": {
+                "split": "test",
+                "seed": evaluation_seed,
+                "prompts": len(result.rewards),
+                "seconds": result.seconds,
+                "sample_ids": result.sample_ids,
+                "rewards": result.rewards,
+            },
+            "fingerprints": {**start.fingerprints, "test": result.fingerprint},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "threads": torch.get_num_threads(),
+            "device": str(policy.device),
+            "training_seed": training_seed,
+            "samples": samples(result),
+            "rollouts": [] if algorithm is None else rollouts(algorithm),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def warm_start(self, task: str, report: Report) -> WarmStart:
+        """The models of a task, made once."""
+        if task not in self._warm_starts:
+            # The same for every algorithm and seed: runs differ in what they do with it.
+            self._warm_starts[task] = warm_start(self.profile.tasks[task], self.source, self.base, 0, report)
+        return self._warm_starts[task]
+
+    def train(self, run: Run, start: WarmStart, seed: int, report: Report) -> Algorithm | None:
+        """Train the supervised policy further; None for supervised learning itself, which the warm start has done."""
+        task, algorithm_class = self.profile.tasks[run.task], ALGORITHMS[run.algo]
+        if algorithm_class is SL:
+            return None
+        guide = LocalGuide(str(start.supervised), decoding=Decoding(**task.guide_decoding))
+        env = make_env(
+            task.env_id,
+            num_envs=task.rl["episodes_per_iteration"],
+            source=self.source,
+            tokenizer=start.supervised,
+            guide=guide,
+            **task.env,
+        )
+        algorithm = algorithm_class(
+            CausalLMPolicy.from_pretrained(start.supervised, decoding=Decoding(**task.decoding)),
+            env,
+            seed=seed,
+            output_dir=self.folder(run),
+            **{**task.rl, **task.algorithms.get(run.algo, {})},
+        )
+
+        def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
+            report(f"reward {algorithm.history[-1]['reward']:.3f}", algorithm.num_episodes / task.episodes)
+
+        report("training", 0)
+        algorithm.learn(total_episodes=task.episodes, callback=callback)
+        return algorithm
+
+
+def spread(seed: int) -> tuple[int, int]:
+    """Seeds of a run's training and of its evaluation, far from those of every other seed.
+
+    Row i of a vector environment takes seed + i, so that neighbouring seeds would share rows. The evaluation's does not
+    depend on the algorithm: algorithms are compared on the same prompts with the same random numbers.
+    """
+    training, evaluation = np.random.SeedSequence(seed).generate_state(2)
+    return int(training), int(evaluation)
+
+
+def samples(result: EvaluationResult) -> list[dict[str, Any]]:
+    """A few evaluated texts, at the same places for every algorithm."""
+    chosen = np.linspace(0, len(result.rewards) - 1, min(SAMPLES, len(result.rewards))).astype(int)
+    return [
+        {
+            "sample_id": int(result.sample_ids[row]),
+            "prompt": result.prompts[row],
+            "reward": float(result.rewards[row]),
+            "segments": [("policy", result.completions[row])],
+        }
+        for row in chosen
+    ]
+
+
+def rollouts(algorithm: Algorithm) -> list[dict[str, Any]]:
+    """A few training episodes of the trained policy that a guide began."""
+    rollout = algorithm.collect()
+    chosen = np.flatnonzero((rollout.prefix_length > 0).cpu().numpy())[:SAMPLES]
+    return [
+        {
+            "prompt": rollout.prompts[row],
+            "prefix_length": int(rollout.prefix_length[row]),
+            "reward": float(rollout.rewards[row]),
+            "segments": segments(rollout, row, algorithm.policy.tokenizer),
+        }
+        for row in chosen
+    ]
+
+
+def segments(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """The text of an episode as stretches of one author each: (author, text)."""
+    ids = rollout.input_ids[row, rollout.prompt_columns :].tolist()
+    authors = rollout.authors[row].tolist()
+    written = [(author, token) for author, token in zip(authors, ids, strict=True) if author != Author.NONE]
+    stretches = [
+        (Author(author).name.lower(), [token for _, token in tokens])
+        for author, tokens in groupby(written, key=lambda pair: pair[0])
+    ]
+    texts = decode(tokenizer, [tokens for _, tokens in stretches])
+    return [(author, text) for (author, _), text in zip(stretches, texts, strict=True)]

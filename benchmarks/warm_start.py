@@ -1,0 +1,142 @@
+"""What all runs of a task start from: tokenizer, start model, supervised policy. Built once, kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from textgym.data.sources import cache_dir
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from agents.evaluation import make_env
+from agents.policy import CausalLMPolicy
+from agents.supervised import SL
+from benchmarks.profiles import LanguageModel, TaskProfile
+from textgym.decoding import load_model
+from textgym.engine import TextVectorEnv
+
+# What is happening, and how much of it is done, in [0, 1].
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The models of a task, as folders with safetensors weights and tokenizer.
+
+    Attributes:
+        start_model: The language model before it has learned the task.
+        supervised: The supervised policy at its best validation loss; frozen, it is also the guide.
+        history: The history of supervised learning.
+        fingerprints: Of the data they learned from, their tokenizer and their weights.
+    """
+
+    start_model: Path
+    supervised: Path
+    history: list[dict[str, Any]]
+    fingerprints: dict[str, str]
+
+
+def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, report: Report) -> WarmStart:
+    """Build the models of a task, or find them in the cache.
+
+    They are kept by a fingerprint of everything that makes them: data, tokenizer, base, hyperparameters, versions.
+
+    Args:
+        profile: The task's profile.
+        source: "mini", "hub" or a folder.
+        base: Hub id or folder of the start model; None trains one from scratch on the task's text.
+        seed: Seed of weights and batches.
+        report: Is told what is happening.
+
+    Raises:
+        ValueError: `base` is not a causal language model with safetensors weights.
+    """
+    report("loading data", 0)
+    env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=base, **profile.env)
+    loaded = None if base is None else load_model(base, device="cpu")
+    tokenizer = _digest(json.dumps(env.tokenizer.get_vocab(), sort_keys=True).encode())
+    data = {split: env.task.split(split, env.source).fingerprint for split in ("train", "validation")}
+    recipe = {
+        "task": env.task.name,
+        "data": data,
+        "tokenizer": tokenizer,
+        "start_model": asdict(profile.language_model) if loaded is None else _fingerprint(loaded),
+        "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
+        "supervised": dict(profile.supervised),
+        "seed": seed,
+        "versions": {name: version(name) for name in ("textgym", "torch", "transformers")},
+    }
+    key = _digest(json.dumps(recipe, sort_keys=True).encode())
+    folder = cache_dir() / "warm_starts" / f"{env.task.name}-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        start_model, supervised = temporary / "start_model", temporary / "supervised"
+        model = initial_model(env, profile.language_model, seed) if loaded is None else loaded
+        CausalLMPolicy(model, env.tokenizer).save_pretrained(start_model)
+        if loaded is None:
+            training = {"loss_on": "text", **profile.language_model.training}
+            learn(start_model, env, training, seed, start_model, partial(report, "start model"))
+        history = learn(
+            start_model, env, profile.supervised, seed, supervised, lambda share: report("supervised", share)
+        )
+        (temporary / "recipe.json").write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+        (temporary / "history.json").write_text(json.dumps(history), encoding="utf-8")
+        temporary.rename(folder)
+    models = {name: folder / name for name in ("start_model", "supervised")}
+    weights = {name: _fingerprint(load_model(path, device="cpu")) for name, path in models.items()}
+    return WarmStart(
+        **models,
+        history=json.loads((folder / "history.json").read_text(encoding="utf-8")),
+        fingerprints={**data, "tokenizer": tokenizer, **weights},
+    )
+
+
+def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTrainedModel:
+    """Make a GPT-2 with random weights that can read an episode of `env`."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(env.tokenizer),
+            n_positions=env.max_prompt_tokens + env.max_new_tokens,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            bos_token_id=env.eos_token_id,
+            eos_token_id=env.eos_token_id,
+            pad_token_id=env.pad_token_id,
+        )
+    )
+
+
+def learn(
+    model: Path, env: TextVectorEnv, arguments: Mapping[str, Any], seed: int, out: Path, report: Callable[[float], None]
+) -> list[dict[str, Any]]:
+    """Train a model on the references of `env`, write it, at its best validation loss, to `out`; return the history."""
+    report(0)
+    algorithm = SL(CausalLMPolicy.from_pretrained(model), env, seed=seed, **arguments)
+
+    def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
+        report(algorithm.num_episodes / algorithm.total_texts)
+
+    algorithm.learn(callback=callback)
+    algorithm.policy.save_pretrained(out)
+    return algorithm.history
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits of a model's weights."""
+    tensors = sorted(model.state_dict().items())
+    return _digest(b"".join(name.encode() + tensor.cpu().contiguous().numpy().tobytes() for name, tensor in tensors))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
