@@ -366,25 +366,23 @@ class CausalLMPolicy(Policy):
 class _LogProbAndEntropy(torch.autograd.Function):
     """Log-probability of one token and entropy of each row of logits, with their gradients in closed form.
 
-    Autograd would keep several copies of the logits, by far the largest tensors of an update; this keeps one. With
+    Autograd would keep several tensors of the logits' size, by far the largest of an update; this keeps one. With
     p = softmax(logits) and H its entropy, d log p_a / d logits = onehot(a) - p and d H / d logits = -p (log p + H).
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        normalizers = logits.logsumexp(-1, keepdim=True)
-        log_probs = logits - normalizers
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        ctx.save_for_backward(logits, tokens, normalizers, entropy)
+        log_probs = logits.log_softmax(-1)
+        entropy = -log_probs.exp().mul_(log_probs).sum(-1)
+        ctx.save_for_backward(log_probs, tokens, entropy)
         return log_probs.gather(1, tokens[:, None]).squeeze(1), entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, tokens, normalizers, entropy = ctx.saved_tensors
+        log_probs, tokens, entropy = ctx.saved_tensors
         of_log_prob, of_entropy = (gradient[:, None] for gradient in gradients)
-        log_probs = logits - normalizers
         # -p * (g_logp + g_H * (log p + H)), plus g_logp at the token itself
-        gradient = (log_probs + entropy[:, None]).mul_(of_entropy).add_(of_log_prob).mul_(log_probs.exp_()).neg_()
+        gradient = (log_probs + entropy[:, None]).mul_(of_entropy).add_(of_log_prob).mul_(log_probs.exp()).neg_()
         return gradient.scatter_add_(1, tokens[:, None], of_log_prob), None
 
 

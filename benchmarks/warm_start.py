@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from textgym.data.sources import cache_dir
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from agents.evaluation import make_env
 from agents.policy import CausalLMPolicy
 from agents.supervised import SL
 from benchmarks.profiles import LanguageModel, TaskProfile
+from benchmarks.results import write_text
+from textgym.data.sources import cache_dir
 from textgym.decoding import load_model
 from textgym.engine import TextVectorEnv
 
@@ -78,19 +79,19 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
     folder = cache_dir() / "warm_starts" / f"{env.task.name}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        start_model, supervised = temporary / "start_model", temporary / "supervised"
-        model = initial_model(env, profile.language_model, seed) if loaded is None else loaded
-        CausalLMPolicy(model, env.tokenizer).save_pretrained(start_model)
-        if loaded is None:
-            training = {"loss_on": "text", **profile.language_model.training}
-            learn(start_model, env, training, seed, start_model, partial(report, "start model"))
-        history = learn(
-            start_model, env, profile.supervised, seed, supervised, lambda share: report("supervised", share)
-        )
-        (temporary / "recipe.json").write_text(json.dumps(recipe, indent=2), encoding="utf-8")
-        (temporary / "history.json").write_text(json.dumps(history), encoding="utf-8")
-        temporary.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+            made = Path(name) / "made"
+            made.mkdir()
+            start_model, supervised = made / "start_model", made / "supervised"
+            model = initial_model(env, profile.language_model, seed) if loaded is None else loaded
+            CausalLMPolicy(model, env.tokenizer).save_pretrained(start_model)
+            if loaded is None:
+                training = {"loss_on": "text", **profile.language_model.training}
+                learn(start_model, env, training, seed, start_model, partial(report, "start model"))
+            history = learn(start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"))
+            write_text(made / "recipe.json", json.dumps(recipe, indent=2))
+            write_text(made / "history.json", json.dumps(history))
+            made.rename(folder)
     models = {name: folder / name for name in ("start_model", "supervised")}
     weights = {name: _fingerprint(load_model(path, device="cpu")) for name, path in models.items()}
     return WarmStart(

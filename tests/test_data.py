@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from textgym.data import sources
 from textgym.data.mini import SIZES, mini_rows
 from textgym.data.sources import cache_dir, load_split, resolve_source
 from textgym.tasks import TASKS
@@ -242,6 +243,9 @@ def hub(monkeypatch):
         return datasets.Dataset.from_dict(repositories[path, split])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources._load_split.cache_clear()
+    yield
+    sources._load_split.cache_clear()
 
 
 def test_hub(hub):

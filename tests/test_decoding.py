@@ -146,6 +146,17 @@ def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(decoding):
         assert len(text) + prefix_lengths[row] == 12 or text[-1] == EOS
 
 
+def test_texts_may_use_every_position_of_the_model():
+    """A row that ends early, after a long prefix, must not run beyond the last position while others go on."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=15, vocab_size=8))
+    ids, mask = np.ones((9, 14), int), np.ones((9, 14), int)
+    mask[1:, 3:] = 0
+    prefix_lengths = np.array([11] + [0] * 8)
+    texts = play(model.eval(), ids, mask, prefix_lengths, np.arange(9), Decoding(min_new_tokens=12), 12)
+    assert [len(tokens) for tokens, _, _ in texts] == [1] + [12] * 8
+
+
 def test_generate_keeps_each_rows_own_limit():
     model = tiny_model()
     ids, mask, _ = observations(np.random.default_rng(3))

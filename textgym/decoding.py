@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from textgym.seeding import uniform
 
-# A nucleus is looked for among this many most probable tokens; the vocabulary is ranked only for rows where it is wider.
+# A nucleus is looked for among this many most probable tokens; all are ranked only for rows where it is wider.
 _NUCLEUS_GUESS = 256
 # Leaving rows are cut out of the cache once the live rows are at most this fraction of it: a cut copies the cache,
 # which costs about as much as the wasted rows do in a few steps.
@@ -189,10 +189,11 @@ class Sampler:
         tokens = choose(scores, self._uniforms[self.rows, self._step], self.decoding)
         log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - normalizers
 
-        # What the next pass reads: only the new tokens. Rows of the cache that have left are fed an arbitrary one.
-        self._inputs = torch.zeros_like(self._inputs[:, -1:])
-        self._inputs[self._live, 0] = tokens
-        self._positions = self._positions[:, -1:] + 1
+        # What the next pass reads: only the new tokens. Rows of the cache that have left are fed an arbitrary one, at
+        # an arbitrary position, since their own may lie beyond the model's last.
+        positions = self._positions[self._live, -1] + 1
+        self._inputs, self._positions = torch.zeros(2, len(self._inputs), 1, dtype=torch.int64, device=tokens.device)
+        self._inputs[self._live, 0], self._positions[self._live, 0] = tokens, positions
         self._step += 1
         self._width += 1
         return Sample(tokens, log_probs, values)

@@ -17,7 +17,7 @@ ALGORITHMS = {"ppo++": {"beta": 0.6}}
 IMDB = TaskProfile(
     env_id="textgym/IMDB-v0",
     language_model=LANGUAGE_MODEL,
-    supervised={"n_epochs": 3, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-4},
+    supervised={"n_epochs": 2, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-4},
     episodes=112 * 80,
     rl={
         "episodes_per_iteration": 112,

@@ -43,7 +43,8 @@ TASK = Task(
     references=_references,
     max_prompt_tokens=64,
     max_new_tokens=48,
-    truncation_side="right",
+    # The end of a long first half is kept, so that the reference goes on where the prompt stops.
+    truncation_side="left",
     reward="sentiment",
     rewards={"sentiment": _sentiment},
     metrics=("perplexity", "distinct_1", "distinct_2"),
@@ -56,7 +57,7 @@ class IMDBEnv(TextEnv):
 
     Description
         The prompt is the first half of a review of the Large Movie Review Dataset (Maas et al. 2011), at most P tokens.
-        The text continues it. The original authors of RLGF use this task with GPT-2 (arXiv 2306.11816, section 5).
+        The text continues it. One of the tasks of RLGF (arXiv 2306.11816).
 
     Action Space
         ``Discrete(vocab)``: the id of the next token. With ``handoff=True``, ``Discrete(vocab + 1)``: the last action
@@ -86,7 +87,7 @@ class IMDBEnv(TextEnv):
         None reads the environment variable ``TEXTGYM_SOURCE``, else "mini".
         ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
         ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 64 and 48.
-        ``truncation_side``: which end of the truncatable text is dropped, by default "right".
+        ``truncation_side``: which end of the truncatable text is dropped, by default "left".
         ``reward``: "sentiment" (None for the first); the hub id or path of a sequence-classification
         model; or a callable ``(prompts, completions, references) -> floats or named parts``.
         ``guide``: "references", the hub id or path of a causal language model, a `textgym.guides.Guide`, or a function
