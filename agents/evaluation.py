@@ -163,8 +163,8 @@ def evaluate(
         seed: Seed of the sampling.
         metrics: Names in `textgym.metrics.METRICS`, or "perplexity" (None: the task's, perplexity only with a start
             model).
-        start_model:  the texts' perplexity is measured; it
-            must have the environment's tokenizer.
+        start_model: The model under which the texts' perplexity is measured, or its hub id or folder; it must have the
+            environment's tokenizer.
         **env_arguments: Further arguments of the environment ("source", "reward", ...); only with an id.
 
     Raises:

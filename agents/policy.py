@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from textgym.decoding import Decoding, Sampler, check_positions, forward, generate, load_model, load_tokenizer
-from textgym.tokenization import decode
+from textgym.decoding import Decoding, Sampler, check_positions, forward, generate, load_model
+from textgym.tokenization import decode, pretrained_tokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 POLICY_FILE = "policy.json"
@@ -215,7 +215,7 @@ class CausalLMPolicy(Policy):
             raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
         model = load_model(path, device=device, dtype=dtype)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer = load_tokenizer(path if tokenizer is None else tokenizer)
+            tokenizer = pretrained_tokenizer(path if tokenizer is None else tokenizer)
         settings, head = _beside(path, POLICY_FILE), _beside(path, VALUE_HEAD_FILE)
         if decoding is None and settings is not None:
             decoding = Decoding(**json.loads(Path(settings).read_text())["decoding"])

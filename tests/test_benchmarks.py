@@ -78,10 +78,10 @@ MICRO = Profile(
     name="micro",
     source="mini",
     tasks={
-        "commongen": TaskProfile(
-            env_id="textgym/CommonGen-v0",
-            language_model=LanguageModel(16, 1, 2, {"n_epochs": 0.01, "minibatch_size": 32}),
-            supervised={"n_epochs": 0.01, "minibatch_size": 32},
+        "words": TaskProfile(
+            env_id="test/Words-v0",  # see conftest.py
+            language_model=LanguageModel(16, 1, 2, {"n_epochs": 2}),
+            supervised={"n_epochs": 2},
             episodes=16,
             rl={"episodes_per_iteration": 8, "n_epochs": 1, "eval_every": 1, "eval_prompts": 8},
             algorithms={"ppo++": {"beta": 1.0}},
@@ -126,12 +126,12 @@ def test_runs_finish_are_reported_and_are_not_run_again(micro, monkeypatch, caps
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(micro, monkeypatch, capsys):
-    broken = replace(MICRO.tasks["commongen"], rl={**MICRO.tasks["commongen"].rl, "learning_rate": -1.0})
-    profile = replace(MICRO, tasks={"commongen": broken})
+    broken = replace(MICRO.tasks["words"], rl={**MICRO.tasks["words"].rl, "learning_rate": -1.0})
+    profile = replace(MICRO, tasks={"words": broken})
     monkeypatch.setattr("benchmarks.profiles.load_profile", lambda name: profile)
     assert run_all.run_all(algos="ppo,sl", out=micro) == 1
     assert "learning_rate must be above 0" in capsys.readouterr().out
-    assert "learning_rate" in (micro / "commongen-ppo-0" / "traceback.txt").read_text()
+    assert "learning_rate" in (micro / "words-ppo-0" / "traceback.txt").read_text()
     assert [record["algo"] for record in read_results(micro)] == ["sl"]
 
 
@@ -142,7 +142,7 @@ def test_a_folder_with_other_settings_is_refused(micro):
 
 
 def test_unknown_names_are_refused_with_what_is_allowed(micro):
-    with pytest.raises(ValueError, match="tasks must be some of commongen, got 'imdb'"):
+    with pytest.raises(ValueError, match="tasks must be some of words, got 'imdb'"):
         run_all.run_all(tasks="imdb", out=micro)
     with pytest.raises(ValueError, match="algos must be some of sl,ppo,"):
         run_all.run_all(algos="sl,reinforce", out=micro)

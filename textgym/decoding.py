@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from textgym.seeding import uniform
 
@@ -409,27 +409,6 @@ def load_model(
         ) from error
     module: Any = model.eval()  # transformers wraps `to` in a way that type checkers misread
     return module.to(resolve_device(device))
-
-
-def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Args:
-        path: Hub id or folder.
-
-    Raises:
-        ValueError: There is none.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}"
-        ) from error
-    # Where only a model lies, transformers makes a tokenizer of nothing but the special tokens of its architecture.
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}, which has none")
-    return tokenizer
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

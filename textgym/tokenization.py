@@ -39,14 +39,7 @@ def load_tokenizer(
     elif isinstance(tokenizer, PreTrainedTokenizerBase):
         loaded = tokenizer
     elif isinstance(tokenizer, str | os.PathLike):
-        from transformers import AutoTokenizer  # imports torch
-
-        try:
-            loaded = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"tokenizer must be a hub id or a folder with a tokenizer, got {str(tokenizer)!r}: {error}"
-            ) from error
+        loaded = pretrained_tokenizer(tokenizer)
     else:
         raise ValueError(
             "tokenizer must be None, a hub id or path, or a PreTrainedTokenizerBase, "
@@ -55,6 +48,29 @@ def load_tokenizer(
     if loaded.eos_token_id is None:
         raise ValueError("tokenizer must have an eos_token: it is the action that ends a text")
     return loaded
+
+
+def pretrained_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        path: Hub id or folder.
+
+    Raises:
+        ValueError: There is none.
+    """
+    from transformers import AutoTokenizer  # imports torch
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}"
+        ) from error
+    # Where only a model lies, transformers makes a tokenizer of nothing but the special tokens of its architecture.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}, which has none")
+    return tokenizer
 
 
 def _task_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:

@@ -176,7 +176,8 @@ class LocalGuide:
         )
 
     def _load(self) -> None:
-        from textgym.decoding import Decoding, load_model, load_tokenizer, resolve_device
+        from textgym.decoding import Decoding, load_model, resolve_device
+        from textgym.tokenization import pretrained_tokenizer
 
         if self.decoding is None:
             self.decoding = Decoding(top_p=0.92, top_k=50)
@@ -187,7 +188,7 @@ class LocalGuide:
                 self._model = _LOADED[key] = load_model(self.path, device=self.device).requires_grad_(False)
         if self._own_tokenizer is None:
             own = self.path if self.tokenizer is None else self.tokenizer
-            self._own_tokenizer = load_tokenizer(own) if isinstance(own, str | os.PathLike) else own
+            self._own_tokenizer = pretrained_tokenizer(own) if isinstance(own, str | os.PathLike) else own
 
     def _same_vocabulary(self, own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
         if own is other:
