@@ -42,6 +42,8 @@ class EvaluationResult:
         split: Name of the split.
         source: Where its data came from.
         fingerprint: Fingerprint of the split's data.
+        reward_fingerprint: What the reward is made of, or was trained on; None where it does not say.
+        reward_accuracy: Held-out accuracy of a reward that is a trained model; None for others.
         decoding: How texts were decoded.
         seed: Seed of the sampling.
         rewards: float (N,), in the order of `sample_ids`.
@@ -63,6 +65,8 @@ class EvaluationResult:
     split: str
     source: str
     fingerprint: str
+    reward_fingerprint: str | None
+    reward_accuracy: float | None
     decoding: Decoding
     seed: int
     rewards: np.ndarray
@@ -96,6 +100,8 @@ class EvaluationResult:
             "split": self.split,
             "source": self.source,
             "fingerprint": self.fingerprint,
+            "reward_fingerprint": self.reward_fingerprint,
+            "reward_accuracy": self.reward_accuracy,
             "decoding": asdict(self.decoding),
             "seed": self.seed,
             "num_prompts": len(self.rewards),
@@ -221,6 +227,8 @@ def evaluate(
         split=env.split,
         source=env.source,
         fingerprint=env.data.fingerprint,
+        reward_fingerprint=getattr(env.reward_function, "fingerprint", None),
+        reward_accuracy=getattr(env.reward_function, "accuracy", None),
         decoding=decoding or policy.decoding,
         seed=seed,
         rewards=rollout.rewards[:count].cpu().numpy().astype(np.float64),

@@ -8,36 +8,49 @@ LANGUAGE_MODEL = LanguageModel(
     n_head=4,
     training={"n_epochs": 1, "episodes_per_iteration": 1024, "minibatch_size": 32, "learning_rate": 3e-3},
 )
-SUPERVISED = {"n_epochs": 1, "episodes_per_iteration": 512, "minibatch_size": 32, "learning_rate": 1e-3}
+SUPERVISED = {"n_epochs": 1, "episodes_per_iteration": 1024, "minibatch_size": 32, "learning_rate": 1e-3}
 RL = {
     "episodes_per_iteration": 64,
     "minibatch_size": 32,
-    "n_epochs": 4,
-    "learning_rate": 2e-4,
-    "kl_coef": 0.01,
-    "eval_every": 10,
+    "n_epochs": 3,
+    "learning_rate": 1.5e-4,
+    "kl_coef": 0.02,
+    "eval_every": 8,
     "eval_prompts": 64,
 }
+# Texts of one sentence: an iteration is cheap, and needs more of them for the same signal.
+SHORT_TEXTS = {"episodes_per_iteration": 128, "minibatch_size": 64, "learning_rate": 3e-4, "kl_coef": 0.03}
 ALGORITHMS = {"ppo++": {"beta": 0.6}}
 
-QUICK = Profile(
-    name="quick",
-    source="mini",
-    tasks={
-        name: TaskProfile(
-            env_id=env_id,
-            language_model=LANGUAGE_MODEL,
-            supervised=SUPERVISED,
-            episodes=64 * 30,
-            rl=RL,
-            algorithms=ALGORITHMS,
-            env={"max_prompt_tokens": 160} if name == "tldr" else {},
-            test_prompts=200,
-        )
-        for name, env_id in {
-            "imdb": "textgym/IMDB-v0",
-            "commongen": "textgym/CommonGen-v0",
-            "tldr": "textgym/TLDR-v0",
-        }.items()
-    },
+IMDB = TaskProfile(
+    env_id="textgym/IMDB-v0",
+    language_model=LANGUAGE_MODEL,
+    supervised=SUPERVISED,
+    episodes=64 * 24,
+    rl=RL,
+    algorithms=ALGORITHMS,
+    decoding={"top_k": 50, "min_new_tokens": 48},
+    test_prompts=250,
 )
+COMMONGEN = TaskProfile(
+    env_id="textgym/CommonGen-v0",
+    language_model=LANGUAGE_MODEL,
+    supervised=SUPERVISED,
+    episodes=128 * 32,
+    rl=RL | SHORT_TEXTS,
+    algorithms=ALGORITHMS,
+    decoding={"min_new_tokens": 5},
+    test_prompts=250,
+)
+TLDR = TaskProfile(
+    env_id="textgym/TLDR-v0",
+    language_model=LANGUAGE_MODEL,
+    supervised=SUPERVISED,
+    episodes=64 * 24,
+    rl=RL | {"kl_coef": 0.01},
+    algorithms=ALGORITHMS,
+    env={"max_prompt_tokens": 160},
+    test_prompts=250,
+)
+
+QUICK = Profile(name="quick", source="mini", tasks={"imdb": IMDB, "commongen": COMMONGEN, "tldr": TLDR})

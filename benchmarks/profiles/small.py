@@ -18,18 +18,19 @@ IMDB = TaskProfile(
     env_id="textgym/IMDB-v0",
     language_model=LANGUAGE_MODEL,
     supervised={"n_epochs": 2, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-4},
-    episodes=112 * 80,
+    episodes=112 * 48,
     rl={
         "episodes_per_iteration": 112,
         "minibatch_size": 28,
-        "n_epochs": 4,
-        "learning_rate": 5e-5,
+        "n_epochs": 2,
+        "learning_rate": 1e-4,
         "kl_coef": 0.02,
-        "eval_every": 10,
-        "eval_prompts": 128,
+        "eval_every": 12,
+        "eval_prompts": 112,
     },
     algorithms=ALGORITHMS,
     decoding={"top_k": 50, "min_new_tokens": 48},
+    test_prompts=1000,
 )
 
 SMALL = Profile(name="small", source="hub", tasks={"imdb": IMDB})
