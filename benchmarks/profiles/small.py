@@ -12,25 +12,45 @@ LANGUAGE_MODEL = LanguageModel(
     n_head=4,
     training={"n_epochs": 4, "episodes_per_iteration": 4096, "minibatch_size": 32, "learning_rate": 1e-3},
 )
+SUPERVISED = {"n_epochs": 2, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-4}
+RL = {
+    "episodes_per_iteration": 112,
+    "minibatch_size": 28,
+    "n_epochs": 2,
+    "learning_rate": 1e-4,
+    "kl_coef": 0.02,
+    "eval_every": 12,
+    "eval_prompts": 112,
+}
 ALGORITHMS = {"ppo++": {"beta": 0.6}}
 
 IMDB = TaskProfile(
     env_id="textgym/IMDB-v0",
     language_model=LANGUAGE_MODEL,
-    supervised={"n_epochs": 2, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-4},
+    supervised=SUPERVISED,
     episodes=112 * 48,
-    rl={
-        "episodes_per_iteration": 112,
-        "minibatch_size": 28,
-        "n_epochs": 2,
-        "learning_rate": 1e-4,
-        "kl_coef": 0.02,
-        "eval_every": 12,
-        "eval_prompts": 112,
-    },
+    rl=RL,
     algorithms=ALGORITHMS,
     decoding={"top_k": 50, "min_new_tokens": 48},
     test_prompts=1000,
 )
+COMMONGEN = TaskProfile(
+    env_id="textgym/CommonGen-v0",
+    language_model=LANGUAGE_MODEL,
+    supervised=SUPERVISED,
+    episodes=128 * 200,
+    rl=RL | {"episodes_per_iteration": 128, "minibatch_size": 64, "n_epochs": 4, "eval_every": 20},
+    algorithms={"ppo++": {"beta": 0.8}},
+    decoding={"min_new_tokens": 5},
+)
+TLDR = TaskProfile(
+    env_id="textgym/TLDR-v0",
+    language_model=LANGUAGE_MODEL,
+    supervised=SUPERVISED,
+    episodes=128 * 60,
+    rl=RL | {"episodes_per_iteration": 128, "minibatch_size": 32, "kl_coef": 0.01},
+    algorithms={"ppo++": {"beta": 0.8}},
+    env={"max_prompt_tokens": 256},
+)
 
-SMALL = Profile(name="small", source="hub", tasks={"imdb": IMDB})
+SMALL = Profile(name="small", source="hub", tasks={"imdb": IMDB, "commongen": COMMONGEN, "tldr": TLDR})
