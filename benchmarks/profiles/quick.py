@@ -46,8 +46,9 @@ TLDR = TaskProfile(
     env_id="textgym/TLDR-v0",
     language_model=LANGUAGE_MODEL,
     supervised=SUPERVISED,
-    episodes=64 * 24,
-    rl=RL | {"kl_coef": 0.01},
+    episodes=128 * 14,
+    # The critic explains little of a summary's reward this early, so that credit comes from whole returns.
+    rl=RL | {"episodes_per_iteration": 128, "learning_rate": 1e-4, "gae_lambda": 1.0, "kl_coef": 0.01},
     algorithms=ALGORITHMS,
     env={"max_prompt_tokens": 160},
     test_prompts=250,
