@@ -28,8 +28,10 @@ IMDB = TaskProfile(
     env_id="textgym/IMDB-v0",
     language_model=LANGUAGE_MODEL,
     supervised=SUPERVISED,
-    episodes=112 * 48,
-    rl=RL,
+    episodes=112 * 32,
+    # At 0.02 PPO reaches a higher reward in texts that are less varied: their distinct-2 falls below 0.8 times that of
+    # supervised learning.
+    rl=RL | {"kl_coef": 0.04, "eval_every": 8},
     algorithms=ALGORITHMS,
     decoding={"top_k": 50, "min_new_tokens": 48},
     test_prompts=1000,
