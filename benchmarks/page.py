@@ -136,7 +136,9 @@ function draw() {
   const side = {gridcolor: colour("line"), zeroline: false, automargin: true};
   for (const panel of document.querySelectorAll("[data-curve]")) {
     const curve = panel.dataset.curve;
-    const traces = data.runs.filter(run => run.task === panel.dataset.task).map(run => ({
+    // A run without this curve would still stretch the axis.
+    const drawn = data.runs.filter(run => run.task === panel.dataset.task && run.columns[curve].some(y => y !== null));
+    const traces = drawn.map(run => ({
       x: run.columns[axis.value], y: run.columns[curve], name: run.algo + " " + run.seed, mode: "lines",
       connectgaps: true, line: {color: colours[data.algos.indexOf(run.algo)], width: 2}, hovertemplate: "%{y:.4g}"
     }));

@@ -372,6 +372,6 @@ def _number(value: float) -> str:
 if __name__ == "__main__":
     import tyro
 
-    written = tyro.cli(write_report)
+    written = tyro.cli(write_report, config=(tyro.conf.PositionalRequiredArgs,))
     print(written.table)
     print(written.page)
