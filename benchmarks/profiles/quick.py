@@ -46,9 +46,19 @@ TLDR = TaskProfile(
     env_id="textgym/TLDR-v0",
     language_model=LANGUAGE_MODEL,
     supervised=SUPERVISED,
-    episodes=128 * 14,
-    # The critic explains little of a summary's reward this early, so that credit comes from whole returns.
-    rl=RL | {"episodes_per_iteration": 128, "learning_rate": 1e-4, "gae_lambda": 1.0, "kl_coef": 0.01},
+    episodes=128 * 16,
+    # The critic explains almost nothing of a summary's reward this early: credit comes from whole returns, and updates
+    # are few and small, since larger ones (on validation prompts) only drift.
+    rl=RL
+    | {
+        "episodes_per_iteration": 128,
+        "minibatch_size": 128,
+        "n_epochs": 2,
+        "learning_rate": 1e-4,
+        "gae_lambda": 1.0,
+        "vf_coef": 0.5,
+        "kl_coef": 0.05,
+    },
     algorithms=ALGORITHMS,
     env={"max_prompt_tokens": 160},
     test_prompts=250,
