@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import textgym
 from textgym import Guidance, Task, seeding
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
@@ -416,3 +417,46 @@ def test_wrong_steps_and_options_are_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             env.reset(options=options)
+
+
+def test_a_failed_step_can_be_tried_again():
+    failures = iter([True])
+
+    def fails_once(*, prompts, completions, references):
+        if next(failures, False):
+            raise RuntimeError("out of memory")
+        return [0.0] * len(prompts)
+
+    task = Task("colours", ROWS, "{ask}", "answer", 8, HORIZON, fails_once)
+    env = TextVectorEnv(1, task=task, tokenizer=TOKENIZER, guide=lambda requests: [[5]] * len(requests), handoff=True)
+    env.reset(seed=0)
+    ask = np.array([len(TOKENIZER)])
+    with pytest.raises(RuntimeError):
+        env.step(ask)
+    *_, infos = env.step(ask)
+    assert infos["guide_tokens"].tolist() == [1]
+
+    env = vector(2)
+    env.reset(seed=0)
+    env.step(np.array([EOS, 5]))
+    with pytest.raises(ValueError, match="actions must be"):
+        env.step(np.array([0, 9999]))
+    *_, infos = env.step(np.array([7, 5]))
+    assert infos["_prompt"].tolist() == [True, False]  # the autoreset is told by the step that succeeds
+
+
+def test_refused_guidance_is_not_in_force():
+    env = vector(2, guide="references")
+    with pytest.raises(ValueError, match="hands off"):
+        env.reset(seed=0, options={"guidance": [Guidance(restart_prob=1), Guidance(handoff_prob=1)]})
+    assert env.guidance == Guidance()
+
+
+def test_registered_environments_pickle():
+    textgym.register("test/Pickled-v0", TASK)
+    for env in (
+        gym.make("test/Pickled-v0", tokenizer=TOKENIZER).unwrapped,
+        gym.make_vec("test/Pickled-v0", num_envs=2, tokenizer=TOKENIZER),
+    ):
+        twin = pickle.loads(pickle.dumps(env))
+        assert data_equivalence(env.reset(seed=1), twin.reset(seed=1), exact=True)

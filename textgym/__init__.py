@@ -18,19 +18,12 @@ def register(id: str, task: Task) -> None:
         id: The environment's id, such as "my/Questions-v0".
         task: The task.
     """
-
-    # The engine is imported when an environment is made, so that registering costs nothing.
-    def make(**arguments):  # type: ignore[no-untyped-def]
-        from textgym.env import TextEnv
-
-        return TextEnv(task=task, **arguments)
-
-    def make_vec(**arguments):  # type: ignore[no-untyped-def]
-        from textgym.engine import TextVectorEnv
-
-        return TextVectorEnv(task=task, **arguments)
-
-    gym.register(id, entry_point=make, vector_entry_point=make_vec)
+    gym.register(
+        id,
+        entry_point="textgym.env:TextEnv",
+        vector_entry_point="textgym.engine:TextVectorEnv",
+        kwargs={"task": task},
+    )
 
 
 for _name, _module in (("IMDB", "imdb"), ("CommonGen", "commongen"), ("TLDR", "tldr")):

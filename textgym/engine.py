@@ -250,7 +250,8 @@ class TextVectorEnv(VectorEnv):
         if seed is None or isinstance(seed, int | np.integer):
             super().reset(seed=None if seed is None else int(seed))
         self._seed_rows(seed, rows)
-        if mask.all() and (seed is not None or self._cursor >= len(self.data)):
+        seeded = seed is not None and (isinstance(seed, int | np.integer) or None not in seed)
+        if mask.all() and (seeded or self._cursor >= len(self.data)):
             self._cursor = 0
         self._origin[rows] = rows - rows % group_size
         self._begin(
@@ -297,6 +298,7 @@ class TextVectorEnv(VectorEnv):
             values = [None if entry is None else Guidance.of(entry) for entry in value]
         else:
             values = [Guidance.of(value)] * self.num_envs
+        in_force = list(self._guidance)
         for row in rows:
             guidance = values[row]
             if guidance is None:
@@ -310,7 +312,8 @@ class TextVectorEnv(VectorEnv):
                     "Guidance.handoff_length=0 leaves no action to an episode, and a reset cannot return a finished "
                     f"one: make a vector environment with parking=True (got {guidance})"
                 )
-            self._guidance[row] = guidance
+            in_force[row] = guidance
+        self._guidance = in_force
         self._restart_prob = np.array([g.restart_prob for g in self._guidance])
         self._handoff_prob = np.array([g.handoff_prob for g in self._guidance])
         self._restart_bounds = np.array([g.restart_bounds(self.max_new_tokens) for g in self._guidance])
@@ -572,6 +575,11 @@ class TextVectorEnv(VectorEnv):
         if self._row_keys is None:
             raise gym.error.ResetNeeded("call reset() before step()")
         rows = np.flatnonzero(self._active)
+        chosen = actions[rows]
+        if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.vocab_size + self.handoff):
+            raise ValueError(
+                f"actions must be in [0, {self.vocab_size + self.handoff}), got {chosen.min()} to {chosen.max()}"
+            )
         resetting = self._done.copy()
         any_reset = bool(resetting.any())
         if any_reset:
@@ -583,7 +591,7 @@ class TextVectorEnv(VectorEnv):
             restarted = np.flatnonzero(resetting)
             self._origin[restarted] = restarted
             self._begin(restarted)
-        self._write(rows, actions[rows])
+        self._write(rows, chosen)
 
         infos: dict[str, Any] = {}
         rewards = np.zeros(self.num_envs, np.float64)
@@ -618,10 +626,6 @@ class TextVectorEnv(VectorEnv):
 
     def _write(self, rows: np.ndarray, actions: np.ndarray) -> None:
         """Append the policy's tokens and find out which rows wait now."""
-        if actions.size and not (actions.min() >= 0 and actions.max() < self.vocab_size + self.handoff):
-            raise ValueError(
-                f"actions must be in [0, {self.vocab_size + self.handoff}), got {actions.min()} to {actions.max()}"
-            )
         if self.handoff:
             asks = actions == self.vocab_size
             asking, rows, actions = rows[asks], rows[~asks], actions[~asks]
@@ -657,6 +661,8 @@ class TextVectorEnv(VectorEnv):
                 self._append(row, ids, self.guide.author)
                 self._completion_tokens[row] = len(ids)
             self._finish[handed] = HANDOFF
+            # Should the reward fail now, a step that is tried again must not write a second completion.
+            self._wants_guide[handed] = False
         rows = np.flatnonzero(mask)
         texts = decode(self.tokenizer, [self._tokens(row) for row in rows.tolist()])
         value = self.reward_function(

@@ -106,4 +106,6 @@ class Task:
     def references_of(self, row: Row) -> tuple[str, ...]:
         """The reference texts of a row."""
         value = row[self.references] if isinstance(self.references, str) else self.references(row)
+        if value is None:
+            return ()
         return (value,) if isinstance(value, str) else tuple(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -75,14 +76,20 @@ def pretrained_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 def _task_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
     split = task.split("train", source)
-    folder = cache_dir() / "tokenizers" / f"{task.name}-{split.fingerprint}-{VOCAB_SIZE}"
+
+    def texts(rows: int) -> list[str]:
+        written = []
+        for _, row in zip(range(rows), split.rows, strict=False):
+            prompt = "".join(task.prompt_of(row))
+            written += [prompt, *(as_continuation(prompt, reference) for reference in task.references_of(row))]
+        return written
+
+    # The same data can be laid out in other ways, which a few rows show.
+    layout = hashlib.sha256("\n".join(texts(8)).encode()).hexdigest()[:8]
+    folder = cache_dir() / "tokenizers" / f"{task.name}-{split.fingerprint}-{layout}-{VOCAB_SIZE}"
     if folder.is_dir():
         return PreTrainedTokenizerFast.from_pretrained(folder)
-    texts = []
-    for _, row in zip(range(TRAINING_ROWS), split.rows, strict=False):
-        prompt = "".join(task.prompt_of(row))
-        texts += [prompt, *(as_continuation(prompt, reference) for reference in task.references_of(row))]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts(TRAINING_ROWS))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     tokenizer.save_pretrained(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -111,7 +112,7 @@ class CallableGuide:
         return self.function(requests)
 
 
-def load_guide(guide: Guide | Callable | str | None) -> Guide | None:
+def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | None:
     """Turn the environment's `guide` argument into a guide.
 
     Args:
@@ -127,7 +128,7 @@ def load_guide(guide: Guide | Callable | str | None) -> Guide | None:
         from textgym.guides.references import ReferenceGuide
 
         return ReferenceGuide()
-    if isinstance(guide, str):
+    if isinstance(guide, str | os.PathLike):
         from textgym.guides.local import LocalGuide
 
         return LocalGuide(guide)
