@@ -23,6 +23,7 @@ from benchmarks.results import write_text
 from textgym.data.sources import cache_dir
 from textgym.decoding import load_model
 from textgym.engine import TextVectorEnv
+from textgym.guides.local import fingerprint_of
 
 # What is happening, and how much of it is done, in [0, 1].
 Report = Callable[[str, float], None]
@@ -69,7 +70,7 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
         "task": env.task.name,
         "data": data,
         "tokenizer": tokenizer,
-        "start_model": asdict(profile.language_model) if loaded is None else _fingerprint(loaded),
+        "start_model": asdict(profile.language_model) if loaded is None else fingerprint_of(loaded),
         "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
         "supervised": dict(profile.supervised),
         "seed": seed,
@@ -93,7 +94,7 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
             write_text(made / "history.json", json.dumps(history))
             made.rename(folder)
     models = {name: folder / name for name in ("start_model", "supervised")}
-    weights = {name: _fingerprint(load_model(path, device="cpu")) for name, path in models.items()}
+    weights = {name: fingerprint_of(load_model(path, device="cpu")) for name, path in models.items()}
     return WarmStart(
         **models,
         history=json.loads((folder / "history.json").read_text(encoding="utf-8")),
@@ -131,12 +132,6 @@ def learn(
     algorithm.learn(callback=callback)
     algorithm.policy.save_pretrained(out)
     return algorithm.history
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits of a model's weights."""
-    tensors = sorted(model.state_dict().items())
-    return _digest(b"".join(name.encode() + tensor.cpu().contiguous().numpy().tobytes() for name, tensor in tensors))
 
 
 def _digest(content: bytes) -> str:

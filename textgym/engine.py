@@ -673,7 +673,7 @@ class TextVectorEnv(VectorEnv):
             parts["handoff_cost"] = -self.handoff_cost * self._completion_tokens[rows]
             total = total + parts["handoff_cost"]
         rewards[rows] = total
-        self._waiting[rows] = self._wants_guide[rows] = False
+        self._waiting[rows] = False
         self._done[rows] = True
 
         part_infos: dict[str, Any] = {}
