@@ -6,30 +6,67 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agents.aggrevated import AggreVaTeD
+    from agents.dr_po import DRPO
     from agents.evaluation import EvaluationResult, evaluate
+    from agents.gail import GAIL
+    from agents.grpo import GRPO
+    from agents.lols import D2LOLS, LOLS
     from agents.policy import CausalLMPolicy, Policy
     from agents.ppo import PPO
     from agents.ppo_plus_plus import PPOPlusPlus
+    from agents.reinforce import REINFORCE
+    from agents.rloo import RLOO
     from agents.supervised import SL
+    from agents.tabular import TabularPolicy
 
     ALGORITHMS: dict[str, type]
 
-_HOMES = {
-    "CausalLMPolicy": "policy",
-    "EvaluationResult": "evaluation",
+_ALGORITHMS = {
+    "SL": "supervised",
     "PPO": "ppo",
     "PPOPlusPlus": "ppo_plus_plus",
+    "AggreVaTeD": "aggrevated",
+    "LOLS": "lols",
+    "D2LOLS": "lols",
+    "DRPO": "dr_po",
+    "GAIL": "gail",
+    "REINFORCE": "reinforce",
+    "RLOO": "rloo",
+    "GRPO": "grpo",
+}
+_HOMES = _ALGORITHMS | {
+    "CausalLMPolicy": "policy",
+    "EvaluationResult": "evaluation",
     "Policy": "policy",
-    "SL": "supervised",
+    "TabularPolicy": "tabular",
     "evaluate": "evaluation",
 }
 
-__all__ = ["ALGORITHMS", "PPO", "SL", "CausalLMPolicy", "EvaluationResult", "PPOPlusPlus", "Policy", "evaluate"]
+__all__ = [
+    "ALGORITHMS",
+    "D2LOLS",
+    "DRPO",
+    "GAIL",
+    "GRPO",
+    "LOLS",
+    "PPO",
+    "REINFORCE",
+    "RLOO",
+    "SL",
+    "AggreVaTeD",
+    "CausalLMPolicy",
+    "EvaluationResult",
+    "PPOPlusPlus",
+    "Policy",
+    "TabularPolicy",
+    "evaluate",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name == "ALGORITHMS":
-        classes = [__getattr__(algorithm) for algorithm in ("SL", "PPO", "PPOPlusPlus")]
+        classes = [__getattr__(algorithm) for algorithm in _ALGORITHMS]
         return {algorithm.name: algorithm for algorithm in classes}
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,6 +35,29 @@ def gae(
     return advantages, advantages + values
 
 
+def last_of(mask: torch.Tensor) -> torch.Tensor:
+    """The last True of each row of a bool (N, T), alone."""
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+
+
+def kl_estimate(log_probs: torch.Tensor, reference_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Estimate ``KL(pi || pi_ref)`` of single tokens by ``rho - 1 - log rho`` with ``rho = pi_ref / pi``.
+
+    Unbiased for tokens drawn from pi, and never negative (http://joschu.net/blog/kl-approx.html, k3; it is equation 4
+    of Shao et al. 2024, arXiv 2402.03300).
+
+    Args:
+        log_probs: float (N, T), under pi.
+        reference_log_probs: float (N, T), under the reference.
+        mask: bool (N, T), where there is a token.
+
+    Returns:
+        float (N, T), zero outside the mask.
+    """
+    log_ratio = (reference_log_probs - log_probs).masked_fill(~mask, 0)
+    return log_ratio.exp() - 1 - log_ratio
+
+
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the entries where `mask` is True (zero where there is none); the rest is never read."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
 from agents.policy import CausalLMPolicy, Policy
@@ -99,6 +101,11 @@ class Algorithm(ABC):
             )
         if env.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise ValueError("env must be made with the policy's tokenizer: make_vec(..., tokenizer=policy.tokenizer)")
+        if env.handoff != self.policy.can_hand_off:
+            raise ValueError(
+                f"env was made with handoff={env.handoff}, and policy has can_hand_off={self.policy.can_hand_off}: the "
+                "hand-off is an action of both or of neither (CausalLMPolicy takes handoff_prob)"
+            )
         self.env = env
         self.trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.episodes_per_iteration = episodes_per_iteration
@@ -305,12 +312,9 @@ class Algorithm(ABC):
         self.optimizer.load_state_dict(state["optimizer"])
         self.env.set_state(_to_arrays(state["env"]))
 
-    def save_models(self, folder: Path) -> None:
-        """Write the policy, and whatever other models the algorithm needs, into a folder."""
-        self.policy.save_pretrained(folder)
-
-    def load_models(self, folder: Path) -> None:  # noqa: B027 (most algorithms have no other model)
-        """Read what `save_models` wrote beside the policy itself."""
+    def models(self) -> dict[str, nn.Module]:
+        """Models beside the policy that a checkpoint holds, by the name of their file."""
+        return {}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a checkpoint: the policy as a model folder, and beside it everything that `load` needs.
@@ -318,7 +322,9 @@ class Algorithm(ABC):
         It is written under a temporary name and then renamed, so that a folder of this name is always whole.
         """
         with replaced_folder(Path(path)) as folder:
-            self.save_models(folder)
+            self.policy.save_pretrained(folder)
+            for name, model in self.models().items():
+                save_model(model, str(folder / f"{name}.safetensors"))
             torch.save(_plain(self.training_state()), folder / "training.pt")
             description = {"algorithm": self.name, "hyperparameters": _plain(self.hyperparameters)}
             (folder / "algorithm.json").write_text(json.dumps(description, indent=2))
@@ -355,10 +361,28 @@ class Algorithm(ABC):
             hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
         device = hyperparameters.get("device", "auto")
         algorithm = cls(policy_class.from_pretrained(folder, device=device), env, **hyperparameters)
-        algorithm.load_models(folder)
+        for name, model in algorithm.models().items():
+            load_model(model, folder / f"{name}.safetensors", device=str(algorithm.policy.device))
         # Only tensors and plain values: nothing in the file can run code.
         algorithm.load_training_state(torch.load(folder / "training.pt", map_location="cpu", weights_only=True))
         return algorithm
+
+
+def check_guide(env: Any, name: str, *, hand_off: bool = False) -> None:
+    """Refuse an environment whose guide cannot do what an algorithm asks of it.
+
+    Args:
+        env: The environment.
+        name: The algorithm's.
+        hand_off: Whether the guide must complete texts that the policy began.
+
+    Raises:
+        ValueError: It has no guide, or one that can only start texts.
+    """
+    guide = getattr(env, "guide", None)
+    if guide is None or (hand_off and not guide.can_hand_off):
+        asked = "complete texts" if hand_off else "start texts"
+        raise ValueError(f"env must have a guide that can {asked} for {name}: make_vec(..., guide=...), got {guide!r}")
 
 
 def check(name: str, value: Any, valid: bool, allowed: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from abc import ABC, abstractmethod
@@ -15,28 +16,31 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from textgym.decoding import Decoding, Sampler, check_positions, forward, generate, load_model
+from textgym.decoding import Decoding, Sampler, at_least_float32, check_positions, forward, generate, load_model
 from textgym.tokenization import decode, pretrained_tokenizer
 
-VALUE_HEAD_FILE = "value_head.safetensors"
+HEADS_FILE = "heads.safetensors"
 POLICY_FILE = "policy.json"
 
 
 class Evaluation(NamedTuple):
-    """How a policy judges tokens that are already written; every entry is zero where there is no token.
+    """How a policy judges decisions that are already taken; every entry is zero where there is none.
 
     Attributes:
-        log_probs: (B, A) float32, log-probabilities of the tokens under the untruncated softmax at temperature 1.
+        log_probs: (B, A) float32, log-probabilities of the decisions under the untruncated softmax at temperature 1.
         entropy: (B, A) float32, entropies in nats of the distributions they were drawn from.
-        values: (B, A) float32, values of the states before the tokens.
+        values: (B, A) float32, values of the states before the decisions if the policy goes on.
+        guide_values: (B, A) float32, values of these states if the guide goes on; a critic of its own.
     """
 
     log_probs: Tensor
     entropy: Tensor
     values: Tensor
+    guide_values: Tensor
 
 
 class Policy(nn.Module, ABC):
@@ -44,16 +48,19 @@ class Policy(nn.Module, ABC):
 
     A network of your own implements the abstract methods below; its trainable parameters are those of the module. It
     is a policy of any architecture as long as `sampler` and `evaluate` speak of the same distribution: the
-    log-probabilities that sampling records must be those `evaluate` returns for the same tokens. Dropout must be off
+    log-probabilities that sampling records must be those `evaluate` returns for the same decisions. Dropout must be off
     in both.
 
     Attributes:
         tokenizer: The tokenizer of its tokens; environments are made with it.
         decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
+        can_hand_off: Whether it has an action beyond the tokens, ``len(tokenizer)``, by which it asks the guide to
+            finish. Environments made with ``handoff=True`` need such a policy, others one without.
     """
 
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
+    can_hand_off: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -107,14 +114,33 @@ class Policy(nn.Module, ABC):
         """
 
     @abstractmethod
-    def evaluate(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> Evaluation:
-        """Judge tokens that are already written. Gradients flow into all three results.
+    def evaluate(
+        self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, handoffs: Tensor | None = None
+    ) -> Evaluation:
+        """Judge decisions that are already taken. Gradients flow into all results.
 
         Args:
             input_ids: (B, S) int64; valid tokens of a row can have padding on both sides.
             attention_mask: (B, S), nonzero where valid.
             columns: (B, A) int64, the columns of the tokens to judge, each given all valid tokens before it; -1 for
                 none.
+            handoffs: (B, A) bool, where the decision was the hand-off instead, in the state made of the valid tokens
+                before that column, whatever stands there; None for nowhere.
+        """
+
+    @abstractmethod
+    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge states alone. Gradients flow into both results.
+
+        Args:
+            input_ids: (B, S) int64; valid tokens of a row can have padding on both sides.
+            attention_mask: (B, S), nonzero where valid.
+            columns: (B, A) int64 in {1..S}: each names the state made of all valid tokens in the columns before it, so
+                that S is the state after the whole text; -1 for none.
+
+        Returns:
+            Values if the policy goes on, and values if the guide does: (B, A) float32 each, zero where there is no
+            column.
         """
 
     @abstractmethod
@@ -144,22 +170,33 @@ class Policy(nn.Module, ABC):
 
 
 class CausalLMPolicy(Policy):
-    """A causal language model of transformers with a linear value head on its last hidden state.
+    """A causal language model of transformers with linear heads on its last hidden state.
 
-    The value head begins at zero, so that the critic of an untrained policy says 0 everywhere. Dropout is always off:
-    the module stays in evaluation mode, since probability ratios of two dropout masks would be noise.
+    Two heads are critics, of what the policy and of what the guide would make of a state; they begin at zero. A third,
+    optional one is the gate of the hand-off: with ``z = w h + b`` the policy hands off with probability sigmoid(z), and
+    otherwise chooses a token as the language model does, so that ``log pi(token) = log p(token) + log sigmoid(-z)``.
+    Dropout is always off: the module stays in evaluation mode, since probability ratios of two dropout masks would be
+    noise.
 
     Args:
         model: The language model.
         tokenizer: Its tokenizer.
-        decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
+        decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise. The hand-off is drawn
+            before the token and knows no truncation.
+        handoff_prob: Gives the policy the action that asks the guide to finish, with this probability in every state
+            to begin with; None gives it none.
 
     Raises:
-        ValueError: The tokenizer has no EOS token, or more tokens than the model's vocabulary.
+        ValueError: The tokenizer has no EOS token, or more tokens than the model's vocabulary; a `handoff_prob` outside
+            of (0, 1).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Decoding | None = None,
+        handoff_prob: float | None = None,
     ) -> None:
         super().__init__()
         rows, width = model.get_output_embeddings().weight.shape
@@ -170,10 +207,19 @@ class CausalLMPolicy(Policy):
                 f"tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has only {rows}: they do not "
                 "belong together"
             )
+        if handoff_prob is not None and not 0 < handoff_prob < 1:
+            raise ValueError(f"handoff_prob must be None or in (0, 1), got {handoff_prob!r}")
         self.model = model
-        self.value_head = nn.Linear(width, 1, device=model.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.can_hand_off = handoff_prob is not None
+        biases = {"value": 0.0, "guide_value": 0.0}
+        if handoff_prob is not None:
+            biases["handoff"] = math.log(handoff_prob / (1 - handoff_prob))
+        self.heads = nn.ModuleDict()
+        for name, bias in biases.items():
+            head = nn.Linear(width, 1, device=model.device)
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, bias)
+            self.heads[name] = head
         self.tokenizer = tokenizer
         self.decoding = decoding or Decoding()
         self.set_seed(0)
@@ -196,16 +242,18 @@ class CausalLMPolicy(Policy):
         decoding: Decoding | None = None,
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
+        handoff_prob: float | None = None,
         **arguments: Any,
     ) -> CausalLMPolicy:
-        """Load a language model, and value head and decoding where they lie beside it.
+        """Load a language model, and heads and decoding where they lie beside it.
 
         Args:
             path: Hub id or folder with safetensors weights.
             tokenizer: The tokenizer or where to find it; None: beside the model.
             decoding: None: the one saved with the policy, else plain sampling.
             device: "auto" is CUDA where there is one, else CPU.
-            dtype: Type of the model's weights; the value head is float32.
+            dtype: Type of the model's weights; the heads are float32.
+            handoff_prob: Gives a policy that was saved without one the hand-off, with this probability to begin with.
             **arguments: None are allowed; they are a subclass's.
 
         Raises:
@@ -216,12 +264,15 @@ class CausalLMPolicy(Policy):
         model = load_model(path, device=device, dtype=dtype)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = pretrained_tokenizer(path if tokenizer is None else tokenizer)
-        settings, head = _beside(path, POLICY_FILE), _beside(path, VALUE_HEAD_FILE)
+        settings, file = _beside(path, POLICY_FILE), _beside(path, HEADS_FILE)
         if decoding is None and settings is not None:
             decoding = Decoding(**json.loads(Path(settings).read_text())["decoding"])
-        policy = cls(model, tokenizer, decoding)
-        if head is not None:
-            policy.value_head.load_state_dict(load_file(head, device=str(policy.device)))
+        saved = {} if file is None else load_file(file, device=str(model.device))
+        if "handoff.weight" in saved and handoff_prob is None:
+            handoff_prob = 0.5  # of no consequence: the head is read below
+        policy = cls(model, tokenizer, decoding, handoff_prob)
+        if saved:
+            policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
         return policy
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -233,7 +284,7 @@ class CausalLMPolicy(Policy):
             new.mkdir()
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
-            save_file(self.value_head.state_dict(), new / VALUE_HEAD_FILE)
+            save_file(self.heads.state_dict(), new / HEADS_FILE)
             (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
             if folder.exists():
                 folder.rename(old)
@@ -268,6 +319,7 @@ class CausalLMPolicy(Policy):
             eos_token_id=self.tokenizer.eos_token_id,
             prefix_lengths=written,
             max_new_tokens=written + 1,
+            handoff_head=self._handoff_head,
             vocab_size=len(self.tokenizer),
         )
         if len(sampler.rows):
@@ -298,43 +350,68 @@ class CausalLMPolicy(Policy):
             eos_token_id=self.tokenizer.eos_token_id,
             prefix_lengths=prefix_lengths,
             max_new_tokens=max_new_tokens,
-            value_head=self.value_head if values else None,
+            value_head=self.heads["value"] if values else None,
+            handoff_head=self._handoff_head,
             vocab_size=len(self.tokenizer),
         )
 
-    def evaluate(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> Evaluation:
-        """Judge tokens in one pass that computes logits only where they are needed (see `Policy.evaluate`).
+    def evaluate(
+        self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, handoffs: Tensor | None = None
+    ) -> Evaluation:
+        """Judge decisions in one pass that computes logits only where they are needed (see `Policy.evaluate`).
 
         Raises:
-            ValueError: A column without a valid token, or with none before it; a text longer than the model has
-                positions.
+            ValueError: A column without a valid token (unless it is a hand-off's), or with none before it; a hand-off
+                of a policy that has none; a text longer than the model has positions.
         """
-        valid = attention_mask.bool()
-        rows, actions = (columns >= 0).nonzero(as_tuple=True)
-        # Every row's tokens move to the left end: a causal model never looks at what comes after, so that no column
-        # has to be masked, and position ids are the column numbers.
-        width = int(valid.sum(1).max())
-        check_positions(self.model, width)
-        order = (~valid).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
-        packed_ids = input_ids.gather(1, order)
-        places = (valid.cumsum(1) - 1)[rows, columns[rows, actions]]
-        if not (valid[rows, columns[rows, actions]] & (places > 0)).all():
+        rows, entries = (columns >= 0).nonzero(as_tuple=True)
+        packed_ids, before = _packed(input_ids, attention_mask, rows, columns[rows, entries])
+        asked = None if handoffs is None else handoffs[rows, entries]
+        if asked is not None and not self.can_hand_off and asked.any():
+            raise ValueError("handoffs holds a hand-off, which this policy does not have: make it with handoff_prob")
+        columns_valid = attention_mask[rows, columns[rows, entries].clamp(max=attention_mask.shape[1] - 1)] != 0
+        if not (columns_valid if asked is None else columns_valid | asked).all():
             raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
+        check_positions(self.model, packed_ids.shape[1])
         logits, hidden, _ = forward(
             self.model,
-            lambda states: states[rows, places - 1],
+            lambda states: states[rows, before - 1],
             input_ids=packed_ids,
-            attention_mask=torch.ones_like(packed_ids),
-            position_ids=torch.arange(width, device=packed_ids.device).expand_as(packed_ids),
-            use_cache=False,
+            **_left_aligned(packed_ids),
         )
-        log_probs, entropy = _LogProbAndEntropy.apply(logits.float(), packed_ids[rows, places])
-        values = self.value_head(hidden.float()).squeeze(-1)
+        hidden = at_least_float32(hidden)
+        tokens = packed_ids[rows, before.clamp(max=packed_ids.shape[1] - 1)]
+        log_probs, entropy = _LogProbAndEntropy.apply(at_least_float32(logits), tokens)
+        if self.can_hand_off:
+            gate = self.heads["handoff"](hidden).squeeze(-1)
+            hand_off, go_on = logsigmoid(gate), logsigmoid(-gate)
+            log_probs = log_probs + go_on
+            if asked is not None:
+                log_probs = torch.where(asked, hand_off, log_probs)
+            # H = -q log q - (1 - q) log (1 - q) + (1 - q) H(tokens), with q the probability of the hand-off
+            entropy = go_on.exp() * (entropy - go_on) - hand_off.exp() * hand_off
+        values, guide_values = (self.heads[name](hidden).squeeze(-1) for name in ("value", "guide_value"))
+        return Evaluation(
+            *(_spread(part, columns, rows, entries) for part in (log_probs, entropy, values, guide_values))
+        )
 
-        def spread(entries: Tensor) -> Tensor:
-            return entries.new_zeros(columns.shape).index_put((rows, actions), entries)
+    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge states in one pass without logits (see `Policy.values`).
 
-        return Evaluation(spread(log_probs), spread(entropy), spread(values))
+        Raises:
+            ValueError: A column with no valid token before it; a text longer than the model has positions.
+        """
+        rows, entries = (columns >= 0).nonzero(as_tuple=True)
+        packed_ids, before = _packed(input_ids, attention_mask, rows, columns[rows, entries])
+        check_positions(self.model, packed_ids.shape[1])
+        states = self.model.get_decoder()(input_ids=packed_ids, **_left_aligned(packed_ids)).last_hidden_state
+        hidden = at_least_float32(states[rows, before - 1])
+        values, guide_values = (self.heads[name](hidden).squeeze(-1) for name in ("value", "guide_value"))
+        return _spread(values, columns, rows, entries), _spread(guide_values, columns, rows, entries)
+
+    @property
+    def _handoff_head(self) -> nn.Module | None:
+        return self.heads["handoff"] if self.can_hand_off else None
 
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
@@ -384,6 +461,34 @@ class _LogProbAndEntropy(torch.autograd.Function):
         # -p * (g_logp + g_H * (log p + H)), plus g_logp at the token itself
         gradient = (log_probs + entropy[:, None]).mul_(of_entropy).add_(of_log_prob).mul_(log_probs.exp()).neg_()
         return gradient.scatter_add_(1, tokens[:, None], of_log_prob), None
+
+
+def _packed(input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Move every row's tokens to the left end; also, for each (row, column), the number of tokens before it.
+
+    A causal model never looks at what comes after, so that no column has to be masked.
+
+    Raises:
+        ValueError: A column with no valid token before it.
+    """
+    valid = attention_mask.bool()
+    width = int(valid.sum(1).max())
+    order = (~valid).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+    before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns]
+    if not (before > 0).all():
+        raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
+    return input_ids.gather(1, order), before
+
+
+def _left_aligned(packed_ids: Tensor) -> dict[str, Any]:
+    """What a model is told about rows whose tokens begin in the first column."""
+    positions = torch.arange(packed_ids.shape[1], device=packed_ids.device).expand_as(packed_ids)
+    return {"attention_mask": torch.ones_like(packed_ids), "position_ids": positions, "use_cache": False}
+
+
+def _spread(values: Tensor, columns: Tensor, rows: Tensor, entries: Tensor) -> Tensor:
+    """Put one value for each entry of `columns` that is not -1 back into its place, zero elsewhere."""
+    return values.new_zeros(columns.shape).index_put((rows, entries), values)
 
 
 def _beside(path: str | os.PathLike, name: str) -> str | None:

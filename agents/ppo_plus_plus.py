@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from agents.algorithm import check
+from agents.algorithm import check, check_guide
 from agents.policy import Policy
 from agents.ppo import PPO
 from textgym.guidance import Guidance
@@ -40,13 +40,9 @@ class PPOPlusPlus(PPO):
         self, policy: Policy | str | os.PathLike, env: TextVectorEnv, *, beta: float = 0.6, **hyperparameters: Any
     ) -> None:
         check("beta", beta, 0 <= beta <= 1, "in [0, 1]")
-        if getattr(env, "guide", None) is None:
-            raise ValueError(
-                f"env must have a guide, for PPO++ restarts from its texts: make_vec(..., guide=...), got {env!r}"
-            )
+        check_guide(env, self.name)
         super().__init__(policy, env, **hyperparameters)
-        self.beta = beta
-        self.hyperparameters["beta"] = beta
+        self.hyperparameters["beta"] = self.beta = beta
 
     def guidance(self) -> Guidance:
         """Restart from a guide's prefix with probability beta, cut as published."""

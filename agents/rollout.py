@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 class Rollout:
     """N finished episodes: P prompt columns (left-padded), then T token columns (right-padded).
 
-    Tensors live on the policy's device; a *body* is what the policy wrote.
+    Tensors live on the policy's device; a *body* is what the policy wrote, a *decision* is a body token or the policy's
+    choice to hand off, which stands in the column where the guide's first token does.
 
     Attributes:
         input_ids: int64 (N, P+T).
         attention_mask: int64 (N, P+T).
         authors: int8 (N, T), who wrote each token (`textgym.guides.base.Author`).
-        log_probs: float32 (N, T), of body tokens as they were sampled, under the untruncated softmax at temperature 1
+        handoffs: bool (N, T), where the policy chose to hand off.
+        log_probs: float32 (N, T), of decisions as they were sampled, under the untruncated softmax at temperature 1
             (whatever the decoding was); zero elsewhere.
-        values: float32 (N, T), of the state before each body token; zero elsewhere and where none were asked for.
+        values: float32 (N, T), of the state before each decision if the policy goes on; zero elsewhere and where none
+            were asked for.
         rewards: float32 (N,), the task's reward of each whole text.
         prefix_length: int64 (N,), tokens in the text before the policy's first.
         policy_tokens: int64 (N,).
@@ -47,6 +50,7 @@ class Rollout:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     authors: torch.Tensor
+    handoffs: torch.Tensor
     log_probs: torch.Tensor
     values: torch.Tensor
     rewards: torch.Tensor
@@ -69,16 +73,24 @@ class Rollout:
         return self.authors == int(Author.POLICY)
 
     @property
+    def completion(self) -> torch.Tensor:
+        """Bool (N, T): the tokens the guide wrote after the body, or after the prompt where there is no body."""
+        columns = torch.arange(self.authors.shape[1], device=self.authors.device)
+        return (self.authors != int(Author.NONE)) & ~self.body & (columns >= self.prefix_length[:, None])
+
+    @property
+    def decisions(self) -> torch.Tensor:
+        """Bool (N, T): the policy's actions, the tokens it wrote and its hand-offs."""
+        return self.body | self.handoffs
+
+    @property
     def prompt_columns(self) -> int:
         """P."""
         return self.input_ids.shape[1] - self.authors.shape[1]
 
-    @property
-    def columns(self) -> torch.Tensor:
-        """int64 (N, T): in which column of `input_ids` each body token is, -1 elsewhere (see `Policy.evaluate`)."""
-        return torch.where(
-            self.body, torch.arange(self.authors.shape[1], device=self.authors.device) + self.prompt_columns, -1
-        )
+    def columns(self, mask: torch.Tensor) -> torch.Tensor:
+        """int64 (N, T): the columns of `input_ids` of the entries in `mask`, -1 elsewhere (see `Policy.evaluate`)."""
+        return torch.where(mask, torch.arange(mask.shape[1], device=mask.device) + self.prompt_columns, -1)
 
     @classmethod
     def concatenate(cls, rollouts: list[Rollout]) -> Rollout:
@@ -123,12 +135,18 @@ def collect(
         options: Reset options: "guidance", "group_size", "index", "prompt", "references", "prefix".
 
     Raises:
-        ValueError: The environment does not park, resets itself within the last step, or the number of seeds is not N.
+        ValueError: The environment does not park, resets itself within the last step, or has another idea of hand-offs
+            than the policy; the number of seeds is not N.
     """
     if not env.parking:
         raise ValueError("env must be made with parking=True: rows wait for each other, and end on the same step")
     if env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
         raise ValueError("env must not be made with autoreset_mode=SAME_STEP: the last step must show the whole texts")
+    if env.handoff != policy.can_hand_off:
+        raise ValueError(
+            f"env was made with handoff={env.handoff}, and the policy has can_hand_off={policy.can_hand_off}: the "
+            "hand-off is an action of both or of neither"
+        )
     if len(seeds) != env.num_envs:
         raise ValueError(f"seeds must have one entry for each of the {env.num_envs} rows, got {len(seeds)}")
 
@@ -139,6 +157,7 @@ def collect(
     )  # the last reset of a sequential pass can leave rows without a sample
     shape = (env.num_envs, env.max_new_tokens)
     log_probs, state_values = torch.zeros(2, *shape, device=policy.device)
+    handoffs = torch.zeros(shape, dtype=torch.bool, device=policy.device)
     column = torch.from_numpy(info["prefix_length"].copy()).to(policy.device)
 
     sampler = policy.sampler(
@@ -155,6 +174,7 @@ def collect(
         if len(sampler.rows):
             sample, rows = sampler.sample(), sampler.rows
             log_probs[rows, column[rows]] = sample.log_probs
+            handoffs[rows, column[rows]] = sample.tokens == env.vocab_size
             if sample.values is not None:
                 state_values[rows, column[rows]] = sample.values
             column[rows] += 1
@@ -172,6 +192,7 @@ def collect(
         input_ids=tensor(observation["input_ids"], torch.int64),
         attention_mask=tensor(observation["attention_mask"], torch.int64),
         authors=tensor(info["authors"], torch.int8),
+        handoffs=handoffs[live],
         log_probs=log_probs[live],
         values=state_values[live],
         rewards=tensor(rewards, torch.float32),

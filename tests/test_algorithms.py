@@ -23,7 +23,8 @@ GUIDE = CallableGuide(
 def make_agent(name, make_env, make_policy, **arguments):
     if name == "sl":
         return SL(make_policy(), make_env(4), episodes_per_iteration=16, learning_rate=3e-3, **arguments)
-    return ALGORITHMS[name](make_policy(), make_env(8, guide=GUIDE), episodes_per_iteration=16, **arguments)
+    guide = "references" if name == "dr-po" else GUIDE
+    return ALGORITHMS[name](make_policy(), make_env(8, guide=guide), episodes_per_iteration=16, **arguments)
 
 
 def numbers(history):

@@ -26,7 +26,7 @@ def test_cached_sampling_and_evaluation_equal_the_cpu(make_env, make_policy):
     assert rollouts[1].input_ids.device.type == "cuda"
     assert torch.equal(rollouts[0].input_ids, rollouts[1].input_ids.cpu())
     torch.testing.assert_close(rollouts[0].log_probs, rollouts[1].log_probs.cpu(), atol=1e-4, rtol=0)
-    judged = gpu.evaluate(rollouts[1].input_ids, rollouts[1].attention_mask, rollouts[1].columns)
+    judged = gpu.evaluate(rollouts[1].input_ids, rollouts[1].attention_mask, rollouts[1].columns(rollouts[1].body))
     torch.testing.assert_close(judged.log_probs, rollouts[1].log_probs, atol=1e-4, rtol=0)
 
 

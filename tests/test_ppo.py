@@ -95,7 +95,8 @@ def test_loss_and_gradients_are_those_of_the_formula(batch, clip_range, clip_ran
         tensors[name].requires_grad_()
     terms = ppo_loss(
         **tensors,
-        mask=torch.from_numpy(mask),
+        decisions=torch.from_numpy(mask),
+        states=torch.from_numpy(mask),
         clip_range=clip_range,
         clip_range_vf=clip_range_vf,
         vf_coef=vf_coef,
@@ -155,7 +156,7 @@ def losses_of(policy, rollout, rows, advantages, padding=0):
         torch.nn.functional.pad(tensor[rows], (padding, padding))
         for tensor in (rollout.input_ids, rollout.attention_mask)
     ]
-    columns = torch.where(rollout.body, rollout.columns + padding, -1)
+    columns = torch.where(rollout.body, rollout.columns(rollout.body) + padding, -1)
     now = policy.evaluate(*padded, columns[rows])
     terms = ppo_loss(
         log_probs=now.log_probs,
@@ -165,7 +166,8 @@ def losses_of(policy, rollout, rows, advantages, padding=0):
         old_values=rollout.values[rows],
         advantages=advantages[rows],
         returns=advantages[rows],
-        mask=rollout.body[rows],
+        decisions=rollout.decisions[rows],
+        states=rollout.decisions[rows],
         clip_range=0.2,
         clip_range_vf=0.2,
         vf_coef=0.5,
@@ -173,12 +175,12 @@ def losses_of(policy, rollout, rows, advantages, padding=0):
     )
     policy.zero_grad()
     terms.loss.backward()
-    return terms.loss, [parameter.grad.clone() for parameter in policy.parameters()]
+    return terms.loss, [parameter.grad.clone() for parameter in policy.parameters() if parameter.grad is not None]
 
 
 def test_loss_and_gradients_do_not_depend_on_padding_order_or_split(make_env, make_policy):
     policy = make_policy()
-    torch.nn.init.normal_(policy.value_head.weight, std=0.1)
+    torch.nn.init.normal_(policy.heads["value"].weight, std=0.1)
     env = make_env(8, guide=guide_writing([20, 21, 22, 23, 24, 25]))
     rollout = play(env, policy, guidance=Guidance(restart_prob=0.5))
     advantages = torch.randn(8, env.max_new_tokens, generator=torch.Generator().manual_seed(0))
@@ -198,10 +200,10 @@ def test_loss_and_gradients_do_not_depend_on_padding_order_or_split(make_env, ma
 
 def test_sampling_and_evaluation_agree_so_that_first_ratios_are_one(make_env, make_policy):
     policy = make_policy()
-    torch.nn.init.normal_(policy.value_head.weight, std=0.1)
+    torch.nn.init.normal_(policy.heads["value"].weight, std=0.1)
     env = make_env(16, guide=guide_writing([20, 21, 22, 23, 24, 25]))
     rollout = play(env, policy, guidance=Guidance(restart_prob=0.5))
-    now = policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns)
+    now = policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
     torch.testing.assert_close(now.log_probs, rollout.log_probs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(now.values, rollout.values, rtol=1e-4, atol=1e-5)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from textgym.seeding import uniform
@@ -67,7 +68,7 @@ class Sample(NamedTuple):
     """The next token of each of n rows.
 
     Attributes:
-        tokens: (n,) int64.
+        tokens: (n,) int64; with a hand-off head, `vocab_size` is the hand-off.
         log_probs: (n,) float32, log-probabilities under the untruncated distribution at temperature 1, whatever the
             decoding: the probability ratios of policy gradients are ratios of the policy's own distribution.
         values: (n,) float32, values of the states in which the tokens were chosen; None without a value head.
@@ -94,6 +95,8 @@ class Sampler:
         prefix_lengths: (N,) new tokens that `input_ids` already holds; None for none.
         max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
         value_head: Maps hidden states (n, d) to values (n, 1).
+        handoff_head: Maps hidden states (n, d) to the log-odds (n, 1) of a hand-off, which is drawn before the token,
+            from a uniform number of its own; a row that chose it must leave the batch.
         vocab_size: Token ids from here on are never chosen (embedding rows beyond the tokenizer's); None for all.
 
     Attributes:
@@ -117,6 +120,7 @@ class Sampler:
         prefix_lengths: Any = None,
         max_new_tokens: int | Sequence[int] | np.ndarray,
         value_head: nn.Module | None = None,
+        handoff_head: nn.Module | None = None,
         vocab_size: int | None = None,
     ) -> None:
         ids = torch.as_tensor(input_ids, device=model.device).long()
@@ -140,11 +144,13 @@ class Sampler:
         check_positions(model, int((lengths.cpu().numpy() + remaining).max(initial=0)))
 
         self.model, self.decoding, self.eos_token_id = model, decoding, eos_token_id
-        self.value_head, self.vocab_size = value_head, vocab_size
+        self.value_head, self.handoff_head, self.vocab_size = value_head, handoff_head, vocab_size
         self.rows = lengths.nonzero().squeeze(1)
         self._steps, self._step = max(int(remaining.max(initial=0)), 0), 0
         counters = prefix[:, None] + np.arange(self._steps)
         self._uniforms = torch.from_numpy(uniform(per_row["seeds"][:, None], counters)).to(model.device)
+        if handoff_head is not None:
+            self._gate_uniforms = torch.from_numpy(uniform(per_row["seeds"][:, None], counters, 1)).to(model.device)
         self._eos_banned = torch.from_numpy(counters < decoding.min_new_tokens).to(model.device)
 
         # A stable sort by validity moves each row's tokens, in order, to the right end: a left-padded batch.
@@ -180,20 +186,30 @@ class Sampler:
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits = logits.float()
-        values = None if self.value_head is None else self.value_head(hidden.float()).squeeze(-1)
+        logits, hidden = at_least_float32(logits), at_least_float32(hidden)
+        values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
         normalizers = logits.logsumexp(-1)
         scores = logits[:, : self.vocab_size]
         if self.decoding.min_new_tokens > 0:
             scores[:, self.eos_token_id].masked_fill_(self._eos_banned[self.rows, self._step], -math.inf)
         tokens = choose(scores, self._uniforms[self.rows, self._step], self.decoding)
         log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - normalizers
+        read = tokens
+        if self.handoff_head is not None:
+            gate = self.handoff_head(hidden).squeeze(-1)
+            log_probs = log_probs + logsigmoid(-gate)
+            if self.decoding.greedy:
+                handed = logsigmoid(gate) > log_probs
+            else:
+                handed = self._gate_uniforms[self.rows, self._step] < gate.double().sigmoid()
+            log_probs = torch.where(handed, logsigmoid(gate), log_probs)
+            tokens = tokens.masked_fill(handed, scores.shape[1])
 
         # What the next pass reads: only the new tokens. Rows of the cache that have left are fed an arbitrary one, at
         # an arbitrary position, since their own may lie beyond the model's last.
         positions = self._positions[self._live, -1] + 1
         self._inputs, self._positions = torch.zeros(2, len(self._inputs), 1, dtype=torch.int64, device=tokens.device)
-        self._inputs[self._live, 0], self._positions[self._live, 0] = tokens, positions
+        self._inputs[self._live, 0], self._positions[self._live, 0] = read, positions
         self._step += 1
         self._width += 1
         return Sample(tokens, log_probs, values)
@@ -371,6 +387,11 @@ def forward(model: PreTrainedModel, select: Callable[[Tensor], Tensor], **inputs
     return output.logits[0], selected[0], output.past_key_values
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen half precision, in which sums over a vocabulary lose too much; float64 stays what it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def check_positions(model: PreTrainedModel, length: int) -> None:
     """Refuse texts longer than a model can read.
 
@@ -407,6 +428,10 @@ def load_model(
             f"model {str(path)!r} must be a hub id or a folder of a causal language model with safetensors weights: "
             f"{error}"
         ) from error
+    # Weights mapped from a file lie at odd addresses, where matrix products can round differently: a policy that was
+    # saved and loaded would not be the same to the last bit.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     module: Any = model.eval()  # transformers wraps `to` in a way that type checkers misread
     return module.to(resolve_device(device))
 

@@ -29,7 +29,9 @@ STOP, LENGTH, HANDOFF = range(3)
 USER_SAMPLE, NO_SAMPLE = -1, -2
 
 # What a random number of an episode is for; it is drawn from (row seed, episode, purpose).
-SAMPLE, RESTART, RESTART_LENGTH, RESTART_REDRAW, SCHEDULE, HANDOFF_LENGTH, RESTART_SEED, HANDOFF_SEED = range(8)
+SAMPLE, RESTART, RESTART_LENGTH, RESTART_REDRAW, SCHEDULE, HANDOFF_LENGTH, RESTART_SEED, HANDOFF_SEED, NO_BODY = range(
+    9
+)
 
 RESET_OPTIONS = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "group_size")
 
@@ -307,15 +309,16 @@ class TextVectorEnv(VectorEnv):
                 raise ValueError(f"guidance {guidance} needs a guide, and the environment was made with guide=None")
             if guidance.handoff_prob and not (self.guide and self.guide.can_hand_off):
                 raise ValueError(f"guidance {guidance} hands off, which this guide cannot: {self.guide!r}")
-            if guidance.handoff_prob and guidance.handoff_bounds(self.max_new_tokens)[0] < 1 and not self.parking:
+            if guidance.can_skip_body and not self.parking:
                 raise ValueError(
-                    "Guidance.handoff_length=0 leaves no action to an episode, and a reset cannot return a finished "
-                    f"one: make a vector environment with parking=True (got {guidance})"
+                    "Guidance.handoff_length=0 and no_body_prob leave no action to an episode, and a reset cannot "
+                    f"return a finished one: make a vector environment with parking=True (got {guidance})"
                 )
             in_force[row] = guidance
         self._guidance = in_force
         self._restart_prob = np.array([g.restart_prob for g in self._guidance])
         self._handoff_prob = np.array([g.handoff_prob for g in self._guidance])
+        self._no_body_prob = np.array([g.no_body_prob for g in self._guidance])
         self._restart_bounds = np.array([g.restart_bounds(self.max_new_tokens) for g in self._guidance])
         self._handoff_bounds = np.array([g.handoff_bounds(self.max_new_tokens) for g in self._guidance])
 
@@ -390,6 +393,8 @@ class TextVectorEnv(VectorEnv):
             scheduled = live[self._draw(live, SCHEDULE) < self._handoff_prob[self._origin[live]]]
             low, high = self._handoff_bounds[self._origin[scheduled]].T
             self._handoff_at[scheduled] = seeding.integer(low, high, self._draw(scheduled, HANDOFF_LENGTH))
+            skipped = self._draw(scheduled, NO_BODY) < self._no_body_prob[self._origin[scheduled]]
+            self._handoff_at[scheduled[skipped]] = 0
             without_body = scheduled[self._handoff_at[scheduled] == 0]
             self._active[without_body] = False
             self._waiting[without_body] = self._wants_guide[without_body] = True

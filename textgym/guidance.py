@@ -26,6 +26,8 @@ class Guidance:
         handoff_length: Policy tokens before the guide completes the text. ``None`` draws uniformly on {1..T}, an int
             fixes it, a pair (low, high) draws uniformly, both ends included. 0 (an episode without policy tokens)
             needs a vector environment made with ``parking=True``.
+        no_body_prob: Probability that an episode that is scheduled for a hand-off has no policy token at all, whatever
+            `handoff_length` says; above 0 it needs ``parking=True`` too.
 
     Raises:
         ValueError: A probability outside [0, 1], or a length that is negative or not one of the forms above.
@@ -35,9 +37,10 @@ class Guidance:
     restart_length: Length = None
     handoff_prob: float = 0.0
     handoff_length: Length = None
+    no_body_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("restart_prob", "handoff_prob"):
+        for name in ("restart_prob", "handoff_prob", "no_body_prob"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"Guidance.{name} must be a number in [0, 1], got {value!r}")
@@ -84,6 +87,11 @@ class Guidance:
     def needs_guide(self) -> bool:
         """Whether any episode can call the guide."""
         return self.restart_prob > 0 or self.handoff_prob > 0
+
+    @property
+    def can_skip_body(self) -> bool:
+        """Whether an episode can go by without a policy token."""
+        return self.handoff_prob > 0 and (self.no_body_prob > 0 or self.handoff_bounds(1)[0] < 1)
 
     def restart_bounds(self, max_new_tokens: int) -> tuple[int, int]:
         """Inclusive bounds of the prefix length before the guide's own length is known."""

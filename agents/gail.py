@@ -1,0 +1,138 @@
+"""GAIL: the reward is a discriminator that learns to tell the policy's texts from references."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import softplus
+
+from agents.algorithm import check
+from agents.policy import Policy
+from agents.ppo import PPO
+from agents.rollout import Rollout
+from agents.supervised import Example, collate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from textgym.engine import TextVectorEnv
+
+
+class GAIL(PPO):
+    """Generative adversarial imitation learning (Ho and Ermon 2016, arXiv 1606.03476, algorithm 1), with PPO's steps.
+
+    The discriminator D(x, y) is the probability that a text is a reference: a copy of the starting policy whose value
+    head, read after the last token, gives the log-odds. Every iteration it first learns from the policy's texts and the
+    references of the same prompts (so that a prompt gives nothing away), and the reward of a text is then
+    ``-log(1 - D(x, y))``. The task's own reward is recorded as "reward" and trains nothing.
+
+    Args:
+        policy: As for `PPO`.
+        env: As for `PPO`; its samples have references.
+        discriminator_learning_rate: Step size of its Adam.
+        discriminator_epochs: Its passes over an iteration's texts.
+        **hyperparameters: As for `PPO`.
+
+    Raises:
+        ValueError: An argument is wrong; while learning, an iteration without any reference.
+    """
+
+    name = "gail"
+
+    def __init__(
+        self,
+        policy: Policy | str | os.PathLike,
+        env: TextVectorEnv | str,
+        *,
+        discriminator_learning_rate: float = 1e-4,
+        discriminator_epochs: int = 1,
+        **hyperparameters: Any,
+    ) -> None:
+        check("discriminator_learning_rate", discriminator_learning_rate, discriminator_learning_rate > 0, "above 0")
+        check("discriminator_epochs", discriminator_epochs, discriminator_epochs >= 1, "at least 1")
+        super().__init__(policy, env, **hyperparameters)
+        self.hyperparameters |= {
+            "discriminator_learning_rate": discriminator_learning_rate,
+            "discriminator_epochs": discriminator_epochs,
+        }
+        self.discriminator_epochs = discriminator_epochs
+        self.discriminator = copy.deepcopy(self.reference).requires_grad_(True)
+        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=discriminator_learning_rate)
+        self._rewards = torch.zeros(0)
+
+    def play(self) -> Rollout:
+        """Play, teach the discriminator, and let it judge."""
+        rollout = super().play()
+        self.discriminator_record = self.teach(rollout)
+        with torch.no_grad():
+            rows = torch.arange(len(rollout), device=rollout.rewards.device).split(self.minibatch_size)
+            self._rewards = softplus(torch.cat([self.log_odds(rollout, part) for part in rows]))
+        self.check_finite("discriminator reward", self._rewards)
+        return rollout
+
+    def rewards(self, rollout: Rollout) -> torch.Tensor:
+        """What the discriminator gave this iteration's texts, ``-log(1 - D)``."""
+        return self._rewards
+
+    def iterate(self) -> dict[str, Any]:
+        """Add how the discriminator is doing."""
+        record = super().iterate()
+        return {**record, "discriminator_reward": float(self._rewards.mean()), **self.discriminator_record}
+
+    def teach(self, rollout: Rollout) -> dict[str, float]:
+        """Train the discriminator on pairs of a reference and a text of one prompt.
+
+        Returns:
+            Its loss and its accuracy, means over the steps, before each of them.
+        """
+        examples = self.demonstrations(rollout)
+        if not examples:
+            raise ValueError(
+                f"env must have references for {self.name}: no sample of iteration {self.iteration} has one"
+            )
+        paired = np.array(sorted(examples))
+        random, steps = np.random.default_rng([self.seed, self.iteration, 2]), []
+        for _ in range(self.discriminator_epochs):
+            order = random.permutation(paired)
+            for start in range(0, len(order), self.minibatch_size):
+                chosen = order[start : start + self.minibatch_size]
+                references = self.log_odds_of([examples[row] for row in chosen])
+                texts = self.log_odds(rollout, torch.from_numpy(chosen).to(references.device))
+                loss = softplus(-references).mean() + softplus(texts).mean()
+                self.check_finite("discriminator loss", loss)
+                self.discriminator_optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.max_grad_norm)
+                self.discriminator_optimizer.step()
+                steps.append((float(loss.detach()), float(torch.cat([references > 0, texts < 0]).float().mean())))
+        loss_mean, accuracy = np.mean(steps, axis=0)
+        return {"discriminator_loss": float(loss_mean), "discriminator_accuracy": float(accuracy)}
+
+    def log_odds(self, rollout: Rollout, rows: torch.Tensor) -> torch.Tensor:
+        """Log-odds of D for some of the policy's texts."""
+        ends = rollout.prompt_columns + (rollout.authors[rows] >= 0).sum(1, keepdim=True)
+        return self.discriminator.values(rollout.input_ids[rows], rollout.attention_mask[rows], ends)[0].squeeze(1)
+
+    def log_odds_of(self, examples: list[Example]) -> torch.Tensor:
+        """Log-odds of D for references."""
+        input_ids, attention_mask, _ = (
+            tensor.to(self.policy.device) for tensor in collate(examples, self.env.pad_token_id)
+        )
+        return self.discriminator.values(input_ids, attention_mask, attention_mask.sum(1, keepdim=True))[0].squeeze(1)
+
+    def models(self) -> dict[str, nn.Module]:
+        """Add the discriminator."""
+        return {**super().models(), "discriminator": self.discriminator}
+
+    def training_state(self) -> dict[str, Any]:
+        """Add the discriminator's optimiser."""
+        return {**super().training_state(), "discriminator_optimizer": self.discriminator_optimizer.state_dict()}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `training_state`."""
+        super().load_training_state(state)
+        self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])

@@ -1,0 +1,375 @@
+"""What all policy gradients share: a reference policy to stay near, and gradient steps over an iteration's episodes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import torch
+
+from agents.advantages import masked_mean
+from agents.algorithm import Algorithm, check
+from agents.policy import Evaluation, Policy
+from agents.rollout import Rollout
+from agents.supervised import Example, encode_example, supervised_loss
+from textgym.decoding import Decoding
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+    from torch import Tensor, nn
+
+    from textgym.engine import TextVectorEnv
+
+Schedule = Literal["constant", "linear", "cosine"]
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class Credit:
+    """What the decisions of N episodes are worth, and what else a loss needs to know of them.
+
+    Attributes:
+        decisions: bool (N, T), the policy's actions; what the next four say elsewhere is never read.
+        log_probs: float (N, T), log-probabilities when they were sampled.
+        reference_log_probs: float (N, T), log-probabilities under the reference policy.
+        advantages: float (N, T).
+        states: bool (N, T), the states whose value the critic learns; nowhere True without a critic.
+        values: float (N, T), what the critic said of them.
+        returns: float (N, T), what it should say.
+    """
+
+    decisions: Tensor
+    log_probs: Tensor
+    reference_log_probs: Tensor
+    advantages: Tensor
+    states: Tensor
+    values: Tensor
+    returns: Tensor
+
+    @classmethod
+    def without_critic(cls, rollout: Rollout, reference_log_probs: Tensor, advantages: Tensor) -> Self:
+        """Credit to decisions alone; `advantages` is float (N, T), or (N,) for all decisions of an episode."""
+        nothing = torch.zeros_like(rollout.log_probs)
+        return cls(
+            decisions=rollout.decisions,
+            log_probs=rollout.log_probs,
+            reference_log_probs=reference_log_probs,
+            advantages=(advantages if advantages.ndim == 2 else advantages[:, None]).expand_as(nothing),
+            states=torch.zeros_like(rollout.decisions),
+            values=nothing,
+            returns=nothing,
+        )
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+class PolicyGradient(Algorithm):
+    """Base class of the algorithms that maximise ``E[r(x, y)] - kl_coef KL(pi || pi_ref)`` by gradient steps.
+
+    The reference policy is a frozen copy of the starting policy. Every iteration plays `episodes_per_iteration`
+    episodes, gives credit to the policy's decisions (`credit`) and goes over them `n_epochs` times, minibatch by
+    minibatch (`loss`). The objective is the same whoever else wrote in an episode: a guide's tokens carry no penalty
+    and no gradient.
+
+    Log-probabilities are those of the untruncated softmax at temperature 1, in sampling, in updates and for the
+    reference, whatever the decoding is. With top-k or top-p sampling ratios are therefore not importance weights of
+    the truncated distribution; in return every sampled token has a finite log-probability under every later policy,
+    which a new top-k set could deny it.
+
+    Args:
+        policy: A `Policy`, or the hub id or path of a causal language model.
+        env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
+        episodes_per_iteration: Episodes an iteration, a multiple of the rows of `env`.
+        minibatch_size: Episodes a gradient step.
+        gradient_accumulation_steps: Passes into which a gradient step is cut, to save memory; the gradient is the same.
+        n_epochs: Passes over an iteration's episodes.
+        learning_rate: Step size of Adam, at the start.
+        lr_schedule: How it goes on, over `schedule_episodes`: "constant", "linear" or "cosine", both to zero.
+        schedule_episodes: Episodes after which schedules are at their end; must be given where one is not constant.
+        kl_coef: Weight of the KL penalty (its start value, with `kl_target`).
+        kl_penalty: "reward" puts ``-kl_coef (log pi - log pi_ref)`` on every decision's reward; "loss" adds
+            ``kl_coef`` times the estimate ``pi_ref / pi - 1 - log(pi_ref / pi)`` to every decision's loss
+            (http://joschu.net/blog/kl-approx.html, k3).
+        kl_target: Hold the KL of a text (nats, summed over its decisions) near this value by changing `kl_coef` after
+            every iteration (Ziegler et al. 2019, arXiv 1909.08593, section 2.2); None keeps `kl_coef`.
+        target_coef: Weight of a supervised loss on reference texts of the iteration's prompts (the rows that the task
+            says to imitate).
+        target_kl: Stop an iteration's updates when the policy is 1.5 times this far from the one that sampled (nats a
+            decision); None never stops.
+        max_grad_norm: Gradients are scaled down to this norm.
+        decoding: How training episodes are sampled (None: as the policy does).
+        seed: Seed of everything random here and in the environment.
+        device: "auto" or a torch device.
+        eval_every: Iterations between evaluations on validation prompts; 0 never evaluates.
+        eval_prompts: Validation prompts of such an evaluation.
+        eval_env: What to evaluate on (None: the validation split of `env`, without a guide).
+        output_dir: Where the checkpoints ``last`` and ``best`` go.
+        track: Accelerate trackers.
+
+    Attributes:
+        reference: The reference policy.
+        kl_coef: The weight of the KL penalty now.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | str | os.PathLike,
+        env: TextVectorEnv | str,
+        *,
+        episodes_per_iteration: int = 64,
+        minibatch_size: int = 16,
+        gradient_accumulation_steps: int = 1,
+        n_epochs: int = 2,
+        learning_rate: float = 1e-4,
+        lr_schedule: Schedule = "constant",
+        schedule_episodes: int | None = None,
+        kl_coef: float = 0.02,
+        kl_penalty: Literal["reward", "loss"] = "reward",
+        kl_target: float | None = None,
+        target_coef: float = 0.0,
+        target_kl: float | None = None,
+        max_grad_norm: float = 1.0,
+        decoding: Decoding | None = None,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        eval_every: int = 0,
+        eval_prompts: int = 256,
+        eval_env: TextVectorEnv | None = None,
+        output_dir: str | os.PathLike | None = None,
+        track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None,
+    ) -> None:
+        hyperparameters = {
+            key: value
+            for key, value in locals().items()
+            if key not in ("self", "policy", "env", "eval_env", "track", "__class__")
+        }
+        check("minibatch_size", minibatch_size, minibatch_size >= 1, "at least 1")
+        check(
+            "gradient_accumulation_steps",
+            gradient_accumulation_steps,
+            1 <= gradient_accumulation_steps <= minibatch_size,
+            f"in {{1..minibatch_size={minibatch_size}}}",
+        )
+        check("n_epochs", n_epochs, n_epochs >= 1, "at least 1")
+        check("learning_rate", learning_rate, learning_rate > 0, "above 0")
+        check("lr_schedule", lr_schedule, lr_schedule in SCHEDULES, f"one of {SCHEDULES}")
+        check(
+            "schedule_episodes",
+            schedule_episodes,
+            lr_schedule == "constant" if schedule_episodes is None else schedule_episodes >= 1,
+            "at least 1, and given where a schedule is not constant",
+        )
+        check("kl_penalty", kl_penalty, kl_penalty in ("reward", "loss"), '"reward" or "loss"')
+        check(
+            "kl_target",
+            kl_target,
+            kl_target is None or (kl_target > 0 and kl_coef > 0),
+            "above 0 (as kl_coef), or None",
+        )
+        check("target_kl", target_kl, target_kl is None or target_kl > 0, "None or above 0")
+        check("max_grad_norm", max_grad_norm, max_grad_norm > 0, "above 0")
+        for name in ("kl_coef", "target_coef"):
+            check(name, hyperparameters[name], hyperparameters[name] >= 0, "at least 0")
+        super().__init__(
+            policy,
+            env,
+            episodes_per_iteration=episodes_per_iteration,
+            decoding=decoding,
+            seed=seed,
+            device=device,
+            eval_every=eval_every,
+            eval_prompts=eval_prompts,
+            eval_env=eval_env,
+            output_dir=output_dir,
+            track=track,
+            hyperparameters=hyperparameters,
+        )
+        self.minibatch_size, self.n_epochs = minibatch_size, n_epochs
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.learning_rate, self.lr_schedule, self.schedule_episodes = learning_rate, lr_schedule, schedule_episodes
+        self.kl_coef, self.kl_penalty, self.kl_target = kl_coef, kl_penalty, kl_target
+        self.target_coef, self.target_kl, self.max_grad_norm = target_coef, target_kl, max_grad_norm
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self._optimizer = torch.optim.Adam(self.trainable, lr=learning_rate, eps=1e-5)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam over everything that is trained."""
+        return self._optimizer
+
+    @abstractmethod
+    def credit(self, rollout: Rollout, reference_log_probs: Tensor) -> Credit:
+        """Say what each decision was worth.
+
+        Args:
+            rollout: N episodes; `rewards` has their rewards.
+            reference_log_probs: float (N, T), of the decisions.
+        """
+
+    @abstractmethod
+    def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, Tensor]:
+        """The loss of some episodes of a minibatch.
+
+        Args:
+            now: What the policy says of their decisions and states now.
+            old: Their credit.
+            minibatch: The whole minibatch's. Means are over it, so that the losses of its parts add up to its own.
+
+        Returns:
+            Scalars by name: "loss", whose gradient is followed, "approx_kl" (nats a decision to the policy that
+            sampled), and diagnostics; each adds up over the parts of a minibatch.
+        """
+
+    def rewards(self, rollout: Rollout) -> Tensor:
+        """The rewards (N,) to maximise: by default the task's."""
+        return rollout.rewards
+
+    def play(self) -> Rollout:
+        """Play an iteration's episodes."""
+        return self.collect()
+
+    def iterate(self) -> dict[str, Any]:
+        """Play episodes, give credit to decisions, take gradient steps."""
+        rollout = self.play()
+        reference_log_probs = self.reference_log_probs(rollout)
+        credit = self.credit(rollout, reference_log_probs)
+        losses = self.update(rollout, credit)
+
+        decisions, states = rollout.decisions, credit.states
+        log_ratio = (rollout.log_probs - reference_log_probs).masked_fill(~decisions, 0)
+        kl = float(log_ratio.sum() / decisions.any(1).sum().clamp(min=1))
+        record = {
+            "reward": float(rollout.rewards.mean()),
+            "kl": kl,
+            "kl_per_token": float(masked_mean(log_ratio, decisions)),
+            "kl_penalty": self.kl_coef * kl,
+            "kl_coef": self.kl_coef,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **losses,
+            "length": float((rollout.authors >= 0).sum(1).float().mean()),
+            "stop_fraction": float(np.mean(rollout.finish_reason == "stop")),
+            "handoff_fraction": float(np.mean(rollout.finish_reason == "handoff")),
+            "policy_tokens": int(rollout.policy_tokens.sum()),
+            "guide_tokens": int(rollout.guide_tokens.sum()),
+            **{f"reward/{name}": float(part.mean()) for name, part in rollout.reward_parts.items() if name != "reward"},
+        }
+        if states.any():
+            error, returns = (credit.returns - credit.values)[states], credit.returns[states]
+            variance = returns.var(correction=0).clamp(min=1e-12)
+            record["explained_variance"] = float(1 - error.var(correction=0) / variance)
+            record["value"] = float(credit.values[states].mean())
+        if self.kl_target is not None:
+            error = np.clip(kl / self.kl_target - 1, -0.2, 0.2)
+            self.kl_coef = float(self.kl_coef * (1 + 0.1 * error))
+        return record
+
+    @torch.no_grad()
+    def reference_log_probs(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities (N, T) of the decisions under the reference policy, zero elsewhere."""
+        decisions = rollout.decisions
+        columns, result = rollout.columns(decisions), torch.zeros_like(rollout.log_probs)
+        for rows in torch.nonzero(decisions.any(1)).flatten().split(self.minibatch_size):
+            result[rows] = self.reference.evaluate(
+                rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], rollout.handoffs[rows]
+            ).log_probs
+        return result
+
+    def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
+        """Take gradient steps over the episodes that have a decision, or a state to learn from.
+
+        Returns:
+            Losses and diagnostics, means over the gradient steps that were taken.
+        """
+        columns = rollout.columns(credit.decisions | credit.states)
+        demonstrations = self.demonstrations(rollout) if self.target_coef else {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * self.scheduled(self.lr_schedule)
+        steps: list[dict[str, Tensor]] = []
+        stopped = False
+        for minibatch in self.minibatches(torch.nonzero((columns >= 0).any(1)).flatten()):
+            whole = credit[minibatch]
+            examples = {row: demonstrations[row] for row in minibatch.tolist() if row in demonstrations}
+            targets = sum(len(example.target) for example in examples.values())
+            step: dict[str, Tensor] = {}
+            self.optimizer.zero_grad()
+            for rows in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
+                terms = self.loss(self.judge(rollout, columns, rows), credit[rows], whole)
+                own = [examples[row] for row in rows.tolist() if row in examples]
+                if own:
+                    share = sum(len(example.target) for example in own) / targets
+                    terms["target_loss"] = share * supervised_loss(self.policy, own, self.env.pad_token_id)
+                    terms["loss"] = terms["loss"] + self.target_coef * terms["target_loss"]
+                self.check_finite("loss", terms["loss"])
+                terms["loss"].backward()
+                for name, term in terms.items():
+                    step[name] = step.get(name, 0) + term.detach()
+            stopped = self.target_kl is not None and float(step["approx_kl"]) > 1.5 * self.target_kl
+            if stopped:
+                break
+            step["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
+            self.check_finite("gradient norm", step["gradient_norm"])
+            self.optimizer.step()
+            steps.append(step)
+        means = {
+            name: float(torch.stack([step[name] for step in steps if name in step]).mean())
+            for name in {name for step in steps for name in step}
+        }
+        return {**dict(sorted(means.items())), "gradient_steps": len(steps), "stopped_early": float(stopped)}
+
+    def judge(self, rollout: Rollout, columns: Tensor, rows: Tensor) -> Evaluation:
+        """What the policy says now of some rows' decisions and states."""
+        return self.policy.evaluate(
+            rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], rollout.handoffs[rows]
+        )
+
+    def minibatches(self, rows: Tensor) -> Iterator[Tensor]:
+        """Split rows at random, `n_epochs` times."""
+        random = np.random.default_rng([self.seed, self.iteration])
+        for _ in range(self.n_epochs):
+            yield from rows[torch.from_numpy(random.permutation(len(rows))).to(rows.device)].split(self.minibatch_size)
+
+    def scheduled(self, schedule: Schedule) -> float:
+        """The factor that a schedule has come to."""
+        if schedule == "constant":
+            return 1.0
+        # Counted before this iteration's episodes, so that the first iteration has the start value.
+        assert self.schedule_episodes is not None
+        progress = min(1.0, self.iteration * self.episodes_per_iteration / self.schedule_episodes)
+        return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+    def demonstrations(self, rollout: Rollout) -> dict[int, Example]:
+        """One reference text for each row with a prompt that the task says to imitate."""
+        imitate = self.env.task.demonstration or (lambda row: True)
+        prompts, masks = (
+            array[:, : rollout.prompt_columns].cpu().numpy() for array in (rollout.input_ids, rollout.attention_mask)
+        )
+        random = np.random.default_rng([self.seed, self.iteration, 1])
+        examples = {}
+        for row, (sample, references) in enumerate(zip(rollout.sample_ids, rollout.references, strict=True)):
+            if references and (sample < 0 or imitate(self.env.data.rows[int(sample)])):
+                text = references[random.integers(len(references))]
+                prompt_ids = prompts[row][masks[row] > 0].tolist()
+                examples[row] = encode_example(
+                    self.env.tokenizer, rollout.prompts[row], prompt_ids, text, self.env.max_new_tokens
+                )
+        return examples
+
+    def models(self) -> dict[str, nn.Module]:
+        """The reference policy, beside the policy."""
+        return {**super().models(), "reference": self.reference}
+
+    def training_state(self) -> dict[str, Any]:
+        """Add the KL coefficient, which may have moved."""
+        return {**super().training_state(), "kl_coef": self.kl_coef}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `training_state`."""
+        super().load_training_state(state)
+        self.kl_coef = state["kl_coef"]

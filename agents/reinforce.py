@@ -1,0 +1,78 @@
+"""REINFORCE with a learned baseline: the plainest policy gradient."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agents.advantages import kl_estimate
+from agents.policy import Evaluation, Policy
+from agents.policy_gradient import Credit
+from agents.ppo import PPO
+
+if TYPE_CHECKING:
+    from textgym.engine import TextVectorEnv
+
+
+class REINFORCE(PPO):
+    """REINFORCE with a baseline (Williams 1992; Sutton and Barto 2018, section 13.4).
+
+    ``L = -mean (G - V) log pi + vf_coef 1/2 mean (V - G)^2 - ent_coef H`` with G the return that followed the decision:
+    PPO with lambda = 1 and neither ratio nor clipping. An iteration's episodes are used once, by default in a single
+    gradient step, for later steps would follow a policy that did not play them.
+
+    Args:
+        policy: As for `PPO`.
+        env: As for `PPO`.
+        episodes_per_iteration: Episodes an iteration.
+        minibatch_size: Episodes a gradient step; None takes all of an iteration's.
+        n_epochs: Passes over an iteration's episodes.
+        **hyperparameters: As for `PPO`; those about clipping and lambda are without effect.
+
+    Raises:
+        ValueError: An argument is wrong.
+    """
+
+    name = "reinforce"
+
+    def __init__(
+        self,
+        policy: Policy | str | os.PathLike,
+        env: TextVectorEnv | str,
+        *,
+        episodes_per_iteration: int = 64,
+        minibatch_size: int | None = None,
+        n_epochs: int = 1,
+        **hyperparameters: Any,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            episodes_per_iteration=episodes_per_iteration,
+            minibatch_size=minibatch_size or episodes_per_iteration,
+            n_epochs=n_epochs,
+            **{**hyperparameters, "gae_lambda": 1.0},
+        )
+
+    def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
+        """The score function times the advantage, the value loss, and the entropy bonus."""
+        num_decisions, num_states = minibatch.decisions.sum().clamp(min=1), minibatch.states.sum().clamp(min=1)
+        values = now.values + self.value_offsets[self.critic_of]
+        log_probs, entropy = (part.masked_fill(~old.decisions, 0) for part in (now.log_probs, now.entropy))
+        policy_loss = -(old.advantages * log_probs).sum() / num_decisions
+        value_loss = 0.5 * (values - old.returns).masked_fill(~old.states, 0).square().sum() / num_states
+        mean_entropy = entropy.sum() / num_decisions
+        terms = {
+            "loss": policy_loss + self.vf_coef * value_loss - self.ent_coef * mean_entropy,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": mean_entropy,
+            # How far the sampling policy is from this one, estimated on its own samples
+            "approx_kl": kl_estimate(old.log_probs, log_probs.detach(), old.decisions).sum() / num_decisions,
+        }
+        if self.kl_penalty == "loss":
+            terms["kl_loss"] = kl_estimate(log_probs, old.reference_log_probs, old.decisions).sum() / num_decisions
+            terms["loss"] = terms["loss"] + self.kl_coef * terms["kl_loss"]
+        return terms

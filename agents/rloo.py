@@ -1,0 +1,91 @@
+"""RLOO: each text of a group is judged against the mean of the others."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agents.advantages import kl_estimate
+from agents.algorithm import check
+from agents.group import GroupPolicyGradient
+from agents.policy import Evaluation, Policy
+from agents.policy_gradient import Credit
+from agents.rollout import Rollout
+
+if TYPE_CHECKING:
+    from textgym.engine import TextVectorEnv
+
+
+class RLOO(GroupPolicyGradient):
+    """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, section 3).
+
+    | prefix | body | completion | policy gradient on | critic learns |
+    |---|---|---|---|---|
+    | none, or a guide's with probability beta, one a group | policy to the end | none | body | none |
+
+    With R_i = r_i - kl_coef sum_h (log pi - log pi_ref) the advantage of text i is R_i less the mean R of the k - 1
+    others, and the whole text is one action: ``L = -mean_i min(rho_i A_i, clip(rho_i, 1 - c, 1 + c) A_i)`` with rho_i
+    the ratio of the probabilities of the body. In an iteration's first gradient step rho is 1 and this is the
+    published gradient; ratio and clipping serve the steps after it.
+
+    Args:
+        policy: As for `PolicyGradient`.
+        env: As for `PolicyGradient`; its number of rows is a multiple of `group_size`.
+        group_size: k, texts of one prompt and one prefix.
+        beta: Probability that a group starts from a guide's prefix (guided RLOO); 0 needs no guide.
+        clip_range: c above; None does not clip.
+        n_epochs: Passes over an iteration's episodes.
+        **shared: As for `PolicyGradient`.
+
+    Raises:
+        ValueError: The environment has no guide where `beta` asks for one, its rows make no whole groups, or an
+            argument is wrong.
+    """
+
+    name = "rloo"
+
+    def __init__(
+        self,
+        policy: Policy | str | os.PathLike,
+        env: TextVectorEnv | str,
+        *,
+        group_size: int = 4,
+        beta: float = 0.0,
+        clip_range: float | None = 0.2,
+        n_epochs: int = 1,
+        **shared: Any,
+    ) -> None:
+        check("clip_range", clip_range, clip_range is None or clip_range > 0, "None or above 0")
+        super().__init__(policy, env, group_size=group_size, beta=beta, n_epochs=n_epochs, **shared)
+        self.hyperparameters["clip_range"] = self.clip_range = clip_range
+
+    def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
+        """Return less the mean return of the others in the group."""
+        returns = self.group_returns(rollout, reference_log_probs)
+        others = (returns.sum(1, keepdim=True) - returns) / (self.group_size - 1)
+        return Credit.without_critic(rollout, reference_log_probs, (returns - others).flatten())
+
+    def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
+        """The clipped surrogate with whole texts as actions."""
+        num_texts, num_decisions = len(minibatch.decisions), minibatch.decisions.sum().clamp(min=1)
+        log_ratios = (now.log_probs - old.log_probs).masked_fill(~old.decisions, 0)
+        ratio, advantages = log_ratios.sum(1).exp(), old.advantages[:, 0]
+        surrogate = ratio * advantages
+        if self.clip_range is not None:
+            clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+            surrogate = torch.minimum(surrogate, clipped * advantages)
+        policy_loss = -surrogate.sum() / num_texts
+        terms = {
+            "loss": policy_loss,
+            "policy_loss": policy_loss,
+            "entropy": now.entropy.masked_fill(~old.decisions, 0).sum() / num_decisions,
+            "approx_kl": (log_ratios.exp() - 1 - log_ratios).sum() / num_decisions,
+        }
+        if self.clip_range is not None:
+            terms["clip_fraction"] = ((ratio - 1).abs() > self.clip_range).sum() / num_texts
+        if self.kl_penalty == "loss":
+            terms["kl_loss"] = kl_estimate(now.log_probs, old.reference_log_probs, old.decisions).sum() / num_texts
+            terms["loss"] = policy_loss + self.kl_coef * terms["kl_loss"]
+        return terms

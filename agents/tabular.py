@@ -1,0 +1,307 @@
+"""A policy without a network: one row of logits a state, for environments with few states."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from agents.policy import POLICY_FILE, Evaluation, Policy
+from textgym.decoding import Decoding, Sample, at_least_float32, choose, resolve_device
+from textgym.seeding import uniform
+from textgym.tasks.lock import CombinationLock
+from textgym.tokenization import decode, pretrained_tokenizer
+
+TABLES_FILE = "tables.safetensors"
+
+States = Callable[[Tensor], Tensor]
+
+
+class TabularPolicy(Policy):
+    """A table of logits and two of values, over states that a function tells apart.
+
+    All tables begin at zero: tokens are uniform, and both critics say 0 everywhere. Where the state function tells
+    enough apart, this is every policy there is, and what an algorithm converges to can be compared with closed forms.
+
+    Args:
+        tokenizer: The tokenizer; its tokens are the columns of the logits.
+        states: Takes token ids, int64 (n, S), prompt included, each row's beginning in the first column and anything
+            after its end; returns int64 (n, S+1), the state before each token and the one after the last.
+        num_states: The number of states.
+        decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
+
+    Raises:
+        ValueError: The tokenizer has no EOS token.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, states: States, num_states: int, decoding: Decoding | None = None
+    ) -> None:
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer must have an eos_token: it is the action that ends a text")
+        self.logits = nn.Parameter(torch.zeros(num_states, len(tokenizer)))
+        self.value_table = nn.Parameter(torch.zeros(num_states))
+        self.guide_value_table = nn.Parameter(torch.zeros(num_states))
+        self.tokenizer = tokenizer
+        self.states = states
+        self.decoding = decoding or Decoding()
+        self.set_seed(0)
+
+    @classmethod
+    def for_lock(cls, lock: CombinationLock, decoding: Decoding | None = None) -> TabularPolicy:
+        """A policy for ``textgym/CombinationLock-v0``; `lock` is the environment's attribute of that name."""
+        return cls(lock.tokenizer(), functools.partial(_lock_states, lock), lock.num_states, decoding)
+
+    def set_seed(self, seed: int) -> None:
+        """Seed the draws of `predict`."""
+        self._generator = np.random.default_rng(seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        device: str | torch.device = "auto",
+        states: States | None = None,
+        decoding: Decoding | None = None,
+        **arguments: Any,
+    ) -> TabularPolicy:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            path: The folder.
+            device: "auto" is CUDA where there is one, else CPU.
+            states: The function that the policy was made with; a file cannot hold it.
+            decoding: None: the one saved with the policy.
+            **arguments: None are allowed; they are a subclass's.
+
+        Raises:
+            ValueError: No `states`, an unknown argument, or a folder that is not one of a tabular policy.
+        """
+        if arguments:
+            raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
+        if states is None:
+            raise ValueError("states must be given: the function from tokens to states that the policy was made with")
+        folder = Path(path)
+        if not (folder / TABLES_FILE).is_file():
+            raise ValueError(f"path must be a folder written by TabularPolicy.save_pretrained, got {str(path)!r}")
+        tables = load_file(folder / TABLES_FILE)
+        saved = Decoding(**json.loads((folder / POLICY_FILE).read_text())["decoding"])
+        policy = cls(pretrained_tokenizer(folder), states, len(tables["logits"]), decoding or saved)
+        policy.to(resolve_device(device), tables["logits"].dtype).load_state_dict(tables)
+        return policy
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write tables, decoding and tokenizer into a folder, replacing what is there."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            new, old = Path(name) / "new", Path(name) / "old"
+            new.mkdir()
+            self.tokenizer.save_pretrained(new)
+            save_file(self.state_dict(), new / TABLES_FILE)
+            (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        state: np.ndarray | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the next token (see `Policy.predict`).
+
+        The state counts the tokens this policy has chosen in each row's episode, for `decoding.min_new_tokens`.
+        Rows without any token (idle rows) get EOS.
+        """
+        ids, mask = (np.asarray(observation[key]) for key in ("input_ids", "attention_mask"))
+        batched = {"input_ids": np.atleast_2d(ids), "attention_mask": np.atleast_2d(mask)}
+        written = np.zeros(len(batched["input_ids"]), np.int64) if state is None else np.asarray(state, np.int64)
+        if episode_start is not None:
+            written = np.where(episode_start, 0, written)
+        sampler = TabularSampler(
+            self,
+            batched,
+            seeds=self._generator.integers(2**63, size=len(written)),
+            max_new_tokens=written + 1,
+            prefix_lengths=written,
+            decoding=Decoding(greedy=True, min_new_tokens=self.decoding.min_new_tokens) if deterministic else None,
+        )
+        actions = np.full(len(written), self.tokenizer.eos_token_id, np.int64)
+        if len(sampler.rows):
+            actions[sampler.rows.cpu().numpy()] = sampler.sample().tokens.cpu().numpy()
+        return actions.reshape(ids.shape[:-1]), written + 1
+
+    def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> Any:
+        """Begin to write a batch of texts (see `Policy.sampler`)."""
+        return TabularSampler(self, observation, **arguments)
+
+    def evaluate(
+        self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, handoffs: Tensor | None = None
+    ) -> Evaluation:
+        """Judge tokens that are already written (see `Policy.evaluate`).
+
+        Raises:
+            ValueError: A column without a valid token, or with none before it; a hand-off.
+        """
+        if handoffs is not None and handoffs.any():
+            raise ValueError("handoffs must be None or False everywhere: a TabularPolicy cannot hand off")
+        there = columns.clamp(min=0)
+        if not (attention_mask.gather(1, there).bool() | (columns < 0)).all():
+            raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
+        states = self._states_before(input_ids, attention_mask, columns)
+        log_probs = at_least_float32(self.logits[states]).log_softmax(-1)
+        chosen = log_probs.gather(2, input_ids.gather(1, there)[:, :, None]).squeeze(2)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return Evaluation(
+            torch.where(columns >= 0, chosen, 0),
+            torch.where(columns >= 0, entropy, 0),
+            *self.values(input_ids, attention_mask, columns),
+        )
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge states alone (see `Policy.values`).
+
+        Raises:
+            ValueError: A column with no valid token before it.
+        """
+        states = self._states_before(input_ids, attention_mask, columns)
+        values, guide_values = at_least_float32(self.value_table), at_least_float32(self.guide_value_table)
+        return torch.where(columns >= 0, values[states], 0), torch.where(columns >= 0, guide_values[states], 0)
+
+    def _states_before(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> Tensor:
+        """The state made of all valid tokens before each column; any state where there is no column."""
+        valid = attention_mask.bool()
+        before = nn.functional.pad(valid.cumsum(1), (1, 0)).gather(1, columns.clamp(min=0))
+        if not ((before > 0) | (columns < 0)).all():
+            raise ValueError("columns must hold -1 or columns that have a valid token before them")
+        return self.states(_packed(input_ids, valid)).gather(1, before)
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
+    ) -> list[str]:
+        """Continue texts (see `Policy.generate`).
+
+        Raises:
+            ValueError: A prompt without a token.
+        """
+        encoded = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        if not all(encoded):
+            raise ValueError(f"prompts must have at least one token each, got {list(prompts)}")
+        mask = np.arange(max(map(len, encoded), default=0)) < np.array([len(ids) for ids in encoded])[:, None]
+        input_ids = np.zeros(mask.shape, np.int64)
+        input_ids[mask] = [token for ids in encoded for token in ids]
+        sampler = TabularSampler(
+            self,
+            {"input_ids": input_ids, "attention_mask": mask},
+            seeds=np.random.default_rng(seed).integers(2**63, size=len(encoded)),
+            max_new_tokens=max_new_tokens,
+            decoding=decoding,
+        )
+        for _ in range(max_new_tokens):
+            if len(sampler.rows):
+                sampler.keep(sampler.sample().tokens != self.tokenizer.eos_token_id)
+        texts = zip(encoded, sampler._texts.tolist(), sampler._lengths.tolist(), strict=True)
+        return decode(self.tokenizer, [text[len(prompt) : length] for prompt, text, length in texts])
+
+
+class TabularSampler:
+    """Sampling from a `TabularPolicy`, one token for every row a call, as `textgym.decoding.Sampler` does.
+
+    Args:
+        policy: The policy.
+        observation: "input_ids" and "attention_mask", each (N, S).
+        seeds: (N,) integers.
+        max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
+        prefix_lengths: (N,) new tokens that the observation already holds; None for none.
+        decoding: How tokens are chosen; None for the policy's own `decoding`.
+        values: Whether the samples carry values.
+
+    Attributes:
+        rows: (n,) int64 tensor, indices into the N given rows of those still in the batch.
+    """
+
+    def __init__(
+        self,
+        policy: TabularPolicy,
+        observation: Mapping[str, Any],
+        *,
+        seeds: Any,
+        max_new_tokens: Any,
+        prefix_lengths: Any = None,
+        decoding: Decoding | None = None,
+        values: bool = True,
+    ) -> None:
+        self.policy, self.decoding, self._with_values = policy, decoding or policy.decoding, values
+        ids = torch.as_tensor(observation["input_ids"], device=policy.device).long()
+        valid = torch.as_tensor(observation["attention_mask"], device=policy.device).bool()
+        self._lengths = valid.sum(1)
+        self.rows = self._lengths.nonzero().squeeze(1)
+        prefix = np.broadcast_to(0 if prefix_lengths is None else np.asarray(prefix_lengths), len(ids))
+        self._steps, self._step = max(int((np.asarray(max_new_tokens) - prefix).max(initial=0)), 0), 0
+        counters = prefix[:, None] + np.arange(self._steps)
+        self._uniforms = torch.from_numpy(uniform(np.asarray(seeds)[:, None], counters)).to(policy.device)
+        self._eos_banned = torch.from_numpy(counters < self.decoding.min_new_tokens).to(policy.device)
+        self._texts = nn.functional.pad(_packed(ids, valid), (0, self._steps))
+
+    @torch.no_grad()
+    def sample(self) -> Sample:
+        """Choose the next token of every row in `rows`.
+
+        Raises:
+            ValueError: No row is left, or every text already has `max_new_tokens` tokens.
+        """
+        if not len(self.rows):
+            raise ValueError("TabularSampler.sample() needs a row to write, and all rows have left the batch")
+        if self._step == self._steps:
+            raise ValueError(f"TabularSampler.sample() was called more than max_new_tokens (here {self._steps}) times")
+        policy, lengths = self.policy, self._lengths[self.rows]
+        states = policy.states(self._texts[self.rows]).gather(1, lengths[:, None]).squeeze(1)
+        logits = at_least_float32(policy.logits[states])
+        scores = logits.clone()
+        scores[self._eos_banned[self.rows, self._step], policy.tokenizer.eos_token_id] = -math.inf
+        tokens = choose(scores, self._uniforms[self.rows, self._step], self.decoding)
+        log_probs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        self._texts[self.rows, lengths] = tokens
+        self._lengths[self.rows] += 1
+        self._step += 1
+        return Sample(tokens, log_probs, at_least_float32(policy.value_table[states]) if self._with_values else None)
+
+    def keep(self, mask: Any) -> None:
+        """Let rows leave the batch.
+
+        Args:
+            mask: (n,) bool, which of `rows` go on; the next `sample` continues these.
+        """
+        mask = torch.as_tensor(mask, device=self.rows.device)
+        if mask.dtype != torch.bool or mask.shape != self.rows.shape:
+            raise ValueError(
+                f"mask must be bool of shape {tuple(self.rows.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        self.rows = self.rows[mask]
+
+
+def _packed(input_ids: Tensor, valid: Tensor) -> Tensor:
+    """Move every row's valid tokens, in order, to the left end."""
+    return input_ids.gather(1, (~valid).to(torch.int8).argsort(dim=1, stable=True))
+
+
+def _lock_states(lock: CombinationLock, ids: Tensor) -> Tensor:
+    """The prompt of a lock is one token, which changes nothing: before and after it the text is empty."""
+    return nn.functional.pad(lock.states(ids[:, 1:]), (1, 0))
