@@ -1,6 +1,7 @@
 """Gymnasium environments for token-level text generation with a guide language model.
 
-Importing this package registers ``textgym/IMDB-v0``, ``textgym/CommonGen-v0`` and ``textgym/TLDR-v0``.
+Importing this package registers ``textgym/IMDB-v0``, ``textgym/CommonGen-v0`` and ``textgym/TLDR-v0``, and
+``textgym/CombinationLock-v0``, a proving ground with closed forms.
 """
 
 import gymnasium as gym
@@ -26,7 +27,12 @@ def register(id: str, task: Task) -> None:
     )
 
 
-for _name, _module in (("IMDB", "imdb"), ("CommonGen", "commongen"), ("TLDR", "tldr")):
+for _name, _module in (
+    ("IMDB", "imdb"),
+    ("CommonGen", "commongen"),
+    ("TLDR", "tldr"),
+    ("CombinationLock", "lock"),
+):
     gym.register(
         f"textgym/{_name}-v0",
         entry_point=f"textgym.tasks.{_module}:{_name}Env",

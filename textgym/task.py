@@ -12,6 +12,7 @@ from textgym.rewards.base import RewardFunction
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
 SplitName = Literal["train", "validation", "test"]
@@ -62,6 +63,7 @@ class Task:
         rewards: Rewards by name: functions of the data source, called when the environment first needs the reward.
         metrics: Names in `textgym.metrics.METRICS` that stand beside the reward in an evaluation.
         demonstration: Which rows supervised learning imitates (None: all).
+        tokenizer: The tokenizer, made on first use; None: a byte-level BPE trained on the train split.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Task:
     truncation_side: Literal["left", "right"] = "right"
     metrics: tuple[str, ...] = ()
     demonstration: Callable[[Row], bool] | None = None
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
     def split(self, name: SplitName, source: str) -> Split:
         """Load a split.

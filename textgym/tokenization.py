@@ -27,16 +27,16 @@ def load_tokenizer(
     """Load the tokenizer of an environment.
 
     Args:
-        tokenizer: A tokenizer, its hub id or path, or None for a byte-level BPE of at most 8,192 tokens trained on the
-            task's train split and kept in the cache folder.
+        tokenizer: A tokenizer, its hub id or path, or None for the task's own; where it has none, a byte-level BPE of
+            at most 8,192 tokens trained on the task's train split and kept in the cache folder.
         task: The task.
-        source: The data source ("mini", "hub" or a folder) to train on when `tokenizer` is None.
+        source: The data source ("mini", "hub" or a folder) to train on.
 
     Raises:
         ValueError: Not one of these, or a tokenizer without an end-of-sequence token.
     """
     if tokenizer is None:
-        loaded = _task_tokenizer(task, source)
+        loaded = _trained_tokenizer(task, source) if task.tokenizer is None else task.tokenizer()
     elif isinstance(tokenizer, PreTrainedTokenizerBase):
         loaded = tokenizer
     elif isinstance(tokenizer, str | os.PathLike):
@@ -74,7 +74,7 @@ def pretrained_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _task_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
+def _trained_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
     split = task.split("train", source)
 
     def texts(rows: int) -> list[str]:
