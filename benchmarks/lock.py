@@ -1,15 +1,13 @@
-"""Learning curves where every value is known: ``python -m benchmarks.lock``."""
+"""Learning curves where every value is known: ``python -m benchmarks.lock`` draws them (extra "plots")."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from agents import D2LOLS, GRPO, LOLS, PPO, RLOO, AggreVaTeD, PPOPlusPlus, TabularPolicy
 from agents.algorithm import Algorithm
@@ -89,3 +87,65 @@ def learn(curve: Curve, lock: dict[str, Any], seed: int, iterations: int) -> np.
     rewards: list[float] = []
     agent.learn(total_episodes=ROWS * iterations, callback=lambda *_: rewards.append(expected_reward(policy, env.lock)))
     return np.array(rewards)
+
+
+def draw(curves: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Draw the median over seeds, and the range of all of them, against episodes.
+
+    Args:
+        curves: For each lock, by its title, and each label: float (seeds, iterations).
+        path: The picture, PNG.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "textgym[plots]"') from error
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(curves), sharey=True)
+    for axis, (title, lines) in zip(axes, curves.items(), strict=True):
+        for number, (label, rewards) in enumerate(lines.items()):
+            episodes = ROWS * np.arange(1, rewards.shape[1] + 1)
+            axis.plot(episodes, np.median(rewards, 0), color=f"C{number}", label=label, linewidth=1.8)
+            axis.fill_between(episodes, rewards.min(0), rewards.max(0), color=f"C{number}", alpha=0.12, linewidth=0)
+        axis.set(title=title, xlabel="episodes", ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("expected reward, exact")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, path)
+
+
+def main(seeds: int = 5, iterations: int = 120, out: Path = Path("docs/combination_lock.png")) -> None:
+    """Train tabular policies on the plain lock and on the fork, and draw their learning curves.
+
+    Args:
+        seeds: Number of seeds, 0 to seeds - 1.
+        iterations: Iterations of 256 episodes.
+        out: The picture.
+    """
+    import textgym  # noqa: F401  (registers the environments)
+
+    torch.set_num_threads(1)  # a table is quicker without
+    titles = {"plain lock: K = 20, H = 10, p = 0.9": PLAIN, "fork: safe 0.5, better 1; K = 5, H = 4": FORK}
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    for title, lock in titles.items():
+        curves[title] = {}
+        for curve in CURVES:
+            rewards = np.stack([learn(curve, lock, seed, iterations) for seed in range(seeds)])
+            curves[title][curve.label] = rewards
+            print(f"{title}, {curve.label}: {', '.join(f'{last:.3f}' for last in rewards[:, -1])}", flush=True)
+    draw(curves, out)
+    print(out)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main)
