@@ -49,7 +49,7 @@ class Algorithm(ABC):
         device: "auto" (an accelerator where there is one) or a torch device.
         eval_every: Iterations between two evaluations on validation prompts; 0 never evaluates.
         eval_prompts: Validation prompts of such an evaluation, always the same ones.
-        eval_env: What to evaluate on (None: the validation split of the environment, without a guide).
+        eval_env: What to evaluate on (None: the validation split of the environment, with a guide only for hand-offs).
         output_dir: Where checkpoints go: ``last`` and, judged by `score`, ``best``; each is a model folder and can be
             resumed with `load`. They are written at every evaluation and when `learn` returns.
         track: Names of Accelerate's trackers ("tensorboard", "wandb", ...), or tracker objects.

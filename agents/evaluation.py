@@ -46,6 +46,7 @@ class EvaluationResult:
         reward_accuracy: Held-out accuracy of a reward that is a trained model; None for others.
         decoding: How texts were decoded.
         seed: Seed of the sampling.
+        best_of: Texts that were written for every prompt, of which the one with the highest reward was kept.
         rewards: float (N,), in the order of `sample_ids`.
         reward_parts: Mean of each part of the reward.
         metrics: Metrics of all texts by name; "perplexity" where a start model was given.
@@ -56,8 +57,8 @@ class EvaluationResult:
         finish_reasons: N times "stop", "length" or "handoff".
         token_ids: N lists of the tokens after the prompt.
         authors: N lists of their authors (`textgym.guides.base.Author`).
-        policy_tokens: Tokens written by the policy.
-        guide_tokens: Tokens written by a guide.
+        policy_tokens: Tokens written by the policy, also in texts that were not kept.
+        guide_tokens: Tokens written by a guide, also in those.
         seconds: Wall-clock time of writing and judging.
     """
 
@@ -69,6 +70,7 @@ class EvaluationResult:
     reward_accuracy: float | None
     decoding: Decoding
     seed: int
+    best_of: int
     rewards: np.ndarray
     reward_parts: dict[str, float]
     metrics: dict[str, float]
@@ -93,6 +95,11 @@ class EvaluationResult:
         """Mean number of tokens after the prompt, EOS counted."""
         return float(np.mean([len(authors) for authors in self.authors]))
 
+    @property
+    def handoff_fraction(self) -> float:
+        """Share of the texts that a guide completed."""
+        return float(np.mean([reason == "handoff" for reason in self.finish_reasons]))
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the texts and tokens, as JSON takes it."""
         return {
@@ -104,12 +111,14 @@ class EvaluationResult:
             "reward_accuracy": self.reward_accuracy,
             "decoding": asdict(self.decoding),
             "seed": self.seed,
+            "best_of": self.best_of,
             "num_prompts": len(self.rewards),
             "reward": self.reward,
             "reward_parts": self.reward_parts,
             "metrics": self.metrics,
             "length": self.length,
             "stop_fraction": float(np.mean([reason == "stop" for reason in self.finish_reasons])),
+            "handoff_fraction": self.handoff_fraction,
             "policy_tokens": self.policy_tokens,
             "guide_tokens": self.guide_tokens,
             "seconds": self.seconds,
@@ -149,6 +158,7 @@ def evaluate(
     num_envs: int = 64,
     decoding: Decoding | None = None,
     seed: int = 0,
+    best_of: int = 1,
     metrics: Sequence[str] | None = None,
     start_model: PreTrainedModel | str | os.PathLike | None = None,
     **env_arguments: Any,
@@ -157,6 +167,9 @@ def evaluate(
 
     A prompt's text hangs on `seed` and the sample alone, so two policies are compared on paired draws, and the number
     of rows changes nothing.
+
+    A policy that can hand off is evaluated with that action: ``evaluate(policy, id, guide=..., handoff=True,
+    handoff_cost=...)``. Its rewards are then less the cost, which is also a part of the reward of its own.
 
     Args:
         agent: An algorithm or a policy.
@@ -167,23 +180,37 @@ def evaluate(
         num_envs: Rows played at a time; only with an id.
         decoding: How texts are decoded (None: as the policy does).
         seed: Seed of the sampling.
+        best_of: Write so many texts for every prompt and keep the one with the highest reward; the first is the one
+            that ``best_of=1`` writes. The text is chosen by the very reward that it is judged by, so the result says
+            how much of that reward can be had by sampling more, as a user could who has the reward where texts are
+            written; it grows with `best_of` by selection alone, whatever else becomes of the texts.
         metrics: Names in `textgym.metrics.METRICS`, or "perplexity" (None: the task's, perplexity only with a start
             model).
         start_model: The model under which the texts' perplexity is measured, or its hub id or folder; it must have the
             environment's tokenizer.
-        **env_arguments: Further arguments of the environment ("source", "reward", ...); only with an id.
+        **env_arguments: Further arguments of the environment ("source", "reward", "guide", ...); only with an id.
 
     Raises:
         ValueError: An argument is wrong.
     """
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"num_prompts must be None or at least 1, got {num_prompts!r}")
+    if best_of < 1:
+        raise ValueError(f"best_of must be at least 1, got {best_of!r}")
     unknown = sorted(set(metrics or ()) - set(METRICS) - {"perplexity"})
     if unknown:
         raise ValueError(f"metrics must be of {sorted({*METRICS, 'perplexity'})}, got {unknown}")
     if "perplexity" in (metrics or ()) and start_model is None:
         raise ValueError("metrics can hold 'perplexity' only where start_model is given")
     policy: Policy = agent if isinstance(agent, Policy) else agent.policy
+    if best_of > 1 and (decoding or policy.decoding).greedy:
+        raise ValueError(f"best_of must be 1 with greedy decoding, which writes one text only, got {best_of}")
+    handoff = env_arguments.get("handoff", False) if isinstance(env, str) else env.handoff
+    if handoff != policy.can_hand_off:
+        raise ValueError(
+            f"handoff must be {policy.can_hand_off} as the policy's can_hand_off, got {handoff}: a policy that can "
+            "hand off is evaluated with evaluate(..., guide=..., handoff=True), or in an environment made so"
+        )
     if isinstance(env, str):
         env = make_env(env, num_envs=num_envs, **{"tokenizer": policy.tokenizer, **env_arguments, "split": split})
     elif env_arguments:
@@ -193,29 +220,35 @@ def evaluate(
     indices.sort()
     # The last round is filled up with samples that were already judged; what they give is dropped.
     rounds = np.resize(indices, (-(-len(indices) // env.num_envs), env.num_envs))
-    rollouts = [
-        collect(
-            env,
-            policy,
-            seeds=hash64(seed, rows),
-            decoding=decoding,
-            values=False,
-            reset_seed=seed,
-            options={"index": rows.tolist()},
-        )
-        for rows in rounds
-    ]
+    rollouts = []
+    for attempt in range(best_of):
+        for rows in rounds:
+            seeds = hash64(seed, rows, attempt) if attempt else hash64(seed, rows)
+            rollouts.append(
+                collect(
+                    env,
+                    policy,
+                    seeds=seeds,
+                    decoding=decoding,
+                    values=False,
+                    # One a row, so that a guide's part in a text hangs on the sample too, not on the row.
+                    reset_seed=seeds.tolist(),
+                    options={"index": rows.tolist()},
+                )
+            )
     rollout, count = Rollout.concatenate(rollouts), len(indices)
-    ids, mask = (array[:count].cpu().numpy() for array in (rollout.input_ids, rollout.attention_mask > 0))
-    authors = rollout.authors[:count].cpu().numpy()
+    attempts = rollout.rewards.view(best_of, -1)[:, :count].cpu().numpy().argmax(0)
+    kept = attempts * rounds.size + np.arange(count)
+    ids, mask = (array[kept].cpu().numpy() for array in (rollout.input_ids, rollout.attention_mask > 0))
+    authors = rollout.authors[kept].cpu().numpy()
     prompt_ids, token_ids = (
         [row[valid].tolist() for row, valid in zip(ids[:, columns], mask[:, columns], strict=True)]
         for columns in (slice(rollout.prompt_columns), slice(rollout.prompt_columns, None))
     )
     texts: dict[str, Any] = {
-        "prompts": rollout.prompts[:count].tolist(),
-        "completions": rollout.texts[:count].tolist(),
-        "references": rollout.references[:count].tolist(),
+        "prompts": rollout.prompts[kept].tolist(),
+        "completions": rollout.texts[kept].tolist(),
+        "references": rollout.references[kept].tolist(),
     }
     names = [name for name in (env.task.metrics if metrics is None else metrics) if name != "perplexity"]
     values = {name: float(METRICS[name](**texts)) for name in names}
@@ -231,16 +264,17 @@ def evaluate(
         reward_accuracy=getattr(env.reward_function, "accuracy", None),
         decoding=decoding or policy.decoding,
         seed=seed,
-        rewards=rollout.rewards[:count].cpu().numpy().astype(np.float64),
-        reward_parts={name: float(part[:count].mean()) for name, part in rollout.reward_parts.items()},
+        best_of=best_of,
+        rewards=rollout.rewards[kept].cpu().numpy().astype(np.float64),
+        reward_parts={name: float(part[kept].mean()) for name, part in rollout.reward_parts.items()},
         metrics=values,
-        sample_ids=rollout.sample_ids[:count],
+        sample_ids=rollout.sample_ids[kept],
         **texts,
-        finish_reasons=rollout.finish_reason[:count].tolist(),
+        finish_reasons=rollout.finish_reason[kept].tolist(),
         token_ids=token_ids,
         authors=[row[row >= 0].tolist() for row in authors],
-        policy_tokens=int(rollout.policy_tokens[:count].sum()),
-        guide_tokens=int(rollout.guide_tokens[:count].sum()),
+        policy_tokens=int(rollout.policy_tokens.view(best_of, -1)[:, :count].sum()),
+        guide_tokens=int(rollout.guide_tokens.view(best_of, -1)[:, :count].sum()),
         seconds=time.perf_counter() - started,
     )
 
@@ -252,7 +286,7 @@ def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
 
 
 def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName) -> TextVectorEnv:
-    """Make the same environment on another split, without a guide.
+    """Make the same environment on another split: without a guide, unless its policy can hand off to it.
 
     Raises:
         ValueError: `env` was not made by `gymnasium.make_vec`, so how it was made is not known.
@@ -260,8 +294,9 @@ def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName) -> TextV
     if env.spec is None:
         raise ValueError("eval_env must be given where env was not made by gymnasium.make_vec")
     arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
-    arguments |= {"guide": None, "guidance": None, "handoff": False, "order": "random", "split": split}
+    arguments |= {"guidance": None, "order": "random", "split": split}
     # What is loaded already is shared, not loaded again.
+    arguments |= {"guide": env.guide if env.handoff else None}
     arguments |= {"tokenizer": env.tokenizer, "reward": env.reward_function}
     return make_env(env.spec.id, num_envs=num_envs, **arguments)
 
@@ -275,6 +310,9 @@ def main(
     num_envs: int = 64,
     greedy: bool = False,
     seed: int = 0,
+    best_of: int = 1,
+    guide: str | None = None,
+    handoff_cost: float = 0.0,
     start_model: str | None = None,
     device: str = "auto",
     output: Path | None = None,
@@ -290,14 +328,18 @@ def main(
         num_envs: Rows played at a time.
         greedy: Always take the most probable token, instead of decoding as the policy does.
         seed: Seed of the sampling.
+        best_of: Texts a prompt, of which the one with the highest reward is kept.
+        guide: Hub id or folder of the guide, for a policy that can hand off.
+        handoff_cost: What a token of that guide costs.
         start_model: Model under which the texts' perplexity is measured.
         device: Where the policy runs.
         output: File for the texts, one JSON line a prompt.
     """
     import textgym  # noqa: F401  (registers the environments)
 
+    loaded = CausalLMPolicy.from_pretrained(policy, device=device)
     result = evaluate(
-        CausalLMPolicy.from_pretrained(policy, device=device),
+        loaded,
         env,
         split,
         source=source,
@@ -305,7 +347,11 @@ def main(
         num_envs=num_envs,
         decoding=Decoding(greedy=True) if greedy else None,
         seed=seed,
+        best_of=best_of,
         start_model=start_model,
+        guide=guide,
+        handoff=loaded.can_hand_off,
+        handoff_cost=handoff_cost,
     )
     if output is not None:
         result.save(output)

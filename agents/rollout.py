@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ def collect(
     seeds: np.ndarray,
     decoding: Decoding | None = None,
     values: bool = True,
-    reset_seed: int | None = None,
+    reset_seed: int | Sequence[int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Rollout:
     """Play one episode in every row that has a sample.
@@ -131,7 +131,7 @@ def collect(
             stands beside it.
         decoding: How tokens are drawn (None: as the policy does).
         values: Whether to record the critic's values.
-        reset_seed: Seed for the environment's own randomness (None: it continues).
+        reset_seed: Seed for the environment's own randomness, or one a row (None: it continues).
         options: Reset options: "guidance", "group_size", "index", "prompt", "references", "prefix".
 
     Raises:

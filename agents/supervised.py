@@ -88,7 +88,7 @@ class SL(Algorithm):
         device: "auto" or a torch device.
         eval_every: Iterations between evaluations of the reward on validation prompts; 0 never evaluates it.
         eval_prompts: Validation texts for the loss, and prompts for that evaluation.
-        eval_env: What to evaluate on (None: the validation split of `env`, without a guide).
+        eval_env: What to evaluate on (None: the validation split of `env`, with a guide only for hand-offs).
         output_dir: Where the checkpoints ``last`` and ``best`` go.
         track: Accelerate trackers.
 

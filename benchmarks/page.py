@@ -56,8 +56,12 @@ tbody td:nth-child(2) { font-weight: 600 }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: .75rem }
 .curves > div { height: 240px; background: var(--panel); border: 1px solid var(--line); border-radius: 8px }
 #algos b { margin-left: 1.25rem; font-size: .9rem }
-#algos b::before { content: ""; display: inline-block; width: 1.4em; height: 3px; margin-right: .5em;
-  vertical-align: middle; background: currentColor }
+#algos b { display: inline-block }
+#algos b::before { content: ""; display: inline-block; width: 1.6em; margin-right: .5em; vertical-align: middle;
+  border-top: 3px solid currentColor }
+#algos .dash::before { border-top-style: dashed }
+#algos .dot::before { border-top-style: dotted }
+#algos .dashdot::before { border-top-style: double }
 label { font-size: .9rem; color: var(--quiet) }
 select { font: inherit; padding: .2rem .4rem; color: inherit; background: var(--panel); border: 1px solid var(--line);
   border-radius: 6px }
@@ -101,13 +105,14 @@ $metrics
 $curves
 
 <h2>Test samples</h2>
-<p>The same prompts under every algorithm, with the reward of each text. Language models wrote these, after prompts that
-real people may have written: they can be wrong and unpleasant.</p>
+<p>The same prompts under every row of the table, with the reward of each text. Language models wrote these, after
+prompts that real people may have written: they can be wrong and unpleasant.</p>
 <p class=legend>$legend</p>
 $samples
 
 <h2>Training episodes with a guide</h2>
-<p>The guide wrote the beginning, the policy went on from there. The reward is of the whole text.</p>
+<p>The guide, or a reference, began the text and the policy went on from there; or the policy began it and the guide
+finished it. The reward is of the whole text.</p>
 $rollouts
 
 <h2>What made each run</h2>
@@ -125,14 +130,19 @@ function colour(name) {
   probe.style.color = "var(--" + name + ")";
   return getComputedStyle(probe).color;
 }
+// Five colours a reader can tell apart; where there are more rows, the next five are dashed, and so on.
+const dashes = ["solid", "dash", "dot", "dashdot"];
+const dash = i => dashes[Math.floor(i / 5) % dashes.length];
 function draw() {
   const colours = data.algos.map((_, i) => colour("algo-" + i % 5));
   algos.replaceChildren(...data.algos.map((algo, i) => {
     const name = document.createElement("b");
     name.textContent = algo;
     name.style.color = colours[i];
+    name.className = dash(i);
     return name;
   }));
+  const row = run => data.algos.indexOf(run.algo);
   const side = {gridcolor: colour("line"), zeroline: false, automargin: true};
   for (const panel of document.querySelectorAll("[data-curve]")) {
     const curve = panel.dataset.curve;
@@ -140,7 +150,7 @@ function draw() {
     const drawn = data.runs.filter(run => run.task === panel.dataset.task && run.columns[curve].some(y => y !== null));
     const traces = drawn.map(run => ({
       x: run.columns[axis.value], y: run.columns[curve], name: run.algo + " " + run.seed, mode: "lines",
-      connectgaps: true, line: {color: colours[data.algos.indexOf(run.algo)], width: 2}, hovertemplate: "%{y:.4g}"
+      connectgaps: true, line: {color: colours[row(run)], width: 2, dash: dash(row(run))}, hovertemplate: "%{y:.4g}"
     }));
     Plotly.react(panel, traces, {
       title: {text: data.curves[curve], font: {size: 13}, x: 0.04, xanchor: "left", y: 0.94},

@@ -33,6 +33,8 @@ CURVES = {
 }
 # Metrics that show what a reward was bought with; keys of a run's metrics.
 FLUENCY = {"perplexity": "perplexity", "distinct_2": "distinct-2"}
+# Rows that every other is compared with.
+BASELINES = ("sl", "ppo")
 AUTHORS = ("prompt", "policy", "guide", "reference", "user")
 
 
@@ -82,38 +84,45 @@ class Table:
 
 
 class Runs:
-    """Finished runs by task and algorithm, tasks in order of appearance and algorithms in the benchmark's order."""
+    """Finished runs by task and row, tasks in order of appearance and rows in the profile's order."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.records = list(records)
         self.tasks = list(dict.fromkeys(record["task"] for record in self.records))
-        order = ["sl", "ppo", "ppo++"]
-        names = dict.fromkeys(record["algo"] for record in self.records)
-        self.algos = sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+        places = {record["algo"]: record["place"] for record in self.records}
+        self.algos = sorted(places, key=places.__getitem__)
 
     def of(self, task: str, algo: str) -> list[Record]:
-        """The runs of one algorithm on one task, by seed."""
+        """The runs of one row on one task, by seed."""
         runs = [record for record in self.records if (record["task"], record["algo"]) == (task, algo)]
         return sorted(runs, key=lambda record: record["seed"])
 
     def groups(self) -> list[tuple[str, str, list[Record]]]:
-        """Every (task, algorithm, runs) that has a run."""
+        """Every (task, row, runs) that has a run."""
         pairs = itertools.product(self.tasks, self.algos)
         return [(task, algo, runs) for task, algo in pairs if (runs := self.of(task, algo))]
 
 
 def summary(runs: Runs) -> Table:
-    """Mean test reward of every algorithm, what it costs in fluency and diversity, and what it took."""
+    """Mean test reward of every row, what it costs in fluency and diversity, and what it took.
+
+    How far the seeds are apart, and who wrote the test texts, is shown where there is something to show.
+    """
+    several = any(len(group) > 1 for _, _, group in runs.groups())
+    at_test = any(_hands_off(record) or record["hyperparameters"]["best_of"] > 1 for record in runs.records)
     rows = []
     for task, algo, group in runs.groups():
         interval = mean_interval(_rewards(group))
+        means = [record["final_reward"] for record in group]
         rows.append(
             [
                 task,
                 algo,
                 f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]",
+                *([f"{min(means):.3f} to {max(means):.3f}"] if several else []),
                 *(_number(_mean(record["metrics"].get(name) for record in group)) for name in FLUENCY),
                 _number(_mean(record["history"][-1].get("kl") if record["history"] else None for record in group)),
+                *(_at_test(group) if at_test else []),
                 str(len(group)),
                 f"{_mean(record['episodes'] for record in group):,.0f}",
                 f"{_mean(record['policy_tokens'] for record in group):,.0f}",
@@ -121,23 +130,44 @@ def summary(runs: Runs) -> Table:
                 f"{_mean(record['seconds'] for record in group):,.0f}",
             ]
         )
-    took = ["seeds", "episodes", "policy tokens", "guide tokens", "seconds"]
-    columns = ["task", "algorithm", "test reward", *FLUENCY.values(), "KL", *took]
-    return Table(
-        "Results",
+    note = (
         "Test reward of the last checkpoint with a 95% bootstrap interval over prompts; perplexity is under the start "
-        "model, KL is to the supervised policy in nats a text at the last iteration, seconds are of training.",
-        columns,
-        rows,
+        "model, KL is to the supervised policy in nats a text at the last iteration, seconds are of training."
     )
+    if several:
+        note += (
+            " The range is that of the seeds' means. Rows that train nothing (sl, best-of) are one supervised policy "
+            "with other random numbers at the test, so theirs holds no difference in training; nor does any row's hold "
+            "that of the warm start, which all seeds share."
+        )
+    if at_test:
+        note += (
+            " Tokens at test are for one prompt, those of texts that were not kept counted. A best-of row keeps the "
+            "text with the highest reward, by the very reward it is judged by. Rows that were handed off learned when "
+            "to let the guide finish a text; they are tested with the guide, and what its tokens cost is taken from "
+            "their test reward and shown as a part of it."
+        )
+    columns = [
+        "task",
+        "algorithm",
+        "test reward",
+        *(["over seeds"] if several else []),
+        *FLUENCY.values(),
+        "KL",
+        *(["policy tokens at test", "guide tokens at test", "handed off"] if at_test else []),
+        *("seeds", "episodes", "policy tokens", "guide tokens", "seconds"),
+    ]
+    return Table("Results", note, columns, rows)
 
 
 def comparisons(runs: Runs) -> Table:
-    """Every two algorithms of a task: paired difference in reward, and the ratio of fluency and diversity."""
+    """Every row against the baselines: paired difference in reward, and the ratio of fluency and diversity."""
     rows = []
     for task in runs.tasks:
         present = [algo for algo in runs.algos if runs.of(task, algo)]
-        for baseline, algo in itertools.combinations(present, 2):
+        baselines = [algo for algo in BASELINES if algo in present] or present[:1]
+        others = [algo for algo in present if algo not in baselines]
+        for baseline, algo in [*itertools.combinations(baselines, 2), *itertools.product(baselines, others)]:
             first, second = runs.of(task, algo), runs.of(task, baseline)
             if first[0]["evaluation"]["sample_ids"] != second[0]["evaluation"]["sample_ids"]:
                 continue
@@ -156,8 +186,9 @@ def comparisons(runs: Runs) -> Table:
             )
     return Table(
         "Paired comparisons",
-        "Difference in test reward on the same prompts, with a 95% paired bootstrap interval over prompts; "
-        "perplexity under the start model and distinct-2 as a ratio to the baseline's.",
+        f"Difference in test reward to {' and '.join(BASELINES)} (where neither ran, to the first row) on the same "
+        "prompts, with a 95% paired bootstrap interval over prompts, each for itself; perplexity under the start model "
+        "and distinct-2 as a ratio to the baseline's.",
         ["task", "difference", "test reward", "verdict", *(f"{label} ratio" for label in FLUENCY.values())],
         rows,
     )
@@ -260,7 +291,7 @@ def _page(runs: Runs, name: str) -> str:
 
 
 def _samples(runs: Runs, task: str) -> str:
-    """The same test prompts under every algorithm, side by side."""
+    """The same test prompts under every row, side by side."""
     groups = {algo: group[0]["samples"] for name, algo, group in runs.groups() if name == task}
     by_prompt: dict[int, dict[str, Any]] = {}
     for algo, samples in groups.items():
@@ -282,16 +313,19 @@ def _samples(runs: Runs, task: str) -> str:
 
 
 def _rollouts(runs: Runs, task: str) -> str:
-    """A few training episodes of the runs that have a guide, with its prefix marked."""
+    """A few training episodes of which the policy wrote only a part."""
     blocks = [
-        f"<article><h4>{html.escape(algo)}, restart after {rollout['prefix_length']} guide tokens"
-        f" <b>{rollout['reward']:.3f}</b></h4>"
+        f"<article><h4>{html.escape(algo)}, {_opening(rollout['prefix_length'])} <b>{rollout['reward']:.3f}</b></h4>"
         f"<p><span class=prompt>{html.escape(rollout['prompt'])}</span>{_segments(rollout['segments'])}</p></article>"
         for name, algo, group in runs.groups()
         if name == task
         for rollout in group[0]["rollouts"]
     ]
     return f"<h3>{html.escape(task)}</h3>{''.join(blocks)}" if blocks else ""
+
+
+def _opening(prefix_length: int) -> str:
+    return f"restart after {prefix_length} tokens" if prefix_length else "handed off"
 
 
 def _segments(segments: Iterable[tuple[str, str]]) -> str:
@@ -339,6 +373,24 @@ def _script_json(value: Any) -> str:
 def _measured(record: Record) -> dict[str, float]:
     """Parts of the reward and metrics, by name."""
     return record["reward_parts"] | record["metrics"]
+
+
+def _hands_off(record: Record) -> bool:
+    """Whether the policy can hand off, also at test."""
+    return record["hyperparameters"]["env"].get("handoff", False)
+
+
+def _at_test(group: Sequence[Record]) -> list[str]:
+    """Who wrote at test: policy tokens and guide tokens a prompt, and the share of texts handed off."""
+
+    def mean(key: str) -> float:
+        return _mean(record["evaluation"][key] / len(record["evaluation"]["rewards"]) for record in group)
+
+    written = f"{mean('policy_tokens'):.1f}"
+    if not _hands_off(group[0]):
+        return [written, "-", "-"]
+    share = _mean(record["evaluation"]["handoff_fraction"] for record in group)
+    return [written, f"{mean('guide_tokens'):.1f}", f"{share:.0%}"]
 
 
 def _rewards(group: Sequence[Record]) -> np.ndarray:

@@ -19,9 +19,10 @@ def read_results(folder: str | Path) -> list[Record]:
     """Read the finished runs of a benchmark folder, in the order they finished.
 
     Returns:
-        One mapping a run, with the keys ``task, algo, seed, profile, source, base, final_reward, best_reward,
+        One mapping a run, with the keys ``task, algo, seed, place, profile, source, base, final_reward, best_reward,
         reward_parts, metrics, policy_tokens, guide_tokens, episodes, seconds, hyperparameters, fingerprints, versions,
-        evaluation, history, samples, rollouts, finished``. Empty if nothing has finished.
+        evaluation, history, samples, rollouts, finished``; ``algo`` is the name of the row, ``place`` where it stands
+        in the profile, ``hyperparameters["algorithm"]`` what it runs. Empty if nothing has finished.
 
     Raises:
         ValueError: A line that is not JSON.

@@ -19,21 +19,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 def run_all(
     profile: str = "quick",
     tasks: str | None = None,
-    algos: str = "sl,ppo,ppo++",
+    algos: str | None = None,
     seeds: int = 1,
     source: str | None = None,
     base: str | None = None,
     name: str | None = None,
     out: Path | None = None,
 ) -> int:
-    """Run algorithms on tasks and write a report.
+    """Run rows, which are algorithms with their arguments, on tasks and write a report.
 
     Results go to a folder, one JSON line a finished run; the same folder again continues where it stopped.
 
     Args:
         profile: "quick" (mini data, minutes) or "small" (real data, hours).
-        tasks: Names of tasks, separated by commas; all of the profile's by default.
-        algos: Names of algorithms, separated by commas.
+        tasks: Names of tasks, separated by commas; by default all of the profile's.
+        algos: Names of the profile's rows, separated by commas, or "all" of them; by default the profile's choice,
+            "sl,ppo,ppo++".
         seeds: Number of training seeds, 0 to seeds - 1.
         source: "mini", "hub" or a folder; by default the profile's.
         base: Hub id or folder of the start model; by default one is trained from scratch on each task's text.
@@ -47,23 +48,22 @@ def run_all(
 
     console = Console()
     chosen = load_profile(profile)
-    task_names = _names("tasks", tasks, list(chosen.tasks))
+    task_names = _names("tasks", tasks, list(chosen.tasks), list(chosen.tasks))
+    row_names = _names("algos", algos, chosen.rows, list(chosen.default))
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
 
     with console.status("loading"):  # torch and transformers take seconds
         from transformers.utils.logging import disable_progress_bar
 
         import textgym  # noqa: F401  (registers the environments)
-        from agents import ALGORITHMS
         from benchmarks.report import write_report
         from benchmarks.runner import Benchmark, Run
 
     disable_progress_bar()  # one display is enough
-    algo_names = _names("algos", algos, list(ALGORITHMS))
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
     folder = out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
     benchmark = Benchmark(chosen, source, base, folder)
-    runs = [Run(task, algo, seed) for task in task_names for seed in range(seeds) for algo in algo_names]
+    runs = [Run(task, algo, seed) for task in task_names for seed in range(seeds) for algo in row_names]
 
     columns = (
         TextColumn("{task.description}"),
@@ -78,6 +78,10 @@ def run_all(
         overall = progress.add_task("all runs", total=len(runs), completed=done, status=f"{done} of {len(runs)} done")
         current = progress.add_task("", total=1.0, status="")
 
+        def started(run: Run) -> None:
+            if not console.is_terminal:  # where no bar is drawn
+                console.print(f"{run}: started", markup=False, highlight=False, soft_wrap=True)
+
         def report(run: Run, what: str, share: float) -> None:
             progress.update(current, description=str(run), completed=share, status=what)
 
@@ -87,7 +91,7 @@ def run_all(
             progress.update(overall, status=f"{int(progress.tasks[overall].completed)} of {len(runs)} done")
             progress.reset(current)
 
-        failed = benchmark.run_all(runs, report, finished)
+        failed = benchmark.run_all(runs, started, report, finished)
         progress.remove_task(current)
     for run, trace in failed.items():
         console.print(f"{run} failed:\n{trace}", markup=False, highlight=False, soft_wrap=True)
@@ -98,16 +102,19 @@ def run_all(
     return 1 if failed else 0
 
 
-def _names(argument: str, given: str | None, allowed: list[str]) -> list[str]:
-    """Read a comma-separated list of names.
+def _names(argument: str, given: str | None, allowed: list[str], default: list[str]) -> list[str]:
+    """Read a comma-separated list of names, "all", or nothing.
 
     Raises:
         ValueError: A name that is not allowed, or none.
     """
-    names = allowed if given is None else list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-    unknown = [name for name in names if name not in allowed]
-    if unknown or not names:
-        raise ValueError(f"{argument} must be some of {','.join(allowed)}, got {given!r}")
+    if given is None:
+        return default
+    if given == "all":
+        return allowed
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    if not names or not set(names) <= set(allowed):
+        raise ValueError(f"{argument} must be some of {','.join(allowed)}, or all, got {given!r}")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Runs: every algorithm on every task with every seed, from the same warm start, judged on the same test prompts."""
+"""Runs: every row of every task with every seed, from the same warm start, judged on the same test prompts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from agents import ALGORITHMS, SL, CausalLMPolicy, EvaluationResult, Policy, evaluate
 from agents.algorithm import Algorithm
 from agents.evaluation import make_env
-from agents.rollout import Rollout
-from benchmarks.profiles import Profile
+from benchmarks.profiles import Profile, Row, TaskProfile
 from benchmarks.results import Record, append_result, read_results, write_text
 from benchmarks.warm_start import Report, WarmStart, warm_start
 from textgym.decoding import Decoding
@@ -35,7 +34,7 @@ SAMPLES = 4  # texts of a run that the report shows
 
 
 class Run(NamedTuple):
-    """One algorithm on one task with one seed."""
+    """One row of a task's tables with one seed; `algo` is the row's name in the profile."""
 
     task: str
     algo: str
@@ -55,17 +54,21 @@ class Benchmark:
         out: The results folder. A run that finished there is not run again.
 
     Raises:
-        ValueError: `out` holds runs with another profile, source, base or hyperparameters.
+        ValueError: A row of the profile names an algorithm that there is not, or `out` holds runs with another profile,
+            source, base or hyperparameters.
     """
 
     def __init__(self, profile: Profile, source: str | None, base: str | None, out: Path) -> None:
         self.profile, self.source, self.base, self.out = profile, source or profile.source, base, out
         self._warm_starts: dict[str, WarmStart] = {}
+        for name, row in ((name, row) for task in profile.tasks.values() for name, row in task.rows.items()):
+            if row.algorithm not in ALGORITHMS:
+                raise ValueError(f"algorithm of row {name!r} must be one of {[*ALGORITHMS]}, got {row.algorithm!r}")
         self.finished: set[Run] = set()
         for record in read_results(out):
             run = Run(record["task"], record["algo"], record["seed"])
             self.finished.add(run)
-            if run.task in profile.tasks and run.algo in ALGORITHMS:
+            if run.task in profile.tasks and run.algo in profile.rows:
                 for key, value in self.settings(run).items():
                     if record[key] != value:
                         raise ValueError(
@@ -75,17 +78,19 @@ class Benchmark:
 
     def settings(self, run: Run) -> dict[str, Any]:
         """What was chosen for a run, as it stands in its record."""
-        task = self.profile.tasks[run.task]
+        task, row = self.profile.tasks[run.task], self.row(run)
         hyperparameters = {
-            "env": task.env,
+            "algorithm": row.algorithm,
+            "best_of": row.best_of,
+            "env": {**task.env, **row.env},
             "decoding": task.decoding,
             "guide_decoding": task.guide_decoding,
             "test_prompts": task.test_prompts,
             "start_model": asdict(task.language_model) if self.base is None else self.base,
             "supervised": task.supervised,
         }
-        if run.algo != SL.name:
-            hyperparameters |= {"episodes": task.episodes, **task.rl, **task.algorithms.get(run.algo, {})}
+        if row.algorithm != SL.name:
+            hyperparameters |= {"policy": row.policy, "episodes": task.episodes, **task.rl, **row.arguments}
         settings = {
             "profile": self.profile.name,
             "source": self.source,
@@ -94,13 +99,22 @@ class Benchmark:
         }
         return json.loads(json.dumps(settings))  # as it will be read: tuples become lists
 
+    def row(self, run: Run) -> Row:
+        """What a run is of."""
+        return self.profile.tasks[run.task].rows[run.algo]
+
     def run_all(
-        self, runs: Sequence[Run], report: Callable[[Run, str, float], None], finished: Callable[[Run, str], None]
+        self,
+        runs: Sequence[Run],
+        started: Callable[[Run], None],
+        report: Callable[[Run, str, float], None],
+        finished: Callable[[Run, str], None],
     ) -> dict[Run, str]:
         """Do the runs that are not finished; one that fails does not stop the others.
 
         Args:
             runs: What to do, in order.
+            started: Is told about the beginning of a run.
             report: Is told, for a run, what is happening and how much of it is done.
             finished: Is told about the end of a run.
 
@@ -111,6 +125,7 @@ class Benchmark:
         for run in runs:
             if run in self.finished:
                 continue
+            started(run)
             try:
                 record = self.run(run, partial(report, run))
                 append_result(self.out, record)
@@ -130,7 +145,7 @@ class Benchmark:
 
     def run(self, run: Run, report: Report) -> Record:
         """Train, evaluate, and say everything about it."""
-        task = self.profile.tasks[run.task]
+        task, row = self.profile.tasks[run.task], self.row(run)
         start = self.warm_start(run.task, report)
         training_seed, evaluation_seed = spread(run.seed)
         decoding = Decoding(**task.decoding)
@@ -141,6 +156,9 @@ class Benchmark:
             else algorithm.policy
         )
 
+        # Everyone writes alone, but for a policy that has learned when to ask the guide.
+        env = {"guide": guide(task, start), **task.env, **row.env} if policy.can_hand_off else task.env
+
         def judge(policy: Policy) -> EvaluationResult:
             return evaluate(
                 policy,
@@ -150,8 +168,9 @@ class Benchmark:
                 num_prompts=task.test_prompts,
                 decoding=decoding,
                 seed=evaluation_seed,
+                best_of=row.best_of,
                 start_model=str(start.start_model),
-                **task.env,
+                **env,
             )
 
         report("evaluation", 0)
@@ -161,6 +180,7 @@ class Benchmark:
         history = start.history if algorithm is None else algorithm.history
         return {
             **run._asdict(),
+            "place": self.profile.rows.index(run.algo),
             **self.settings(run),
             "final_reward": result.reward,
             "best_reward": best_reward,
@@ -175,6 +195,9 @@ class Benchmark:
                 "split": "test",
                 "seed": evaluation_seed,
                 "prompts": len(result.rewards),
+                "policy_tokens": result.policy_tokens,
+                "guide_tokens": result.guide_tokens,
+                "handoff_fraction": result.handoff_fraction,
                 "seconds": result.seconds,
                 "reward_accuracy": result.reward_accuracy,
                 "sample_ids": result.sample_ids,
@@ -189,7 +212,7 @@ class Benchmark:
             "threads": torch.get_num_threads(),
             "device": str(policy.device),
             "training_seed": training_seed,
-            "samples": samples(result),
+            "samples": samples(result, policy.tokenizer),
             "rollouts": [] if algorithm is None else rollouts(algorithm),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -197,30 +220,28 @@ class Benchmark:
     def warm_start(self, task: str, report: Report) -> WarmStart:
         """The models of a task, made once."""
         if task not in self._warm_starts:
-            # The same for every algorithm and seed: runs differ in what they do with it.
+            # The same for every row and seed: runs differ in what they do with it.
             self._warm_starts[task] = warm_start(self.profile.tasks[task], self.source, self.base, 0, report)
         return self._warm_starts[task]
 
     def train(self, run: Run, start: WarmStart, seed: int, report: Report) -> Algorithm | None:
         """Train the supervised policy further; None for supervised learning itself, which the warm start has done."""
-        task, algorithm_class = self.profile.tasks[run.task], ALGORITHMS[run.algo]
-        if algorithm_class is SL:
+        task, row = self.profile.tasks[run.task], self.row(run)
+        if row.algorithm == SL.name:
             return None
-        guide = LocalGuide(str(start.supervised), decoding=Decoding(**task.guide_decoding))
         env = make_env(
             task.env_id,
             num_envs=task.rl["episodes_per_iteration"],
             source=self.source,
             tokenizer=start.supervised,
-            guide=guide,
-            **task.env,
+            **{"guide": guide(task, start), **task.env, **row.env},
         )
-        algorithm = algorithm_class(
-            CausalLMPolicy.from_pretrained(start.supervised, decoding=Decoding(**task.decoding)),
+        algorithm: Algorithm = ALGORITHMS[row.algorithm](
+            CausalLMPolicy.from_pretrained(start.supervised, decoding=Decoding(**task.decoding), **row.policy),
             env,
             seed=seed,
             output_dir=self.folder(run),
-            **{**task.rl, **task.algorithms.get(run.algo, {})},
+            **{**task.rl, **row.arguments},
         )
 
         def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
@@ -235,49 +256,57 @@ def spread(seed: int) -> tuple[int, int]:
     """Seeds of a run's training and of its evaluation, far from those of every other seed.
 
     Row i of a vector environment takes seed + i, so that neighbouring seeds would share rows. The evaluation's does not
-    depend on the algorithm: algorithms are compared on the same prompts with the same random numbers.
+    depend on the row: rows are compared on the same prompts with the same random numbers.
     """
     training, evaluation = np.random.SeedSequence(seed).generate_state(2)
     return int(training), int(evaluation)
 
 
-def samples(result: EvaluationResult) -> list[dict[str, Any]]:
-    """A few evaluated texts, at the same places for every algorithm."""
+def guide(task: TaskProfile, start: WarmStart) -> LocalGuide:
+    """The guide of a task: its supervised policy, frozen."""
+    return LocalGuide(str(start.supervised), decoding=Decoding(**task.guide_decoding))
+
+
+def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """A few evaluated texts, at the same places for every row."""
     chosen = np.linspace(0, len(result.rewards) - 1, min(SAMPLES, len(result.rewards))).astype(int)
     return [
         {
             "sample_id": int(result.sample_ids[row]),
             "prompt": result.prompts[row],
             "reward": float(result.rewards[row]),
-            "segments": [("policy", result.completions[row])],
+            "segments": segments(result.token_ids[row], result.authors[row], tokenizer),
         }
         for row in chosen
     ]
 
 
 def rollouts(algorithm: Algorithm) -> list[dict[str, Any]]:
-    """A few training episodes of the trained policy that a guide began."""
-    rollout = algorithm.collect()
-    chosen = np.flatnonzero((rollout.prefix_length > 0).cpu().numpy())[:SAMPLES]
+    """A few of the last training episodes in which not all is the policy's."""
+    rollout = algorithm.last_rollout
+    written = rollout.authors != Author.NONE
+    ids = rollout.input_ids[:, rollout.prompt_columns :]
+    chosen = np.flatnonzero((written & ~rollout.body).any(1).cpu().numpy())[:SAMPLES]
     return [
         {
             "prompt": rollout.prompts[row],
             "prefix_length": int(rollout.prefix_length[row]),
             "reward": float(rollout.rewards[row]),
-            "segments": segments(rollout, row, algorithm.policy.tokenizer),
+            "segments": segments(
+                ids[row][written[row]].tolist(), rollout.authors[row][written[row]].tolist(), algorithm.policy.tokenizer
+            ),
         }
         for row in chosen
     ]
 
 
-def segments(rollout: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    """The text of an episode as stretches of one author each: (author, text)."""
-    ids = rollout.input_ids[row, rollout.prompt_columns :].tolist()
-    authors = rollout.authors[row].tolist()
-    written = [(author, token) for author, token in zip(authors, ids, strict=True) if author != Author.NONE]
+def segments(
+    token_ids: Sequence[int], authors: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, str]]:
+    """A text as stretches of one author each: (author, text)."""
     stretches = [
         (Author(author).name.lower(), [token for _, token in tokens])
-        for author, tokens in groupby(written, key=lambda pair: pair[0])
+        for author, tokens in groupby(zip(authors, token_ids, strict=True), key=lambda pair: pair[0])
     ]
     texts = decode(tokenizer, [tokens for _, tokens in stretches])
     return [(author, text) for (author, _), text in zip(stretches, texts, strict=True)]

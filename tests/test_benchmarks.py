@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from agents import ALGORITHMS, CausalLMPolicy
 from benchmarks import run_all
-from benchmarks.profiles import LanguageModel, Profile, TaskProfile
+from benchmarks.profiles import LanguageModel, Profile, Row, TaskProfile, load_profile
+from benchmarks.profiles.suite import suite
 from benchmarks.results import read_results
 from benchmarks.runner import Benchmark, spread
 from benchmarks.statistics import mean_interval, paired_difference
+from textgym.guides import CallableGuide
+
+GUIDE = CallableGuide(lambda requests: [" sea"] * len(requests))
 
 
 def test_the_interval_of_a_mean_agrees_with_its_normal_theory():
@@ -84,7 +89,7 @@ MICRO = Profile(
             supervised={"n_epochs": 2},
             episodes=16,
             rl={"episodes_per_iteration": 8, "n_epochs": 1, "eval_every": 1, "eval_prompts": 8},
-            algorithms={"ppo++": {"beta": 1.0}},
+            rows=suite(iterations=2, beta=1.0, aggrevated_beta=0.5) | {"best-of-2": Row("sl", best_of=2)},
             test_prompts=12,
         )
     },
@@ -125,6 +130,77 @@ def test_runs_finish_are_reported_and_are_not_run_again(micro, monkeypatch, caps
     assert (micro / "results.jsonl").read_bytes() == results
 
 
+def test_every_row_runs_and_says_what_it_is(micro, capsys):
+    assert run_all.run_all(algos="all", out=micro) == 0
+    printed = capsys.readouterr().out.splitlines()
+    records = {record["algo"]: record for record in read_results(micro)}
+    assert list(records) == MICRO.rows
+    for name, record in records.items():
+        row = MICRO.tasks["words"].rows[name]
+        chosen = record["hyperparameters"]
+        assert record["place"] == MICRO.rows.index(name)
+        assert (chosen["algorithm"], chosen["best_of"], chosen["env"]) == (row.algorithm, row.best_of, dict(row.env))
+        assert {key: chosen[key] for key in row.arguments} == dict(row.arguments)
+        assert record["evaluation"]["sample_ids"] == records["sl"]["evaluation"]["sample_ids"]
+        if row.algorithm != "sl":
+            assert record["episodes"] == 16
+            assert (chosen["policy"], chosen["episodes"]) == (dict(row.policy), 16)
+        # What a log shows
+        assert printed.index(f"words {name} seed 0: started") < printed.index(
+            f"words {name} seed 0: test reward {record['final_reward']:.3f}"
+        )
+        hands_off = name.startswith("handoff")
+        assert (record["evaluation"]["guide_tokens"] > 0) == hands_off
+        assert (record["evaluation"]["handoff_fraction"] > 0) == hands_off
+        assert any(author == "guide" for text in record["samples"] for author, _ in text["segments"]) <= hands_off
+    for cost in (0.002, 0.01):
+        record = records[f"handoff-{cost}"]
+        tokens = record["evaluation"]["guide_tokens"] / 12
+        assert record["reward_parts"]["handoff_cost"] == pytest.approx(-cost * tokens)
+        assert record["final_reward"] == pytest.approx(sum(record["reward_parts"].values()), abs=1e-6)
+        assert np.isfinite(record["best_reward"])
+    # More texts of one policy on paired random numbers
+    rewards = [np.array(records[name]["evaluation"]["rewards"]) for name in ("sl", "best-of-2", "best-of-4")]
+    assert (np.diff(rewards, axis=0) >= 0).all()
+    assert rewards[2].mean() > rewards[0].mean()
+    assert {text[0][0] for run in records["dr-po"]["rollouts"] for text in [run["segments"]]} <= {"reference", "policy"}
+
+    table = (micro / "table.md").read_text()
+    assert [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| words")][
+        : len(MICRO.rows)
+    ] == MICRO.rows
+
+
+@pytest.mark.parametrize("name", ["quick", "small"])
+def test_a_profile_has_a_row_for_every_algorithm_and_each_takes_its_arguments(name, make_env, make_policy):
+    model, tokenizer = make_policy().model, make_policy().tokenizer
+    for task in load_profile(name).tasks.values():
+        assert {row.algorithm for row in task.rows.values()} == set(ALGORITHMS)
+        iterations, rest = divmod(task.episodes, task.rl["episodes_per_iteration"])
+        assert rest == 0
+        assert task.rows["d2lols"].arguments["tau"] == round(0.4 * iterations)
+        for row in task.rows.values():
+            if row.algorithm != "sl":
+                env = make_env(task.rl["episodes_per_iteration"], **{"guide": GUIDE, **row.env})
+                policy = CausalLMPolicy(model, tokenizer, **row.policy)
+                ALGORITHMS[row.algorithm](policy, env, **{**task.rl, **row.arguments})
+
+
+def test_rows_that_make_no_sense_are_refused(micro):
+    words = MICRO.tasks["words"]
+    with pytest.raises(ValueError, match="best_of must be at least 1, got 0"):
+        Row("sl", best_of=0)
+    with pytest.raises(ValueError, match="must be empty for 'sl'"):
+        Row("sl", {"n_epochs": 2})
+    with pytest.raises(ValueError, match="default must be some of"):
+        replace(MICRO, default=("sl", "unknown"))
+    with pytest.raises(ValueError, match="rows of other must be those of the first task"):
+        replace(MICRO, tasks={"words": words, "other": replace(words, rows={"sl": Row("sl")})})
+    unknown = replace(words, rows={"new": Row("new")})
+    with pytest.raises(ValueError, match="algorithm of row 'new' must be one of"):
+        Benchmark(replace(MICRO, tasks={"words": unknown}, default=("new",)), None, None, micro)
+
+
 def test_a_failed_run_is_told_and_the_others_go_on(micro, monkeypatch, capsys):
     broken = replace(MICRO.tasks["words"], rl={**MICRO.tasks["words"].rl, "learning_rate": -1.0})
     profile = replace(MICRO, tasks={"words": broken})
@@ -141,11 +217,23 @@ def test_a_folder_with_other_settings_is_refused(micro):
         Benchmark(MICRO, None, "another/base", micro)
 
 
+def test_a_row_with_other_arguments_is_refused_and_new_rows_are_welcome(micro, monkeypatch):
+    run_all.run_all(algos="ppo", out=micro)
+    words = MICRO.tasks["words"]
+
+    def with_rows(**rows):
+        return replace(MICRO, tasks={"words": replace(words, rows=rows | dict(words.rows) | rows)})
+
+    assert Benchmark(with_rows(new=Row("rloo")), None, None, micro).finished
+    with pytest.raises(ValueError, match=r"words ppo seed 0 has hyperparameters .*now it is"):
+        Benchmark(with_rows(ppo=Row("ppo", {"vf_coef": 0.3})), None, None, micro)
+
+
 def test_unknown_names_are_refused_with_what_is_allowed(micro):
-    with pytest.raises(ValueError, match="tasks must be some of words, got 'imdb'"):
+    with pytest.raises(ValueError, match="tasks must be some of words, or all, got 'imdb'"):
         run_all.run_all(tasks="imdb", out=micro)
-    with pytest.raises(ValueError, match="algos must be some of sl,ppo,"):
-        run_all.run_all(algos="sl,reinforce", out=micro)
+    with pytest.raises(ValueError, match="algos must be some of sl,best-of-4,ppo,"):
+        run_all.run_all(algos="sl,ppo+++", out=micro)
     with pytest.raises(ValueError, match="seeds must be at least 1"):
         run_all.run_all(seeds=0, out=micro)
 

@@ -10,8 +10,26 @@ import pytest
 import torch
 import tyro
 
-from agents.evaluation import evaluate, main
+from agents.evaluation import evaluate, main, sibling_env
+from agents.policy import CausalLMPolicy
 from textgym.decoding import Decoding
+from textgym.guides import CallableGuide, Completion
+from textgym.seeding import hash64
+
+
+def noise(requests):
+    """A guide that writes anything, by the seed of the request."""
+    return [
+        Completion(token_ids=(20 + hash64(r.seed, np.arange(r.max_new_tokens)) % 9).astype(int).tolist())
+        for r in requests
+    ]
+
+
+@pytest.fixture
+def handing_policy(make_policy):
+    """A tiny policy that hands off every third token."""
+    policy = make_policy()
+    return CausalLMPolicy(policy.model, policy.tokenizer, handoff_prob=0.3)
 
 
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding(greedy=True)])
@@ -62,9 +80,69 @@ def test_results_are_plain_data_and_samples_are_written(make_env, make_policy, t
     assert {author for line in lines for author in line["authors"]} == {"policy"}
 
 
-def test_wrong_arguments_are_named(make_env, make_policy):
+def test_the_best_of_n_texts_is_kept_and_more_texts_never_do_worse(make_env, make_policy):
+    policy = make_policy()
+    one, two, four = (evaluate(policy, make_env(16, split="test"), best_of=n, seed=3) for n in (1, 2, 4))
+    assert (two.rewards >= one.rewards).all()
+    assert (four.rewards >= two.rewards).all()
+    assert four.reward > two.reward > one.reward
+    same = two.rewards == one.rewards  # the first text is that of best_of=1, and stays where no other is better
+    assert 0 < same.sum() < len(same)
+    assert [t for t, kept in zip(two.completions, same, strict=True) if kept] == [
+        t for t, kept in zip(one.completions, same, strict=True) if kept
+    ]
+    for result in (one, two, four):
+        shares = [sum("a" <= letter <= "z" for letter in text) / max(len(text), 1) for text in result.completions]
+        assert result.rewards == pytest.approx(shares, abs=1e-6)
+        assert result.sample_ids.tolist() == list(range(37))
+    assert two.policy_tokens > one.policy_tokens + 37
+    assert four.to_dict()["best_of"] == 4
+    rows = evaluate(policy, make_env(5, split="test"), best_of=4, seed=3)
+    assert rows.completions == four.completions
+    assert rows.policy_tokens == four.policy_tokens
+
+
+def test_a_policy_that_can_hand_off_is_evaluated_with_its_guide(make_env, handing_policy):
+    arguments = {"guide": CallableGuide(noise), "handoff": True, "handoff_cost": 0.1}
+    env = make_env(16, split="test", **arguments)
+    results = [
+        evaluate(handing_policy, env, seed=1),
+        evaluate(handing_policy, make_env(5, split="test", **arguments), seed=1),
+    ]
+    results.append(
+        evaluate(handing_policy, env.spec.id, seed=1, num_envs=8, tokenizer=handing_policy.tokenizer, **arguments)
+    )
+    for result in results:
+        assert result.completions == results[0].completions  # the guide's part hangs on the sample too
+        assert 0 < result.handoff_fraction < 1
+        assert result.handoff_fraction == np.mean(["guide" in named(authors) for authors in result.authors])
+        assert result.guide_tokens == sum(named(authors).count("guide") for authors in result.authors)
+        assert result.reward_parts["handoff_cost"] == pytest.approx(-0.1 * result.guide_tokens / 37)
+        assert result.reward == pytest.approx(sum(result.reward_parts.values()))
+        assert result.to_dict()["handoff_fraction"] == result.handoff_fraction
+
+
+def named(authors):
+    return ["policy" if author == 0 else "guide" for author in authors]
+
+
+def test_a_sibling_keeps_the_guide_only_where_the_policy_needs_it(make_env):
+    guide = CallableGuide(noise)
+    kept = sibling_env(make_env(4, guide=guide, handoff=True, handoff_cost=0.1), num_envs=3, split="validation")
+    assert (kept.guide is not None, kept.handoff, kept.handoff_cost) == (True, True, 0.1)
+    assert (kept.split, kept.num_envs) == ("validation", 3)
+    assert sibling_env(make_env(4, guide=guide), num_envs=3, split="validation").guide is None
+
+
+def test_wrong_arguments_are_named(make_env, make_policy, handing_policy):
     policy, env = make_policy(), make_env(8)
-    for arguments in ({"num_prompts": 0}, {"metrics": ["beauty"]}, {"source": "mini"}):
+    with pytest.raises(ValueError, match="best_of must be 1 with greedy"):
+        evaluate(policy, env, best_of=2, decoding=Decoding(greedy=True))
+    with pytest.raises(ValueError, match=r"handoff must be True .* handoff=True"):
+        evaluate(handing_policy, env.spec.id)
+    with pytest.raises(ValueError, match="handoff must be False"):
+        evaluate(policy, make_env(8, guide=CallableGuide(noise), handoff=True))
+    for arguments in ({"num_prompts": 0}, {"best_of": 0}, {"metrics": ["beauty"]}, {"source": "mini"}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             evaluate(policy, env, **arguments)
 
@@ -79,3 +157,13 @@ def test_the_command_prints_what_the_function_returns(make_env, make_policy, tmp
     expected = evaluate(policy, env_id, num_prompts=12, decoding=Decoding(greedy=True), start_model=policy.model)
     assert {**printed, "seconds": 0} == {**expected.to_dict(), "seconds": 0}
     assert len(samples.read_text().splitlines()) == 12
+
+
+def test_the_command_evaluates_a_policy_that_can_hand_off(make_env, make_policy, handing_policy, tmp_path, capsys):
+    handing_policy.save_pretrained(tmp_path / "policy")
+    make_policy(seed=1).save_pretrained(tmp_path / "guide")
+    arguments = {"num_prompts": 12, "guide": str(tmp_path / "guide"), "handoff_cost": 0.01}
+    main(str(tmp_path / "policy"), make_env(1).spec.id, **arguments)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["handoff_fraction"] > 0
+    assert printed["reward_parts"]["handoff_cost"] == pytest.approx(-0.01 * printed["guide_tokens"] / 12)

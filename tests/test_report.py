@@ -46,6 +46,7 @@ def record(task: str, algo: str, seed: int, *, text: str = " it was fine", promp
         "task": task,
         "algo": algo,
         "seed": seed,
+        "place": ALGOS.index(algo),
         "profile": "quick",
         "source": "mini",
         "base": None,
@@ -57,10 +58,17 @@ def record(task: str, algo: str, seed: int, *, text: str = " it was fine", promp
         "guide_tokens": 8_000 if algo == "ppo++" else 0,
         "episodes": 640 if history else 0,
         "seconds": 30.0,
-        "hyperparameters": {"learning_rate": 1e-4, "note": text},
+        "hyperparameters": {"algorithm": algo, "best_of": 1, "env": {}, "learning_rate": 1e-4, "note": text},
         "fingerprints": {"data": "0123456789abcdef"},
         "versions": {"torch": "0"},
-        "evaluation": {"seed": 1, "sample_ids": list(range(prompts)), "rewards": rewards},
+        "evaluation": {
+            "seed": 1,
+            "sample_ids": list(range(prompts)),
+            "rewards": rewards,
+            "policy_tokens": 20 * prompts,
+            "guide_tokens": 0,
+            "handoff_fraction": 0.0,
+        },
         "history": history,
         "samples": [sample],
         "rollouts": [rollout] if algo == "ppo++" else [],
@@ -136,6 +144,66 @@ def test_the_report_depends_on_the_results_alone(folder):
     page = first.page.read_bytes()
     first.page.unlink()
     assert write_report(folder).page.read_bytes() == page
+
+
+def cells(table: str, title: str) -> list[dict[str, str]]:
+    """A table of the report, a mapping from column to cell for each row."""
+    block = table.split(f"**{title}.**")[1].split("\n\n")[1].strip().splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def variant(algo: str, name: str, place: int, **evaluation) -> dict:
+    """A record under another name and place."""
+    made = record("imdb", algo, 0) | {"algo": name, "place": place}
+    made["evaluation"] |= evaluation
+    return made
+
+
+def test_rows_stand_in_the_order_of_the_profile_whatever_finished_first(tmp_path):
+    for name, place in (("ppo++", 3), ("zz", 0), ("sl", 1), ("aa", 2)):
+        append_result(tmp_path, variant("sl", name, place))
+    table = write_report(tmp_path).table
+    assert [row["algorithm"] for row in cells(table, "Results")] == ["zz", "sl", "aa", "ppo++"]
+
+
+def test_columns_appear_where_there_is_something_to_show(tmp_path):
+    for algo in ("sl", "ppo"):
+        append_result(tmp_path, record("imdb", algo, 0))
+    table = write_report(tmp_path).table
+    assert "at test" not in table
+    assert "over seeds" not in table
+
+    handoff = variant("ppo", "handoff-0", 5, guide_tokens=180, handoff_fraction=0.4)
+    handoff["hyperparameters"]["env"] = {"handoff": True}
+    append_result(tmp_path, handoff)
+    append_result(tmp_path, record("imdb", "ppo", 1))
+    rows = {row["algorithm"]: row for row in cells(write_report(tmp_path).table, "Results")}
+    assert rows["handoff-0"]["guide tokens at test"] == "4.5"
+    assert rows["handoff-0"]["handed off"] == "40%"
+    assert rows["sl"]["policy tokens at test"] == "20.0"
+    assert rows["sl"]["guide tokens at test"] == "-"
+    means = sorted(run["final_reward"] for run in read_results(tmp_path) if run["algo"] == "ppo")
+    assert rows["ppo"]["over seeds"] == f"{means[0]:.3f} to {means[1]:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["sl", "ppo", "ppo++"], ["ppo - sl", "ppo++ - sl", "ppo++ - ppo"]),
+        (["sl", "a", "ppo", "b"], ["ppo - sl", "a - sl", "b - sl", "a - ppo", "b - ppo"]),
+        (["ppo", "a", "b"], ["a - ppo", "b - ppo"]),
+        (["a", "b", "c"], ["b - a", "c - a"]),
+        (["a"], []),
+    ],
+)
+def test_every_row_is_compared_with_the_baselines(tmp_path, names, expected):
+    for place, name in enumerate(names):
+        append_result(tmp_path, variant("sl", name, place))
+    table = write_report(tmp_path).table
+    found = [row["difference"] for row in cells(table, "Paired comparisons")] if expected else []
+    assert found == expected
+    assert ("Paired" in table) == bool(expected)
 
 
 def test_algorithms_on_different_prompts_are_not_compared(tmp_path):

@@ -1,6 +1,7 @@
 """Mini data, models of about a million parameters: the whole comparison in minutes on two CPU cores."""
 
 from benchmarks.profiles import LanguageModel, Profile, TaskProfile
+from benchmarks.profiles.suite import suite
 
 LANGUAGE_MODEL = LanguageModel(
     n_embd=128,
@@ -20,7 +21,6 @@ RL = {
 }
 # Texts of one sentence: an iteration is cheap, and needs more of them for the same signal.
 SHORT_TEXTS = {"episodes_per_iteration": 128, "minibatch_size": 64, "learning_rate": 3e-4, "kl_coef": 0.03}
-ALGORITHMS = {"ppo++": {"beta": 0.6}}
 
 IMDB = TaskProfile(
     env_id="textgym/IMDB-v0",
@@ -28,7 +28,7 @@ IMDB = TaskProfile(
     supervised=SUPERVISED,
     episodes=64 * 24,
     rl=RL,
-    algorithms=ALGORITHMS,
+    rows=suite(iterations=24, beta=0.6, aggrevated_beta=0.8),
     decoding={"top_k": 50, "min_new_tokens": 48},
     test_prompts=250,
 )
@@ -38,7 +38,7 @@ COMMONGEN = TaskProfile(
     supervised=SUPERVISED,
     episodes=128 * 32,
     rl=RL | SHORT_TEXTS,
-    algorithms=ALGORITHMS,
+    rows=suite(iterations=32, beta=0.8, aggrevated_beta=0.8),
     decoding={"min_new_tokens": 5},
     test_prompts=250,
 )
@@ -55,11 +55,9 @@ TLDR = TaskProfile(
         "minibatch_size": 128,
         "n_epochs": 2,
         "learning_rate": 1e-4,
-        "gae_lambda": 1.0,
-        "vf_coef": 0.5,
         "kl_coef": 0.05,
     },
-    algorithms=ALGORITHMS,
+    rows=suite(iterations=16, beta=0.8, aggrevated_beta=1.0, critic={"gae_lambda": 1.0, "vf_coef": 0.5}),
     env={"max_prompt_tokens": 160},
     test_prompts=250,
 )

@@ -5,6 +5,7 @@ text. What is published for full-size models (arXiv 2306.11816) is kept where a 
 """
 
 from benchmarks.profiles import LanguageModel, Profile, TaskProfile
+from benchmarks.profiles.suite import suite
 
 LANGUAGE_MODEL = LanguageModel(
     n_embd=256,
@@ -22,7 +23,6 @@ RL = {
     "eval_every": 12,
     "eval_prompts": 112,
 }
-ALGORITHMS = {"ppo++": {"beta": 0.6}}
 
 IMDB = TaskProfile(
     env_id="textgym/IMDB-v0",
@@ -32,7 +32,7 @@ IMDB = TaskProfile(
     # At 0.02 PPO reaches a higher reward in texts that are less varied: their distinct-2 falls below 0.8 times that of
     # supervised learning.
     rl=RL | {"kl_coef": 0.04, "eval_every": 8},
-    algorithms=ALGORITHMS,
+    rows=suite(iterations=32, beta=0.6, aggrevated_beta=0.8),
     decoding={"top_k": 50, "min_new_tokens": 48},
     test_prompts=1000,
 )
@@ -42,7 +42,7 @@ COMMONGEN = TaskProfile(
     supervised=SUPERVISED,
     episodes=128 * 200,
     rl=RL | {"episodes_per_iteration": 128, "minibatch_size": 64, "n_epochs": 4, "eval_every": 20},
-    algorithms={"ppo++": {"beta": 0.8}},
+    rows=suite(iterations=200, beta=0.8, aggrevated_beta=0.8),
     decoding={"min_new_tokens": 5},
 )
 TLDR = TaskProfile(
@@ -51,7 +51,7 @@ TLDR = TaskProfile(
     supervised=SUPERVISED,
     episodes=128 * 60,
     rl=RL | {"episodes_per_iteration": 128, "minibatch_size": 32, "kl_coef": 0.01},
-    algorithms={"ppo++": {"beta": 0.8}},
+    rows=suite(iterations=60, beta=0.8, aggrevated_beta=1.0),
     env={"max_prompt_tokens": 256},
 )
 

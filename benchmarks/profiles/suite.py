@@ -1,0 +1,48 @@
+"""The rows of the profiles here: every algorithm, guided variants, best-of-n, and a guide that costs more and more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.profiles import Row
+
+GROUP = {"group_size": 4}
+HANDOFF_COSTS = (0.0, 0.002, 0.01)  # of a token; a reward is about 1 at most
+HANDOFF_PROB = 0.02  # of a token, to begin with: most texts of 50 tokens are handed off
+
+
+def suite(
+    *, iterations: int, beta: float, aggrevated_beta: float, critic: Mapping[str, Any] | None = None
+) -> dict[str, Row]:
+    """Make the rows of a task.
+
+    Args:
+        iterations: Iterations of a run; D2LOLS imitates for the first 40% of them (published: 20 to 40%).
+        beta: Share of episodes with a prefix.
+        aggrevated_beta: Share of AggreVaTeD's episodes with a body.
+        critic: Arguments that only algorithms with a critic share.
+    """
+    critic = critic or {}
+    return {
+        "sl": Row("sl"),
+        "best-of-4": Row("sl", best_of=4),
+        "ppo": Row("ppo", critic),
+        "ppo++": Row("ppo++", {**critic, "beta": beta}),
+        "dr-po": Row("dr-po", {**critic, "beta": beta}, env={"guide": "references"}),
+        "aggrevated": Row("aggrevated", {**critic, "beta": aggrevated_beta}),
+        "lols": Row("lols", {**critic, "tau": 0.8, "beta": 0.8}),
+        "d2lols": Row("d2lols", {**critic, "tau": round(0.4 * iterations), "beta": 0.8}),
+        "gail": Row("gail", critic),
+        "reinforce": Row("reinforce", {**critic, "n_epochs": 1}),
+        "rloo": Row("rloo", {**GROUP, "n_epochs": 1}),
+        "guided-rloo": Row("rloo", {**GROUP, "n_epochs": 1, "beta": beta}),
+        "grpo": Row("grpo", GROUP),
+        "guided-grpo": Row("grpo", {**GROUP, "beta": beta}),
+        **{
+            f"handoff-{cost:g}": Row(
+                "ppo", critic, env={"handoff": True, "handoff_cost": cost}, policy={"handoff_prob": HANDOFF_PROB}
+            )
+            for cost in HANDOFF_COSTS
+        },
+    }
