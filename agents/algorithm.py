@@ -336,6 +336,7 @@ class Algorithm(ABC):
         env: TextVectorEnv | str,
         *,
         policy_class: type[Policy] = CausalLMPolicy,
+        policy_arguments: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Self:
         """Continue from a checkpoint, exactly as if there had been no interruption.
@@ -344,6 +345,7 @@ class Algorithm(ABC):
             path: A folder that `save` wrote.
             env: An environment made like the one that was used.
             policy_class: The class of a policy of your own.
+            policy_arguments: What its `from_pretrained` needs beside the folder and the device.
             **arguments: Replace the saved arguments of the constructor ("device", "output_dir", "track", ...).
 
         Raises:
@@ -360,7 +362,9 @@ class Algorithm(ABC):
         if isinstance(hyperparameters.get("decoding"), dict):
             hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
         device = hyperparameters.get("device", "auto")
-        algorithm = cls(policy_class.from_pretrained(folder, device=device), env, **hyperparameters)
+        algorithm = cls(
+            policy_class.from_pretrained(folder, device=device, **policy_arguments or {}), env, **hyperparameters
+        )
         for name, model in algorithm.models().items():
             load_model(model, folder / f"{name}.safetensors", device=str(algorithm.policy.device))
         # Only tensors and plain values: nothing in the file can run code.

@@ -31,7 +31,7 @@ def run_all(
     Results go to a folder, one JSON line a finished run; the same folder again continues where it stopped.
 
     Args:
-        profile: "quick" (mini data, minutes) or "small" (real data, hours).
+        profile: "quick" (mini data, minutes), "small" (real data, hours) or "options" (PPO with one option changed).
         tasks: Names of tasks, separated by commas; by default all of the profile's.
         algos: Names of the profile's rows, separated by commas, or "all" of them; by default the profile's choice,
             "sl,ppo,ppo++".

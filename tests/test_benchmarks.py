@@ -242,7 +242,7 @@ def test_the_file_runs_from_the_root_and_names_what_is_wrong():
     command = [sys.executable, "benchmarks/run_all.py", "--profile", "large"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "profile must be one of ['quick', 'small'], got 'large'" in done.stderr
+    assert "profile must be one of ['options', 'quick', 'small'], got 'large'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

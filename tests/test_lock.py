@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from agents import D2LOLS, LOLS, PPO, AggreVaTeD, CausalLMPolicy, PPOPlusPlus, TabularPolicy
 from agents.evaluation import make_env
-from benchmarks.lock import CURVES, FORK, PLAIN, ROWS, expected_reward, learn
+from benchmarks.lock import CURVES, FORK, PLAIN, ROWS, draw, expected_reward, learn
 from textgym.guides import Author
 
 LOCK_ID = "textgym/CombinationLock-v0"
@@ -178,3 +179,13 @@ def test_a_language_model_opens_a_lock_with_the_guide_and_not_without():
         final[algorithm] = expected_reward(policy, env.lock)
     assert final[PPO] < 0.01
     assert final[AggreVaTeD] > 0.9
+
+
+def test_curves_are_drawn_or_the_missing_extra_is_named(tmp_path, monkeypatch):
+    curves = {title: {"PPO": np.linspace(0, 1, 12).reshape(2, 6)} for title in ("plain", "fork")}
+    draw(curves, tmp_path / "docs" / "lock.png")
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["lock.png"]
+    assert (tmp_path / "docs" / "lock.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"textgym\[plots\]"):
+        draw(curves, tmp_path / "other.png")
