@@ -34,7 +34,7 @@ class AggreVaTeD(PPO):
         policy: As for `PPO`.
         env: A `TextVectorEnv` with a guide that can complete texts, made without ``handoff=True``: here the schedule
             hands off, not the policy.
-        beta: Probability that the policy writes at all.
+        beta: Probability that the policy writes at all, above 0.
         **hyperparameters: As for `PPO`.
 
     Raises:
@@ -46,7 +46,7 @@ class AggreVaTeD(PPO):
     def __init__(
         self, policy: Policy | str | os.PathLike, env: TextVectorEnv, *, beta: float = 0.8, **hyperparameters: Any
     ) -> None:
-        check("beta", beta, 0 <= beta <= 1, "in [0, 1]")
+        check("beta", beta, 0 < beta <= 1, "in (0, 1]")
         check_guide(env, self.name, hand_off=True)
         if env.handoff:
             raise ValueError(f"env must be made without handoff=True for {self.name}: here the schedule hands off")

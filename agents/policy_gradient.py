@@ -109,7 +109,7 @@ class PolicyGradient(Algorithm):
         device: "auto" or a torch device.
         eval_every: Iterations between evaluations on validation prompts; 0 never evaluates.
         eval_prompts: Validation prompts of such an evaluation.
-        eval_env: What to evaluate on (None: the validation split of `env`, without a guide).
+        eval_env: What to evaluate on (None: the validation split of `env`, with a guide only for hand-offs).
         output_dir: Where the checkpoints ``last`` and ``best`` go.
         track: Accelerate trackers.
 
@@ -275,7 +275,7 @@ class PolicyGradient(Algorithm):
         """Log-probabilities (N, T) of the decisions under the reference policy, zero elsewhere."""
         decisions = rollout.decisions
         columns, result = rollout.columns(decisions), torch.zeros_like(rollout.log_probs)
-        for rows in torch.nonzero(decisions.any(1)).flatten().split(self.minibatch_size):
+        for rows in in_parts(torch.nonzero(decisions.any(1)).flatten(), self.minibatch_size):
             result[rows] = self.reference.evaluate(
                 rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], rollout.handoffs[rows]
             ).log_probs
@@ -333,7 +333,8 @@ class PolicyGradient(Algorithm):
         """Split rows at random, `n_epochs` times."""
         random = np.random.default_rng([self.seed, self.iteration])
         for _ in range(self.n_epochs):
-            yield from rows[torch.from_numpy(random.permutation(len(rows))).to(rows.device)].split(self.minibatch_size)
+            order = torch.from_numpy(random.permutation(len(rows))).to(rows.device)
+            yield from in_parts(rows[order], self.minibatch_size)
 
     def scheduled(self, schedule: Schedule) -> float:
         """The factor that a schedule has come to."""
@@ -373,3 +374,8 @@ class PolicyGradient(Algorithm):
         """Continue from a `training_state`."""
         super().load_training_state(state)
         self.kl_coef = state["kl_coef"]
+
+
+def in_parts(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """Split rows; none into no part, where `Tensor.split` makes an empty one."""
+    return rows.split(size) if len(rows) else ()

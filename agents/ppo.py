@@ -12,7 +12,7 @@ import torch
 from agents.advantages import gae, kl_estimate, last_of, whiten
 from agents.algorithm import check
 from agents.policy import Evaluation, Policy
-from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule
+from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule, in_parts
 from agents.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class PPO(PolicyGradient):
             values = rollout.values  # recorded while sampling
         else:
             columns, values = rollout.columns(states), torch.zeros_like(rollout.values)
-            for rows in torch.nonzero(states.any(1)).flatten().split(self.minibatch_size):
+            for rows in in_parts(torch.nonzero(states.any(1)).flatten(), self.minibatch_size):
                 of_policy, of_guide = self.critic.values(
                     rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows]
                 )

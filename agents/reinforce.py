@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class REINFORCE(PPO):
     """REINFORCE with a baseline (Williams 1992; Sutton and Barto 2018, section 13.4).
 
-    ``L = -mean (G - V) log pi + vf_coef 1/2 mean (V - G)^2 - ent_coef H`` with G the return that followed the decision:
-    PPO with lambda = 1 and neither ratio nor clipping. An iteration's episodes are used once, by default in a single
+    ``L = -mean A log pi + vf_coef 1/2 mean (V - G)^2 - ent_coef H`` with G the return that followed the decision and A
+    its G - V, normalised over an iteration's decisions: PPO with lambda = 1 and neither ratio nor clipping. An iteration's episodes are used once, by default in a single
     gradient step, for later steps would follow a policy that did not play them.
 
     Args:
@@ -51,7 +51,7 @@ class REINFORCE(PPO):
             policy,
             env,
             episodes_per_iteration=episodes_per_iteration,
-            minibatch_size=minibatch_size or episodes_per_iteration,
+            minibatch_size=episodes_per_iteration if minibatch_size is None else minibatch_size,
             n_epochs=n_epochs,
             **{**hyperparameters, "gae_lambda": 1.0},
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
-from agents import ALGORITHMS, PPO, SL, PPOPlusPlus
+from agents import ALGORITHMS, PPO, SL, CausalLMPolicy, PPOPlusPlus
 from agents.supervised import supervised_loss
 from textgym.guides import CallableGuide, Completion
 from textgym.seeding import hash64
@@ -20,11 +22,29 @@ GUIDE = CallableGuide(
 )
 
 
+# What an algorithm can be beside its defaults, each on top of one of them.
+SCHEDULED = {"lr_schedule": "cosine", "clip_schedule": "linear", "schedule_episodes": 80}
+VARIANTS = {
+    "ppo with a hand-off": ("ppo", {"ent_coef": 0.01, "kl_penalty": "loss"}),
+    "ppo with a critic of its own and schedules": ("ppo", {"critic": "separate", **SCHEDULED}),
+    "lols with a critic of its own": ("lols", {"critic": "separate", "tau": 0.5}),
+    "d2lols that switches": ("d2lols", {"tau": 1, "gradient_accumulation_steps": 3}),
+    "gail with a critic of its own": ("gail", {"critic": "separate", "discriminator_epochs": 2}),
+    "guided rloo": ("rloo", {"beta": 0.7, "n_epochs": 2}),
+    "guided rloo with a hand-off": ("rloo", {"beta": 0.7, "kl_penalty": "loss"}),
+    "guided grpo": ("grpo", {"beta": 1.0, "lr_schedule": "linear", "schedule_episodes": 64}),
+}
+
+
 def make_agent(name, make_env, make_policy, **arguments):
     if name == "sl":
         return SL(make_policy(), make_env(4), episodes_per_iteration=16, learning_rate=3e-3, **arguments)
-    guide = "references" if name == "dr-po" else GUIDE
-    return ALGORITHMS[name](make_policy(), make_env(8, guide=guide), episodes_per_iteration=16, **arguments)
+    handoff = name.endswith("hand-off")
+    name, own = VARIANTS.get(name, (name, {}))
+    policy, env = make_policy(), make_env(8, guide="references" if name == "dr-po" else GUIDE, handoff=handoff)
+    if handoff:
+        policy = CausalLMPolicy(policy.model, policy.tokenizer, handoff_prob=0.2)
+    return ALGORITHMS[name](policy, env, episodes_per_iteration=16, **own, **arguments)
 
 
 def numbers(history):
@@ -32,7 +52,7 @@ def numbers(history):
     return [{key: value for key, value in record.items() if "seconds" not in key} for record in history]
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize("name", [*sorted(ALGORITHMS), *VARIANTS])
 def test_a_seed_decides_the_history_to_the_bit(name, make_env, make_policy):
     histories = []
     for seed in (3, 3, 4):
@@ -42,7 +62,7 @@ def test_a_seed_decides_the_history_to_the_bit(name, make_env, make_policy):
     assert histories[0] != histories[2]
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize("name", [*sorted(ALGORITHMS), *VARIANTS])
 def test_saving_and_loading_changes_nothing(name, make_env, make_policy, tmp_path):
     arguments = {} if name == "sl" else {"kl_target": 0.1, "target_coef": 0.1}
     whole = make_agent(name, make_env, make_policy, **arguments)
@@ -56,9 +76,66 @@ def test_saving_and_loading_changes_nothing(name, make_env, make_policy, tmp_pat
     resumed.learn(total_episodes=32)
 
     assert numbers(resumed.history) == numbers(whole.history)
-    for name, value in whole.policy.state_dict().items():
-        assert torch.equal(value, resumed.policy.state_dict()[name])
+    models = {"policy": whole.policy, **whole.models()}
+    for kind, model in {"policy": resumed.policy, **resumed.models()}.items():
+        for key, value in models.pop(kind).state_dict().items():
+            assert torch.equal(value, model.state_dict()[key]), (kind, key)
+    assert not models
     assert resumed.num_timesteps == whole.num_timesteps == sum(r["policy_tokens"] for r in whole.history)
+
+
+def in_double(part):
+    """A rollout or credit with float64 arrays."""
+    arrays = {field.name: getattr(part, field.name) for field in fields(part)}
+    return replace(
+        part, **{n: a.double() for n, a in arrays.items() if isinstance(a, torch.Tensor) and a.is_floating_point()}
+    )
+
+
+PIECES = {
+    "ppo": {"ent_coef": 0.1},
+    "ppo with a critic of its own and schedules": {},
+    "ppo with a hand-off": {"kl_coef": 0.3},
+    "ppo++": {"kl_penalty": "loss", "clip_range_vf": None},
+    "aggrevated": {"kl_penalty": "loss", "beta": 0.6},
+    "reinforce": {"kl_penalty": "loss", "minibatch_size": None},
+    "rloo": {"kl_penalty": "loss"},
+    "grpo": {"length_norm": "text"},
+    "grpo by batch": {"length_norm": "batch"},
+    "grpo by horizon": {"length_norm": "horizon", "scale": "batch"},
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_minibatch_in_pieces_has_the_gradient_of_the_whole(name, make_env, make_policy):
+    arguments = {"target_coef": 0.3, "max_grad_norm": 1e9, "kl_coef": 0.3, "minibatch_size": 16, **PIECES[name]}
+    agent = make_agent(name.split(" by ")[0], make_env, make_policy, device="cpu", **arguments)
+    agent.n_epochs, random = 1, torch.Generator().manual_seed(0)
+    with torch.no_grad():  # away from the reference, with critics that say something
+        for parameter in agent.trainable:
+            parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.05)
+    rollout = in_double(agent.play())
+    for model in (agent.policy, *agent.models().values()):
+        model.double()
+    rollout.log_probs += 0.05 * torch.randn(rollout.log_probs.shape, generator=random)  # ratios that are not 1
+    credit = in_double(agent.credit(rollout, agent.reference_log_probs(rollout)))
+    start, results = [parameter.detach().clone() for parameter in agent.trainable], []
+    for pieces in (1, 2, 5, 16):
+        agent.gradient_accumulation_steps = pieces
+        with torch.no_grad():
+            for parameter, value in zip(agent.trainable, start, strict=True):
+                parameter.copy_(value)
+        losses = agent.update(rollout, credit)
+        assert losses["gradient_steps"] == 1
+        results.append((losses, [p.grad.clone() for p in agent.trainable if p.grad is not None]))
+    assert {"target_loss", "loss"} <= results[0][0].keys()
+    for losses, gradients in results[1:]:
+        # Diagnostics are reported in float32.
+        assert losses == pytest.approx(results[0][0], rel=1e-5, abs=1e-6)
+        for gradient, whole in zip(gradients, results[0][1], strict=True):
+            assert gradient.dtype == torch.float64
+            torch.testing.assert_close(gradient, whole, rtol=1e-9, atol=1e-9)
+    assert max(gradient.abs().max() for gradient in results[0][1]) > 1e-3
 
 
 def test_a_checkpoint_of_another_algorithm_is_refused(make_env, make_policy, tmp_path):
@@ -209,6 +286,39 @@ def test_supervised_learning_reads_every_reference_once_an_epoch(make_env, make_
 def test_wrong_arguments_are_named(argument, value, make_env, make_policy):
     with pytest.raises(ValueError, match=argument):
         PPO(make_policy(), make_env(8), **{"episodes_per_iteration": 8, argument: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("reinforce", "minibatch_size", 0),
+        ("ppo++", "beta", 1.1),
+        ("aggrevated", "beta", -0.1),
+        ("lols", "tau", 2),
+        ("d2lols", "tau", -1),
+        ("rloo", "clip_range", 0),
+        ("gail", "discriminator_epochs", 0),
+        ("grpo", "kl_target", 0),
+        ("ppo", "gradient_accumulation_steps", 17),
+        ("ppo", "lr_schedule", "step"),
+        ("ppo", "critic", "none"),
+        ("ppo", "kl_penalty", "both"),
+    ],
+)
+def test_each_algorithm_names_its_wrong_arguments(name, argument, value, make_env, make_policy):
+    with pytest.raises(ValueError, match=argument):
+        make_agent(name, make_env, make_policy, **{argument: value})
+
+
+def test_each_algorithm_names_a_guide_that_cannot_do_its_part(make_env, make_policy):
+    for name in ("aggrevated", "lols", "d2lols"):
+        with pytest.raises(ValueError, match=f"complete texts for {name}"):
+            ALGORITHMS[name](make_policy(), make_env(16, guide="references"), episodes_per_iteration=16)
+        policy = CausalLMPolicy(make_policy().model, make_policy().tokenizer, handoff_prob=0.5)
+        with pytest.raises(ValueError, match="without handoff=True"):
+            ALGORITHMS[name](policy, make_env(16, guide=GUIDE, handoff=True), episodes_per_iteration=16)
+    with pytest.raises(ValueError, match="guide='references' for dr-po"):
+        ALGORITHMS["dr-po"](make_policy(), make_env(16, guide=GUIDE), episodes_per_iteration=16)
 
 
 def test_wrong_environments_are_refused(make_env, make_policy):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from dataclasses import asdict
 
 import gymnasium as gym
 import numpy as np
@@ -205,6 +207,90 @@ def test_handoff_is_scheduled_uniformly_and_completes_the_text():
     assert (infos["guide_tokens"][handed] > 0).all()
     assert (infos["guide_tokens"][~handed] == 0).all()
     np.testing.assert_allclose(rewards, sum(v for k, v in infos["reward_parts"].items() if k[0] != "_"))
+
+
+def test_some_scheduled_episodes_have_no_body():
+    n = 4000
+    guidance = Guidance(handoff_prob=0.5, handoff_length=(2, 3), no_body_prob=0.4)
+    env = vector(n, guide=GUIDE, guidance=guidance, parking=True)
+    _, infos = env.reset(seed=4)
+    skipped = infos["parked"]
+    for _ in range(HORIZON):
+        _, _, terminations, _, infos = env.step(np.full(n, 7))
+    assert terminations.all()
+    tokens = infos["policy_tokens"]
+    np.testing.assert_array_equal(tokens == 0, skipped)
+    assert set(tokens) == {0, 2, 3, HORIZON}
+    counts = [(tokens == length).sum() for length in (0, 2, 3, HORIZON)]
+    assert stats.chisquare(counts, n * np.array([0.2, 0.15, 0.15, 0.5])).pvalue > 1e-3
+    assert (infos["finish_reason"][tokens < HORIZON] == "handoff").all()
+    assert (infos["guide_tokens"][skipped] > 0).all()
+
+
+def test_episodes_without_body_leave_the_others_as_they_were():
+    """The draw is one of its own: a row that has a body is the single environment's, whatever its neighbours do."""
+    n, rng = 24, np.random.default_rng(3)
+    actions = np.stack([some_actions(rng, n) for _ in range(HORIZON)], 1)
+    schedule = {"restart_prob": 0.5, "handoff_prob": 0.7}
+    env = vector(n, guide=GUIDE, parking=True, guidance={**schedule, "no_body_prob": 0.5})
+    obs, rewards, infos = run_to_end(env, actions, seed=3)
+    skipped = infos["policy_tokens"] == 0
+    assert 3 < skipped.sum() < n - 3
+    for row in range(n):
+        alone = single(guide=GUIDE, guidance=schedule)
+        alone.reset(seed=3 + row)
+        for action in actions[row]:
+            expected, value, terminated, _, info = alone.step(action)
+            if terminated:
+                break
+        same = np.array_equal(obs["input_ids"][row], expected["input_ids"])
+        assert same or skipped[row]
+        assert infos["prefix_length"][row] == info["prefix_length"]
+        if skipped[row]:
+            assert infos["authors"][row].max() == Author.GUIDE
+            assert Author.POLICY not in infos["authors"][row]
+        else:
+            assert (rewards[row], infos["text"][row]) == (value, info["text"])
+    fewer = vector(5, guide=GUIDE, parking=True, guidance={**schedule, "no_body_prob": 0.5})
+    obs_of_fewer, rewards_of_fewer, _ = run_to_end(fewer, actions[:5], seed=3)
+    np.testing.assert_array_equal(obs_of_fewer["input_ids"], obs["input_ids"][:5])
+    np.testing.assert_array_equal(rewards_of_fewer, rewards[:5])
+
+
+def test_a_group_has_a_body_or_has_none():
+    env = vector(40, guide=GUIDE, guidance=Guidance(0, None, 1, None, 0.5), parking=True)
+    _, infos = env.reset(seed=3, options={"group_size": 4})
+    groups = infos["parked"].reshape(-1, 4)
+    assert (groups == groups[:, :1]).all()
+    assert 0 < groups.mean() < 1
+
+
+def test_episodes_without_body_need_parking():
+    often = Guidance(handoff_prob=0.5, no_body_prob=0.1)
+    for make in (vector, single):
+        with pytest.raises(ValueError, match="parking=True"):
+            make(guide=GUIDE, guidance=often)
+        env = make(guide=GUIDE, guidance=Guidance(no_body_prob=0.1))  # nothing is scheduled, so nothing is skipped
+        with pytest.raises(ValueError, match="parking=True"):
+            env.reset(seed=0, options={"guidance": often})
+        env.reset(seed=0)
+    for value in (-0.1, 1.5, True, "1"):
+        with pytest.raises(ValueError, match="no_body_prob must be a number in"):
+            Guidance(no_body_prob=value)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(0.3, (1, 2), 0.7, None, 0.4), FULL])
+def test_a_saved_state_keeps_the_guidance(guidance):
+    env = vector(30, guide=GUIDE, guidance=guidance, parking=True, autoreset_mode="Disabled")
+    env.reset(seed=6)
+    state = pickle.loads(pickle.dumps(env.get_state()))
+    plain = {**state, "guidance": [json.loads(json.dumps(asdict(one))) for one in state["guidance"]]}
+    expected = env.reset()
+    for saved in (state, plain):
+        fresh = vector(30, guide=GUIDE, parking=True, autoreset_mode="Disabled")
+        fresh.set_state(saved)
+        assert fresh.guidance == guidance
+        assert data_equivalence(fresh.reset(), expected, exact=True)
 
 
 def test_guidance_stays_in_force_until_replaced():
