@@ -20,8 +20,9 @@ class REINFORCE(PPO):
     """REINFORCE with a baseline (Williams 1992; Sutton and Barto 2018, section 13.4).
 
     ``L = -mean A log pi + vf_coef 1/2 mean (V - G)^2 - ent_coef H`` with G the return that followed the decision and A
-    its G - V, normalised over an iteration's decisions: PPO with lambda = 1 and neither ratio nor clipping. An iteration's episodes are used once, by default in a single
-    gradient step, for later steps would follow a policy that did not play them.
+    its G - V, normalised over an iteration's decisions: PPO with lambda = 1 and neither ratio nor clipping. An
+    iteration's episodes are used once, by default in a single gradient step, for later steps would follow a policy that
+    did not play them.
 
     Args:
         policy: As for `PPO`.
