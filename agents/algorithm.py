@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import shutil
-import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -23,7 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
-from agents.policy import CausalLMPolicy, Policy
+from agents.policy import CausalLMPolicy, Policy, replaced_folder
 from agents.rollout import Rollout, collect
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
@@ -397,22 +394,6 @@ def check(name: str, value: Any, valid: bool, allowed: str) -> None:
     """
     if not valid:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-@contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `path`, then put it in its place; if that fails, `path` is what it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield temporary
-        old = temporary.with_name(temporary.name + "-old")
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,26 +69,52 @@ class Policy(nn.Module, ABC):
         """Where the parameters are."""
         return next(self.parameters()).device
 
-    @abstractmethod
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_seed(0)
+
+    def set_seed(self, seed: int) -> None:
+        """Seed the draws of `predict`."""
+        self._generator = np.random.default_rng(seed)
+
     def predict(
         self,
         observation: Mapping[str, np.ndarray],
-        state: Any = None,
+        state: np.ndarray | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
-    ) -> tuple[np.ndarray, Any]:
-        """Choose the next action for observations, as in Stable-Baselines3.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the next action for observations, as in Stable-Baselines3; nothing is cached between calls.
 
         Args:
             observation: "input_ids" and "attention_mask", each (P+T,) or batched (N, P+T); valid tokens of a row can
-                have padding on both sides.
-            state: What the last call returned as state, or None.
+                have padding on both sides. Rows without any token (idle rows) get EOS.
+            state: What the last call returned as state, or None. It counts the tokens this policy has chosen in each
+                row's episode, for `decoding.min_new_tokens`.
             episode_start: (N,) bool, rows whose episode has just begun.
-            deterministic: Take the most probable token.
+            deterministic: Take the most probable action.
 
         Returns:
             Actions, int64 () or (N,), and the state for the next call.
         """
+        ids = np.asarray(observation["input_ids"])
+        batched = {name: np.atleast_2d(np.asarray(array)) for name, array in observation.items()}
+        written = np.zeros(len(batched["input_ids"]), np.int64) if state is None else np.asarray(state, np.int64)
+        if episode_start is not None:
+            written = np.where(episode_start, 0, written)
+        actions = np.full(len(written), self.tokenizer.eos_token_id, np.int64)
+        greedy = Decoding(greedy=True, min_new_tokens=self.decoding.min_new_tokens)
+        sampler = self.sampler(
+            batched,
+            seeds=self._generator.integers(2**63, size=len(written)),
+            prefix_lengths=written,
+            max_new_tokens=written + 1,
+            decoding=greedy if deterministic else self.decoding,
+            values=False,
+        )
+        if len(sampler.rows):
+            actions[sampler.rows.cpu().numpy()] = sampler.sample().tokens.cpu().numpy()
+        return actions.reshape(ids.shape[:-1]), written + 1
 
     @abstractmethod
     def sampler(
@@ -94,7 +122,7 @@ class Policy(nn.Module, ABC):
         observation: Mapping[str, Any],
         *,
         seeds: np.ndarray,
-        max_new_tokens: int,
+        max_new_tokens: int | np.ndarray,
         prefix_lengths: Any = None,
         decoding: Decoding | None = None,
         values: bool = True,
@@ -104,7 +132,7 @@ class Policy(nn.Module, ABC):
         Args:
             observation: "input_ids" and "attention_mask", each (N, P+T).
             seeds: (N,) integers; token h of a text must depend on its own row's seed, state and h alone.
-            max_new_tokens: Most new tokens of a text, prefix included.
+            max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
             prefix_lengths: (N,) new tokens that the observation already holds; None for none.
             decoding: How tokens are chosen; None for the policy's own `decoding`.
             values: Whether the samples carry values.
@@ -222,16 +250,11 @@ class CausalLMPolicy(Policy):
             self.heads[name] = head
         self.tokenizer = tokenizer
         self.decoding = decoding or Decoding()
-        self.set_seed(0)
         self.eval()
 
     def train(self, mode: bool = True) -> CausalLMPolicy:
         """Stay in evaluation mode: dropout is off in training too."""
         return super().train(False)
-
-    def set_seed(self, seed: int) -> None:
-        """Seed the draws of `predict`."""
-        self._generator = np.random.default_rng(seed)
 
     @classmethod
     def from_pretrained(
@@ -277,61 +300,18 @@ class CausalLMPolicy(Policy):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` open too, replacing what is there."""
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-            new, old = Path(name) / "new", Path(name) / "old"
-            new.mkdir()
+        with replaced_folder(Path(folder)) as new:
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             save_file(self.heads.state_dict(), new / HEADS_FILE)
             (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-
-    def predict(
-        self,
-        observation: Mapping[str, np.ndarray],
-        state: np.ndarray | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Choose the next token (see `Policy.predict`); no cache is kept between calls.
-
-        The state counts the tokens this policy has chosen in each row's episode, for `decoding.min_new_tokens`.
-        Rows without any token (idle rows) get EOS.
-        """
-        ids, mask = np.asarray(observation["input_ids"]), np.asarray(observation["attention_mask"])
-        batched_ids, batched_mask = np.atleast_2d(ids), np.atleast_2d(mask)
-        written = np.zeros(len(batched_ids), np.int64) if state is None else np.asarray(state, np.int64)
-        if episode_start is not None:
-            written = np.where(episode_start, 0, written)
-        actions = np.full(len(batched_ids), self.tokenizer.eos_token_id, np.int64)
-        sampler = Sampler(
-            self.model,
-            batched_ids,
-            batched_mask,
-            decoding=Decoding(greedy=True, min_new_tokens=self.decoding.min_new_tokens)
-            if deterministic
-            else self.decoding,
-            seeds=self._generator.integers(2**63, size=len(batched_ids)),
-            eos_token_id=self.tokenizer.eos_token_id,
-            prefix_lengths=written,
-            max_new_tokens=written + 1,
-            handoff_head=self._handoff_head,
-            vocab_size=len(self.tokenizer),
-        )
-        if len(sampler.rows):
-            actions[sampler.rows.cpu().numpy()] = sampler.sample().tokens.cpu().numpy()
-        return actions.reshape(ids.shape[:-1]), written + 1
 
     def sampler(
         self,
         observation: Mapping[str, Any],
         *,
         seeds: np.ndarray,
-        max_new_tokens: int,
+        max_new_tokens: int | np.ndarray,
         prefix_lengths: Any = None,
         decoding: Decoding | None = None,
         values: bool = True,
@@ -438,6 +418,22 @@ class CausalLMPolicy(Policy):
             vocab_size=len(self.tokenizer),
         )
         return decode(self.tokenizer, written)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder beside `path`, then put it in its place; if that fails, `path` is what it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        old = temporary.with_name(temporary.name + "-old")
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _LogProbAndEntropy(torch.autograd.Function):

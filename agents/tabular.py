@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from agents.policy import POLICY_FILE, Evaluation, Policy
+from agents.policy import POLICY_FILE, Evaluation, Policy, replaced_folder
 from textgym.decoding import Decoding, Sample, at_least_float32, choose, resolve_device
 from textgym.seeding import uniform
 from textgym.tasks.lock import CombinationLock
@@ -58,16 +57,11 @@ class TabularPolicy(Policy):
         self.tokenizer = tokenizer
         self.states = states
         self.decoding = decoding or Decoding()
-        self.set_seed(0)
 
     @classmethod
     def for_lock(cls, lock: CombinationLock, decoding: Decoding | None = None) -> TabularPolicy:
         """A policy for ``textgym/CombinationLock-v0``; `lock` is the environment's attribute of that name."""
         return cls(lock.tokenizer(), functools.partial(_lock_states, lock), lock.num_states, decoding)
-
-    def set_seed(self, seed: int) -> None:
-        """Seed the draws of `predict`."""
-        self._generator = np.random.default_rng(seed)
 
     @classmethod
     def from_pretrained(
@@ -106,47 +100,10 @@ class TabularPolicy(Policy):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write tables, decoding and tokenizer into a folder, replacing what is there."""
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-            new, old = Path(name) / "new", Path(name) / "old"
-            new.mkdir()
+        with replaced_folder(Path(folder)) as new:
             self.tokenizer.save_pretrained(new)
             save_file(self.state_dict(), new / TABLES_FILE)
             (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-
-    def predict(
-        self,
-        observation: Mapping[str, np.ndarray],
-        state: np.ndarray | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Choose the next token (see `Policy.predict`).
-
-        The state counts the tokens this policy has chosen in each row's episode, for `decoding.min_new_tokens`.
-        Rows without any token (idle rows) get EOS.
-        """
-        ids, mask = (np.asarray(observation[key]) for key in ("input_ids", "attention_mask"))
-        batched = {"input_ids": np.atleast_2d(ids), "attention_mask": np.atleast_2d(mask)}
-        written = np.zeros(len(batched["input_ids"]), np.int64) if state is None else np.asarray(state, np.int64)
-        if episode_start is not None:
-            written = np.where(episode_start, 0, written)
-        sampler = TabularSampler(
-            self,
-            batched,
-            seeds=self._generator.integers(2**63, size=len(written)),
-            max_new_tokens=written + 1,
-            prefix_lengths=written,
-            decoding=Decoding(greedy=True, min_new_tokens=self.decoding.min_new_tokens) if deterministic else None,
-        )
-        actions = np.full(len(written), self.tokenizer.eos_token_id, np.int64)
-        if len(sampler.rows):
-            actions[sampler.rows.cpu().numpy()] = sampler.sample().tokens.cpu().numpy()
-        return actions.reshape(ids.shape[:-1]), written + 1
 
     def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> Any:
         """Begin to write a batch of texts (see `Policy.sampler`)."""
