@@ -139,9 +139,9 @@ class Algorithm(ABC):
         """Whether further iterations would be pointless."""
         return False
 
-    def guidance(self) -> Guidance:
-        """Who writes which part of the next iteration's episodes; by default the policy writes all of them."""
-        return Guidance()
+    def guidance(self) -> Guidance | tuple[Guidance, ...]:
+        """Who writes which part of the next iteration's episodes; by default what the environment was made with."""
+        return self.env.initial_guidance
 
     def learn(
         self,
@@ -323,7 +323,11 @@ class Algorithm(ABC):
             for name, model in self.models().items():
                 save_model(model, str(folder / f"{name}.safetensors"))
             torch.save(_plain(self.training_state()), folder / "training.pt")
-            description = {"algorithm": self.name, "hyperparameters": _plain(self.hyperparameters)}
+            description = {
+                "algorithm": self.name,
+                "hyperparameters": _plain(self.hyperparameters),
+                "frozen": [name for name, weight in self.policy.named_parameters() if not weight.requires_grad],
+            }
             (folder / "algorithm.json").write_text(json.dumps(description, indent=2))
 
     @classmethod
@@ -342,7 +346,8 @@ class Algorithm(ABC):
             path: A folder that `save` wrote.
             env: An environment made like the one that was used.
             policy_class: The class of a policy of your own.
-            policy_arguments: What its `from_pretrained` needs beside the folder and the device.
+            policy_arguments: What its `from_pretrained` needs beside the folder and the device, such as
+                ``{"states": ...}`` for a `TabularPolicy`.
             **arguments: Replace the saved arguments of the constructor ("device", "output_dir", "track", ...).
 
         Raises:
@@ -359,9 +364,10 @@ class Algorithm(ABC):
         if isinstance(hyperparameters.get("decoding"), dict):
             hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
         device = hyperparameters.get("device", "auto")
-        algorithm = cls(
-            policy_class.from_pretrained(folder, device=device, **policy_arguments or {}), env, **hyperparameters
-        )
+        policy = policy_class.from_pretrained(folder, device=device, **policy_arguments or {})
+        for name in description["frozen"]:
+            policy.get_parameter(name).requires_grad_(False)
+        algorithm = cls(policy, env, **hyperparameters)
         for name, model in algorithm.models().items():
             load_model(model, folder / f"{name}.safetensors", device=str(algorithm.policy.device))
         # Only tensors and plain values: nothing in the file can run code.

@@ -21,6 +21,7 @@ from gymnasium.vector import AutoresetMode
 from agents.policy import CausalLMPolicy, Policy
 from agents.rollout import Rollout, collect
 from textgym.decoding import Decoding, load_model
+from textgym.guidance import Guidance
 from textgym.guides.base import Author
 from textgym.metrics import METRICS, perplexity
 from textgym.seeding import hash64
@@ -174,7 +175,7 @@ def evaluate(
     Args:
         agent: An algorithm or a policy.
         env: The id of an environment; or a `TextVectorEnv` made with ``parking=True``, whose own split and rows are
-            then used.
+            then used. It is seeded anew, and guidance that was in force there no longer is.
         split: "train", "validation" or "test"; only with an id.
         num_prompts: Use only so many prompts, chosen at random but always the same ones; None uses all.
         num_envs: Rows played at a time; only with an id.
@@ -233,7 +234,7 @@ def evaluate(
                     values=False,
                     # One a row, so that a guide's part in a text hangs on the sample too, not on the row.
                     reset_seed=seeds.tolist(),
-                    options={"index": rows.tolist()},
+                    options={"index": rows.tolist(), "guidance": Guidance()},
                 )
             )
     rollout, count = Rollout.concatenate(rollouts), len(indices)

@@ -60,8 +60,11 @@ class GAIL(PPO):
             "discriminator_epochs": discriminator_epochs,
         }
         self.discriminator_epochs = discriminator_epochs
-        self.discriminator = copy.deepcopy(self.reference).requires_grad_(True)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=discriminator_learning_rate)
+        self.discriminator = copy.deepcopy(self.policy)  # what is frozen there is frozen here
+        self.discriminator_optimizer = torch.optim.Adam(
+            [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad],
+            lr=discriminator_learning_rate,
+        )
         self._rewards = torch.zeros(0)
 
     def play(self) -> Rollout:
@@ -92,7 +95,8 @@ class GAIL(PPO):
         examples = self.demonstrations(rollout)
         if not examples:
             raise ValueError(
-                f"env must have references for {self.name}: no sample of iteration {self.iteration} has one"
+                f"env must have references for {self.name}: no sample of iteration {self.iteration + 1} has one "
+                "that the task says to imitate"
             )
         paired = np.array(sorted(examples))
         random, steps = np.random.default_rng([self.seed, self.iteration, 2]), []

@@ -50,9 +50,9 @@ class GroupPolicyGradient(PolicyGradient):
         self.hyperparameters |= {"group_size": group_size, "beta": beta}
         self.group_size, self.beta = group_size, beta
 
-    def guidance(self) -> Guidance:
+    def guidance(self) -> Guidance | tuple[Guidance, ...]:
         """Restart groups from a guide's prefix with probability beta."""
-        return Guidance(restart_prob=self.beta)
+        return Guidance(restart_prob=self.beta) if self.beta else super().guidance()
 
     def play(self) -> Rollout:
         """Play whole groups, one after another."""

@@ -39,11 +39,12 @@ class GRPO(GroupPolicyGradient):
         clip_range: c above.
         kl_coef: Weight of the KL penalty; 0.04 is published.
         kl_penalty: "loss" is published; "reward" takes the summed KL from each text's reward, as RLOO does.
-        scale: What advantages are divided by: the standard deviation of their "group" (published), that of the "batch"
-            (Hu et al. 2025, REINFORCE++, arXiv 2501.03262), or "none" (Liu et al. 2025, Dr. GRPO, arXiv 2503.20783).
+        scale: What differences to the group's mean are divided by: their standard deviation in the "group" (published),
+            in the "batch" (Hu et al. 2025, REINFORCE++ with baseline, arXiv 2501.03262), or "none" (Liu et al. 2025,
+            Dr. GRPO, arXiv 2503.20783).
         length_norm: What the sum over a text's decisions is divided by: their number, "text" (published); the mean
-            number of decisions of a minibatch's texts, "batch", so that every decision counts alike (Yu et al. 2025,
-            DAPO, arXiv 2503.14476, equation 8); or the "horizon" T (Dr. GRPO).
+            number of decisions of a minibatch's texts, "batch", so that every decision counts alike (the token-level
+            loss of DAPO, Yu et al. 2025, arXiv 2503.14476); or the "horizon" T (Dr. GRPO).
         **shared: As for `PolicyGradient`.
 
     Raises:
@@ -81,7 +82,7 @@ class GRPO(GroupPolicyGradient):
         returns = self.group_returns(rollout, reference_log_probs)
         advantages = returns - returns.mean(1, keepdim=True)
         if self.scale != "none":
-            deviation = returns.std(1, keepdim=True) if self.scale == "group" else returns.std()
+            deviation = advantages.std(1, keepdim=True) if self.scale == "group" else advantages.std()
             advantages = advantages / (deviation + EPSILON)
         return Credit.without_critic(rollout, reference_log_probs, advantages.flatten())
 

@@ -106,7 +106,7 @@ class D2LOLS(LOLS):
         beta: float = 0.8,
         **hyperparameters: Any,
     ) -> None:
-        check("tau", tau, tau >= 0, "at least 0")
+        check("tau", tau, isinstance(tau, int) and tau >= 0, "an int of at least 0, a number of iterations")
         super().__init__(policy, env, beta=beta, **hyperparameters)
         self.hyperparameters["tau"] = self.tau = tau
 

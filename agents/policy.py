@@ -172,6 +172,15 @@ class Policy(nn.Module, ABC):
         """
 
     @abstractmethod
+    def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
+        """Add constants to what the two critics say of every state.
+
+        Args:
+            of_policy: Added to the values if the policy goes on.
+            of_guide: Added to the values if the guide goes on.
+        """
+
+    @abstractmethod
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
     ) -> list[str]:
@@ -244,7 +253,7 @@ class CausalLMPolicy(Policy):
             biases["handoff"] = math.log(handoff_prob / (1 - handoff_prob))
         self.heads = nn.ModuleDict()
         for name, bias in biases.items():
-            head = nn.Linear(width, 1, device=model.device)
+            head = nn.Linear(width, 1, device=model.device, dtype=torch.promote_types(model.dtype, torch.float32))
             nn.init.zeros_(head.weight)
             nn.init.constant_(head.bias, bias)
             self.heads[name] = head
@@ -264,7 +273,7 @@ class CausalLMPolicy(Policy):
         tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
         decoding: Decoding | None = None,
         device: str | torch.device = "auto",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         handoff_prob: float | None = None,
         **arguments: Any,
     ) -> CausalLMPolicy:
@@ -275,7 +284,8 @@ class CausalLMPolicy(Policy):
             tokenizer: The tokenizer or where to find it; None: beside the model.
             decoding: None: the one saved with the policy, else plain sampling.
             device: "auto" is CUDA where there is one, else CPU.
-            dtype: Type of the model's weights; the heads are float32.
+            dtype: Type of the model's weights (None: as saved with the policy, else float32). The heads have it too,
+                or float32 where it is a half precision.
             handoff_prob: Gives a policy that was saved without one the hand-off, with this probability to begin with.
             **arguments: None are allowed; they are a subclass's.
 
@@ -284,12 +294,14 @@ class CausalLMPolicy(Policy):
         """
         if arguments:
             raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
-        model = load_model(path, device=device, dtype=dtype)
+        file = _beside(path, POLICY_FILE)
+        settings = {} if file is None else json.loads(Path(file).read_text())
+        model = load_model(path, device=device, dtype=dtype or getattr(torch, settings.get("dtype", "float32")))
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = pretrained_tokenizer(path if tokenizer is None else tokenizer)
-        settings, file = _beside(path, POLICY_FILE), _beside(path, HEADS_FILE)
-        if decoding is None and settings is not None:
-            decoding = Decoding(**json.loads(Path(settings).read_text())["decoding"])
+        if decoding is None and settings:
+            decoding = Decoding(**settings["decoding"])
+        file = _beside(path, HEADS_FILE)
         saved = {} if file is None else load_file(file, device=str(model.device))
         if "handoff.weight" in saved and handoff_prob is None:
             handoff_prob = 0.5  # of no consequence: the head is read below
@@ -304,7 +316,8 @@ class CausalLMPolicy(Policy):
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             save_file(self.heads.state_dict(), new / HEADS_FILE)
-            (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
+            settings = {"decoding": asdict(self.decoding), "dtype": str(self.model.dtype).removeprefix("torch.")}
+            (new / POLICY_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def sampler(
         self,
@@ -389,6 +402,12 @@ class CausalLMPolicy(Policy):
         values, guide_values = (self.heads[name](hidden).squeeze(-1) for name in ("value", "guide_value"))
         return _spread(values, columns, rows, entries), _spread(guide_values, columns, rows, entries)
 
+    @torch.no_grad()
+    def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
+        """Move the biases of the critics' heads (see `Policy.shift_values`)."""
+        for name, shift in (("value", of_policy), ("guide_value", of_guide)):
+            self.heads[name].get_parameter("bias").add_(shift)
+
     @property
     def _handoff_head(self) -> nn.Module | None:
         return self.heads["handoff"] if self.can_hand_off else None
@@ -396,7 +415,7 @@ class CausalLMPolicy(Policy):
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
     ) -> list[str]:
-        """Continue texts (see `Policy.generate`).
+        """Continue texts (see `Policy.generate`); a policy that can hand off writes all of them itself.
 
         Raises:
             ValueError: A prompt without a token, or too long for the model.
@@ -422,7 +441,7 @@ class CausalLMPolicy(Policy):
 
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `path`, then put it in its place; if that fails, `path` is what it was."""
+    """Fill a temporary folder beside `path`, then put it in its place; if filling fails, `path` is what it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -489,10 +508,13 @@ def _spread(values: Tensor, columns: Tensor, rows: Tensor, entries: Tensor) -> T
 
 def _beside(path: str | os.PathLike, name: str) -> str | None:
     """Where a file that may lie beside a model is, if it is there."""
-    return cached_file(
-        path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        return cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # what is wrong with the path is said when the model is loaded
+        return None

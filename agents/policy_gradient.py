@@ -96,7 +96,8 @@ class PolicyGradient(Algorithm):
         kl_coef: Weight of the KL penalty (its start value, with `kl_target`).
         kl_penalty: "reward" puts ``-kl_coef (log pi - log pi_ref)`` on every decision's reward; "loss" adds
             ``kl_coef`` times the estimate ``pi_ref / pi - 1 - log(pi_ref / pi)`` to every decision's loss
-            (http://joschu.net/blog/kl-approx.html, k3).
+            (http://joschu.net/blog/kl-approx.html, k3). Where advantages are counted in standard deviations (all but
+            RLOO) the same number holds less as a loss than as a reward, whose standard deviation is small.
         kl_target: Hold the KL of a text (nats, summed over its decisions) near this value by changing `kl_coef` after
             every iteration (Ziegler et al. 2019, arXiv 1909.08593, section 2.2); None keeps `kl_coef`.
         target_coef: Weight of a supervised loss on reference texts of the iteration's prompts (the rows that the task
@@ -278,7 +279,7 @@ class PolicyGradient(Algorithm):
         for rows in in_parts(torch.nonzero(decisions.any(1)).flatten(), self.minibatch_size):
             result[rows] = self.reference.evaluate(
                 rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], rollout.handoffs[rows]
-            ).log_probs
+            ).log_probs.to(result.dtype)
         return result
 
     def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
@@ -340,9 +341,9 @@ class PolicyGradient(Algorithm):
         """The factor that a schedule has come to."""
         if schedule == "constant":
             return 1.0
-        # Counted before this iteration's episodes, so that the first iteration has the start value.
         assert self.schedule_episodes is not None
-        progress = min(1.0, self.iteration * self.episodes_per_iteration / self.schedule_episodes)
+        # Without this iteration's episodes, so that the first iteration has the start value.
+        progress = min(1.0, (self.num_episodes - len(self.last_rollout)) / self.schedule_episodes)
         return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
     def demonstrations(self, rollout: Rollout) -> dict[int, Example]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from agents.advantages import gae, kl_estimate, last_of, whiten
+from agents.advantages import gae, kl_estimate, last_of, masked_mean, whiten
 from agents.algorithm import check
 from agents.policy import Evaluation, Policy
 from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule, in_parts
@@ -191,10 +191,9 @@ class PPO(PolicyGradient):
             parameters = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
             self.optimizer.add_param_group({"params": parameters})
             self.trainable += parameters
-        # A critic's network begins at zero; its values are counted from the mean reward of the first episodes that it
-        # judges. Without that, the first advantages of a reward that is always positive would mostly say how near the
-        # end a token is.
-        self.value_offsets: dict[str, float] = {}
+        # Which critics have been shifted to the mean reward of the first episodes that they judge. Without that, the
+        # first advantages of a reward that is always positive would mostly say how near the end a token is.
+        self.centred: list[str] = []
 
     @property
     def critic_of(self) -> Literal["policy", "guide"]:
@@ -231,7 +230,6 @@ class PPO(PolicyGradient):
     @torch.no_grad()
     def state_values(self, rollout: Rollout, states: torch.Tensor) -> torch.Tensor:
         """What the critic says of the states before the steps in `states`, (N, T), zero elsewhere."""
-        offset = self.value_offsets.setdefault(self.critic_of, float(self.rewards(rollout).mean()))
         if self.critic is self.policy and self.critic_of == "policy":
             values = rollout.values  # recorded while sampling
         else:
@@ -240,8 +238,14 @@ class PPO(PolicyGradient):
                 of_policy, of_guide = self.critic.values(
                     rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows]
                 )
-                values[rows] = of_policy if self.critic_of == "policy" else of_guide
-        return (values + offset).masked_fill(~states, 0)
+                values[rows] = (of_policy if self.critic_of == "policy" else of_guide).to(values.dtype)
+        values = values.masked_fill(~states, 0)
+        if self.critic_of not in self.centred and states.any():
+            shift = float(self.rewards(rollout).mean() - masked_mean(values, states))
+            self.critic.shift_values(**{f"of_{self.critic_of}": shift})
+            self.centred.append(self.critic_of)
+            values = (values + shift).masked_fill(~states, 0)
+        return values
 
     def judge(self, rollout: Rollout, columns: torch.Tensor, rows: torch.Tensor) -> Evaluation:
         """Add the values of a separate critic."""
@@ -256,7 +260,7 @@ class PPO(PolicyGradient):
         values = now.values if self.critic_of == "policy" else now.guide_values
         terms = ppo_loss(
             log_probs=now.log_probs,
-            values=values + self.value_offsets[self.critic_of],
+            values=values,
             entropy=now.entropy,
             old_log_probs=old.log_probs,
             old_values=old.values,
@@ -282,10 +286,10 @@ class PPO(PolicyGradient):
         return super().models() if self.critic is self.policy else {**super().models(), "critic": self.critic}
 
     def training_state(self) -> dict[str, Any]:
-        """Add what values are counted from."""
-        return {**super().training_state(), "value_offsets": dict(self.value_offsets)}
+        """Add which critics have been shifted."""
+        return {**super().training_state(), "centred": list(self.centred)}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from a `training_state`."""
         super().load_training_state(state)
-        self.value_offsets = dict(state["value_offsets"])
+        self.centred = list(state["centred"])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PPOPlusPlus(PPO):
-    """PPO with restarts from guide states (Chang et al. 2023, arXiv 2306.11816, algorithm 2).
+    """PPO with restarts from guide states (Chang et al. 2023, arXiv 2306.11816).
 
     | prefix | body | completion | policy gradient on | critic learns |
     |---|---|---|---|---|

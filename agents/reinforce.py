@@ -48,22 +48,24 @@ class REINFORCE(PPO):
         n_epochs: int = 1,
         **hyperparameters: Any,
     ) -> None:
+        if hyperparameters.pop("gae_lambda", 1.0) != 1.0:
+            raise ValueError("gae_lambda must be 1 for reinforce, which credits a decision with all that followed")
         super().__init__(
             policy,
             env,
             episodes_per_iteration=episodes_per_iteration,
             minibatch_size=episodes_per_iteration if minibatch_size is None else minibatch_size,
             n_epochs=n_epochs,
-            **{**hyperparameters, "gae_lambda": 1.0},
+            gae_lambda=1.0,
+            **hyperparameters,
         )
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
         """The score function times the advantage, the value loss, and the entropy bonus."""
         num_decisions, num_states = minibatch.decisions.sum().clamp(min=1), minibatch.states.sum().clamp(min=1)
-        values = now.values + self.value_offsets[self.critic_of]
         log_probs, entropy = (part.masked_fill(~old.decisions, 0) for part in (now.log_probs, now.entropy))
         policy_loss = -(old.advantages * log_probs).sum() / num_decisions
-        value_loss = 0.5 * (values - old.returns).masked_fill(~old.states, 0).square().sum() / num_states
+        value_loss = 0.5 * (now.values - old.returns).masked_fill(~old.states, 0).square().sum() / num_states
         mean_entropy = entropy.sum() / num_decisions
         terms = {
             "loss": policy_loss + self.vf_coef * value_loss - self.ent_coef * mean_entropy,

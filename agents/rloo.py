@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class RLOO(GroupPolicyGradient):
-    """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, section 3).
+    """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
 
     | prefix | body | completion | policy gradient on | critic learns |
     |---|---|---|---|---|

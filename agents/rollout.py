@@ -173,10 +173,10 @@ def collect(
     while True:
         if len(sampler.rows):
             sample, rows = sampler.sample(), sampler.rows
-            log_probs[rows, column[rows]] = sample.log_probs
+            log_probs[rows, column[rows]] = sample.log_probs.float()
             handoffs[rows, column[rows]] = sample.tokens == env.vocab_size
             if sample.values is not None:
-                state_values[rows, column[rows]] = sample.values
+                state_values[rows, column[rows]] = sample.values.float()
             column[rows] += 1
             actions[rows.cpu().numpy()] = sample.tokens.cpu().numpy()
         observation, rewards, terminations, _, info = env.step(actions)

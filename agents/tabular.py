@@ -78,7 +78,8 @@ class TabularPolicy(Policy):
         Args:
             path: The folder.
             device: "auto" is CUDA where there is one, else CPU.
-            states: The function that the policy was made with; a file cannot hold it.
+            states: The function that the policy was made with, which a file cannot hold; that of a lock is
+                ``TabularPolicy.for_lock(env.lock).states``.
             decoding: None: the one saved with the policy.
             **arguments: None are allowed; they are a subclass's.
 
@@ -141,6 +142,12 @@ class TabularPolicy(Policy):
         states = self._states_before(input_ids, attention_mask, columns)
         values, guide_values = at_least_float32(self.value_table), at_least_float32(self.guide_value_table)
         return torch.where(columns >= 0, values[states], 0), torch.where(columns >= 0, guide_values[states], 0)
+
+    @torch.no_grad()
+    def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
+        """Move the tables of values (see `Policy.shift_values`)."""
+        self.value_table.add_(of_policy)
+        self.guide_value_table.add_(of_guide)
 
     def _states_before(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> Tensor:
         """The state made of all valid tokens before each column; any state where there is no column."""

@@ -326,3 +326,18 @@ def test_wrong_environments_are_refused(make_env, make_policy):
         PPO(make_policy(), make_env(8, parking=False), episodes_per_iteration=8)
     with pytest.raises(ValueError, match="guide"):
         PPOPlusPlus(make_policy(), make_env(8), episodes_per_iteration=8)
+
+
+def test_what_was_frozen_and_how_wide_it_was_survives_a_checkpoint(make_env, make_policy, tmp_path):
+    def make():
+        policy = make_policy()
+        policy.model.to(torch.bfloat16)
+        policy.model.transformer.wte.requires_grad_(False)
+        return PPO(policy, make_env(8), episodes_per_iteration=8, device="cpu")
+
+    whole, part = make().learn(total_episodes=24), make().learn(total_episodes=16)
+    part.save(tmp_path / "checkpoint")
+    resumed = PPO.load(tmp_path / "checkpoint", part.env).learn(total_episodes=8)
+    assert resumed.policy.model.dtype == resumed.reference.model.dtype == torch.bfloat16
+    assert not resumed.policy.model.transformer.wte.weight.requires_grad
+    assert numbers(resumed.history) == numbers(whole.history)

@@ -222,7 +222,11 @@ def test_grpos_advantages_are_relative_to_the_group(scale, kl_penalty, make_env,
     returns = np.array(returns_of(rollout, reference, 0.3 if kl_penalty == "reward" else 0.0)).reshape(-1, GROUP)
     for row in range(32):
         group = returns[row // GROUP]
-        unit = {"group": group.std(ddof=1), "batch": returns.std(ddof=1), "none": 1.0}[scale]
+        unit = {
+            "group": group.std(ddof=1),
+            "batch": (returns - returns.mean(1, keepdims=True)).std(ddof=1),
+            "none": 1.0,
+        }[scale]
         expected = (returns.flat[row] - group.mean()) / (unit + (scale != "none") * 1e-4)
         np.testing.assert_allclose(advantages[row], expected, rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,8 @@ import torch
 from conftest import HORIZON, PROMPT_TOKENS
 from scipy import stats
 
-from agents import ALGORITHMS, D2LOLS, LOLS, PPO, AggreVaTeD, CausalLMPolicy, PPOPlusPlus
+from agents import ALGORITHMS, D2LOLS, LOLS, PPO, RLOO, AggreVaTeD, CausalLMPolicy, PPOPlusPlus, evaluate
+from agents.evaluation import make_env as vector_env
 from agents.rollout import collect
 from textgym import Guidance
 from textgym.guides import Author, CallableGuide, Completion
@@ -94,7 +95,7 @@ def test_credit_is_that_of_a_slow_loop(kind, gamma, gae_lambda, kl_penalty, make
     rollout = agent.play()
     reference = agent.reference_log_probs(rollout)
     credit = agent.estimate(rollout, reference)
-    values = plain_values(agent.policy, rollout, "guide_value" if guided else "value") + rollout.rewards.mean().item()
+    values = plain_values(agent.policy, rollout, "guide_value" if guided else "value")
     seen = set()
     for row in range(len(rollout)):
         authors = rollout.authors[row].tolist()
@@ -292,3 +293,41 @@ def test_no_episode_shows_padding_between_its_tokens(guidance, make_env, make_po
     assert torch.equal((rollout.authors == Author.GUIDE).sum(1), rollout.guide_tokens)
     before = (torch.arange(HORIZON) < rollout.prefix_length[:, None]) & (rollout.authors == Author.GUIDE)
     assert torch.equal(before.sum(1), rollout.prefix_length)
+
+
+def test_a_critic_begins_at_the_mean_reward_whatever_it_had_learned(make_env, make_policy):
+    policy = make_policy()
+    for head in policy.heads.values():
+        torch.nn.init.normal_(head.weight, std=0.1)
+        torch.nn.init.constant_(head.bias, 3.0)
+    for algorithm, head in ((PPO, "value"), (AggreVaTeD, "guide_value")):
+        agent = algorithm(policy, make_env(64, guide=GUIDE), episodes_per_iteration=64, device="cpu")
+        rollout = agent.play()
+        credit = agent.estimate(rollout, agent.reference_log_probs(rollout))
+        written = rollout.decisions | rollout.completion if algorithm is AggreVaTeD else rollout.decisions
+        assert credit.values[written].mean().item() == pytest.approx(rollout.rewards.mean().item(), abs=1e-5)
+        said = plain_values(policy, rollout, head)  # and that is what the policy itself says from now on
+        np.testing.assert_allclose(credit.values[written], said[written.numpy()], atol=1e-5)
+        bias = policy.heads[head].bias.item()
+        agent.estimate(agent.play(), agent.reference_log_probs(rollout))
+        assert policy.heads[head].bias.item() == bias, "once only"
+
+
+def test_the_guidance_that_an_environment_was_made_with_is_kept(make_env, make_policy):
+    made = Guidance(restart_prob=1.0, restart_length=1)
+    for algorithm in (PPO, RLOO):
+        agent = algorithm(make_policy(), make_env(8, guide=GUIDE, guidance=made), episodes_per_iteration=8)
+        assert (agent.play().prefix_length > 0).any()
+        assert (evaluate(agent, agent.env, num_prompts=8).guide_tokens, agent.env.guidance) == (0, Guidance())
+        assert (agent.play().prefix_length > 0).any()
+    agent = AggreVaTeD(make_policy(), make_env(8, guide=GUIDE, guidance=made), episodes_per_iteration=8)
+    assert (agent.play().prefix_length == 0).all(), "who writes is its own to say"
+
+
+def test_what_nobody_should_imitate_is_no_place_to_start_from():
+    env = vector_env("textgym/IMDB-v0", num_envs=64, guide="references", guidance={"restart_prob": 1.0})
+    _, infos = env.reset(seed=0)
+    positive = np.array([env.data.rows[sample]["label"] == 1 for sample in infos["sample_id"].tolist()])
+    assert 10 < positive.sum() < 54
+    assert (infos["prefix_length"][~positive] == 0).all()
+    assert (infos["prefix_length"][positive] > 0).mean() > 0.8

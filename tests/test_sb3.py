@@ -20,7 +20,7 @@ from textgym.decoding import Decoding
 
 
 class TheirPolicy(ActorCriticPolicy):
-    """Our network behind Stable-Baselines3's interface; set `network` and `offset` after construction."""
+    """Our network behind Stable-Baselines3's interface; set `network` after construction."""
 
     def _build(self, lr_schedule):
         self.unused = torch.nn.Linear(1, 1)
@@ -31,7 +31,7 @@ class TheirPolicy(ActorCriticPolicy):
         rows, columns = torch.arange(len(ids)), PROMPT_TOKENS + mask[:, PROMPT_TOKENS:].sum(1)
         ids[rows, columns], mask[rows, columns] = actions, 1
         now = self.network.evaluate(ids, mask, columns[:, None])
-        return now.values + self.offset, now.log_probs.squeeze(1), now.entropy.squeeze(1)
+        return now.values, now.log_probs.squeeze(1), now.entropy.squeeze(1)
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda", "clip_range"), [(1.0, 0.95, 0.2), (0.9, 0.5, 0.02)])
@@ -77,7 +77,7 @@ def test_one_update_of_stable_baselines3_is_one_of_ours(gamma, gae_lambda, clip_
     )
     theirs.set_logger(configure(None, []))
     network = copy.deepcopy(policy)
-    theirs.policy.network, theirs.policy.offset = network, ours.value_offsets["policy"]
+    theirs.policy.network = network
     theirs.policy.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, eps=1e-5)
     buffer, rewards = theirs.rollout_buffer, rollout.rewards.numpy()
     written = np.arange(PROMPT_TOKENS + HORIZON)

@@ -169,7 +169,7 @@ def test_what_a_policy_earns_is_its_closed_form():
     rewards = collect(env, policy, seeds=np.arange(count)).rewards
     assert expected > 0.3
     assert float(rewards.mean()) == pytest.approx(expected, abs=4 * 0.5 / np.sqrt(count))
-    assert evaluate(policy, env, decoding=Decoding(greedy=True)).rewards.tolist() == [1.0]
+    assert evaluate(policy, env, decoding=Decoding(greedy=True)).reward == 1.0
 
 
 def test_an_untrained_policy_is_uniform():

@@ -423,7 +423,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"model {str(path)!r} must be a hub id or a folder of a causal language model with safetensors weights: "
             f"{error}"

@@ -73,6 +73,9 @@ class TextVectorEnv(VectorEnv):
 
     Raises:
         ValueError: An argument outside of what is allowed; the message names it.
+
+    Attributes:
+        initial_guidance: The guidance that the environment was made with.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
@@ -186,6 +189,7 @@ class TextVectorEnv(VectorEnv):
         self._encoded: dict[int, tuple[str, tuple[int, ...], tuple[str, ...]]] = {}
         self._guidance = [Guidance()] * n
         self._set_guidance(np.arange(n), guidance)
+        self.initial_guidance = self.guidance
 
     @property
     def guidance(self) -> Guidance | tuple[Guidance, ...]:
@@ -480,6 +484,12 @@ class TextVectorEnv(VectorEnv):
         The published rule draws t on {0..L-1} after the guide wrote all L tokens. Drawing t on {0..T-1} first, asking
         for t tokens only, and drawing again on {0..L-1} where the guide ended within them, has the same distribution.
         """
+        assert self.guide is not None
+        imitated = self.task.demonstration
+        if self.guide.author == Author.REFERENCE and imitated is not None:
+            # What nobody should imitate is no place to start from either.
+            own = [sample < 0 or imitated(self.data.rows[sample]) for sample in self._sample[rows].tolist()]
+            rows = rows[np.array(own, bool)]
         if not len(rows):
             return
         low, high = self._restart_bounds[self._origin[rows]].T
@@ -495,7 +505,6 @@ class TextVectorEnv(VectorEnv):
             if finished:
                 keep = int(seeding.integer(min(low[i], len(ids) - 1), len(ids) - 1, redraw[i]))
                 ids = ids[:keep]
-            assert self.guide is not None
             self._append(row, ids, self.guide.author)
 
     def _ask(self, rows: np.ndarray, limits: list[int], seeds: list[int]) -> list[tuple[list[int], bool]]:

@@ -37,7 +37,7 @@ def suite(
         "lols": Row("lols", {**critic, "tau": 0.8, "beta": 0.8}),
         "d2lols": Row("d2lols", {**critic, "tau": round(0.4 * iterations), "beta": 0.8}),
         "gail": Row("gail", critic),
-        "reinforce": Row("reinforce", {**critic, "n_epochs": 1}),
+        "reinforce": Row("reinforce", {**critic, "n_epochs": 1, "minibatch_size": None}),
         "rloo": Row("rloo", {**GROUP, "n_epochs": 1}),
         "guided-rloo": Row("rloo", {**GROUP, "n_epochs": 1, "beta": beta}),
         "grpo": Row("grpo", {**GROUP, **PUBLISHED_GRPO}),

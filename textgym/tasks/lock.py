@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EOS_ID = 0
+# The one prompt stands in the data so often, since an evaluation visits every sample once.
+EPISODES = 256
 SAFE_WORTH, BETTER_WORTH = 0.5, 1.0
 # At the fork the guide takes the safe or the better path with these probabilities, and then follows it with those.
 TAKES_SAFE, TAKES_BETTER = 0.8, 0.2
@@ -236,7 +238,7 @@ class CombinationLock:
         """The lock as a task: one prompt of one token in every split, and the best ending as its reference."""
         return Task(
             name="lock",
-            data=[{"prompt": "s1", "ending": _text(self.endings[-1][0])}],
+            data=[{"prompt": "s1", "ending": _text(self.endings[-1][0])}] * EPISODES,
             prompt="{prompt}",
             references="ending",
             max_prompt_tokens=1,
