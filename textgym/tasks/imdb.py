@@ -90,8 +90,8 @@ class IMDBEnv(TextEnv):
         ``truncation_side``: which end of the truncatable text is dropped, by default "left".
         ``reward``: "sentiment" (None for the first); the hub id or path of a sequence-classification
         model; or a callable ``(prompts, completions, references) -> floats or named parts``.
-        ``guide``: "references", the hub id or path of a causal language model, a `textgym.guides.Guide`, or a function
-        on a list of `textgym.guides.GuideRequest`.
+        ``guide``: "references" (which restarts from positive reviews only), the hub id or path of a causal language
+        model, a `textgym.guides.Guide`, or a function on a list of `textgym.guides.GuideRequest`.
         ``guidance``: a `textgym.Guidance`, or a mapping of its fields: when the guide takes part.
         ``handoff``: True adds the hand-off action. ``handoff_cost``: what each token of a guide's completion costs.
         ``order``: "random" (default) or "sequential", one visit to each sample of the split.
