@@ -408,6 +408,13 @@ class CausalLMPolicy(Policy):
         for name, shift in (("value", of_policy), ("guide_value", of_guide)):
             self.heads[name].get_parameter("bias").add_(shift)
 
+    def without_handoff(self) -> CausalLMPolicy:
+        """The same policy without the hand-off, to see what it writes alone; its weights are shared, not copied."""
+        alone = CausalLMPolicy(self.model, self.tokenizer, self.decoding)
+        for name in alone.heads:
+            alone.heads[name] = self.heads[name]
+        return alone
+
     @property
     def _handoff_head(self) -> nn.Module | None:
         return self.heads["handoff"] if self.can_hand_off else None

@@ -296,13 +296,14 @@ class PolicyGradient(Algorithm):
         stopped = False
         for minibatch in self.minibatches(torch.nonzero((columns >= 0).any(1)).flatten()):
             whole = credit[minibatch]
-            examples = {row: demonstrations[row] for row in minibatch.tolist() if row in demonstrations}
+            rows_of_minibatch = minibatch.tolist() if demonstrations else []
+            examples = {row: demonstrations[row] for row in rows_of_minibatch if row in demonstrations}
             targets = sum(len(example.target) for example in examples.values())
             step: dict[str, Tensor] = {}
             self.optimizer.zero_grad()
             for rows in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
                 terms = self.loss(self.judge(rollout, columns, rows), credit[rows], whole)
-                own = [examples[row] for row in rows.tolist() if row in examples]
+                own = [examples[row] for row in rows.tolist() if row in examples] if examples else []
                 if own:
                     share = sum(len(example.target) for example in own) / targets
                     terms["target_loss"] = share * supervised_loss(self.policy, own, self.env.pad_token_id)

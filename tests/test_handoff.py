@@ -217,3 +217,15 @@ def test_environment_and_policy_must_agree_on_hand_offs(make_env, make_policy, m
     everywhere = torch.ones(8, HORIZON, dtype=torch.bool)
     with pytest.raises(ValueError, match="handoffs holds a hand-off"):
         policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body), everywhere)
+
+
+def test_without_the_hand_off_a_policy_writes_what_its_language_model_does(make_env, make_policy):
+    plain = make_policy()
+    handing = CausalLMPolicy(plain.model, plain.tokenizer, handoff_prob=0.4)
+    torch.nn.init.normal_(handing.heads["value"].weight)
+    alone = handing.without_handoff()
+    assert not alone.can_hand_off
+    env = make_env(8)
+    first, second = (collect(env, policy, seeds=np.arange(8), reset_seed=0) for policy in (plain, alone))
+    assert first.texts.tolist() == second.texts.tolist()
+    assert alone.heads["value"] is handing.heads["value"]
