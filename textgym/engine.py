@@ -29,9 +29,8 @@ STOP, LENGTH, HANDOFF = range(3)
 USER_SAMPLE, NO_SAMPLE = -1, -2
 
 # What a random number of an episode is for; it is drawn from (row seed, episode, purpose).
-SAMPLE, RESTART, RESTART_LENGTH, RESTART_REDRAW, SCHEDULE, HANDOFF_LENGTH, RESTART_SEED, HANDOFF_SEED, NO_BODY = range(
-    9
-)
+SAMPLE, RESTART, RESTART_LENGTH, RESTART_REDRAW, SCHEDULE = range(5)
+HANDOFF_LENGTH, RESTART_SEED, HANDOFF_SEED, NO_BODY = range(5, 9)
 
 RESET_OPTIONS = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "group_size")
 
