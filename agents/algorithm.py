@@ -21,7 +21,7 @@ from torch import nn
 
 from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
 from agents.policy import CausalLMPolicy, Policy, replaced_folder
-from agents.rollout import Rollout, collect
+from agents.rollout import Rollout, check_handoff, collect
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guidance import Guidance
@@ -98,11 +98,7 @@ class Algorithm(ABC):
             )
         if env.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise ValueError("env must be made with the policy's tokenizer: make_vec(..., tokenizer=policy.tokenizer)")
-        if env.handoff != self.policy.can_hand_off:
-            raise ValueError(
-                f"env was made with handoff={env.handoff}, and policy has can_hand_off={self.policy.can_hand_off}: the "
-                "hand-off is an action of both or of neither (CausalLMPolicy takes handoff_prob)"
-            )
+        check_handoff(env, self.policy)
         self.env = env
         self.trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.episodes_per_iteration = episodes_per_iteration

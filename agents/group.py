@@ -62,6 +62,5 @@ class GroupPolicyGradient(PolicyGradient):
         """Returns, (groups, k): rewards, less kl_coef times the summed KL where it is part of the reward."""
         returns = self.rewards(rollout)
         if self.kl_penalty == "reward":
-            log_ratio = (rollout.log_probs - reference_log_probs).masked_fill(~rollout.decisions, 0)
-            returns = returns - self.kl_coef * log_ratio.sum(1)
+            returns = returns - self.kl_coef * rollout.log_ratio(reference_log_probs).sum(1)
         return returns.unflatten(0, (-1, self.group_size))

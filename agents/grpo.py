@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from agents.advantages import kl_estimate
 from agents.algorithm import check
 from agents.group import GroupPolicyGradient
 from agents.policy import Evaluation, Policy
@@ -106,8 +105,4 @@ class GRPO(GroupPolicyGradient):
             "approx_kl": (ratio - 1 - log_ratio).sum() / num_decisions,
             "clip_fraction": ((ratio - 1).abs() > self.clip_range).sum() / num_decisions,
         }
-        if self.kl_penalty == "loss":
-            distance = kl_estimate(now.log_probs, old.reference_log_probs, old.decisions)
-            terms["kl_loss"] = (weights * distance).sum()
-            terms["loss"] = policy_loss + self.kl_coef * terms["kl_loss"]
-        return terms
+        return self.with_kl_loss(terms, now, old, lambda distance: (weights * distance).sum())

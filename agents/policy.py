@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from textgym.decoding import Decoding, Sampler, at_least_float32, check_positions, forward, generate, load_model
+from textgym.decoding import Decoding, Sampler, at_least_float32, check_positions, forward, load_model, write
 from textgym.tokenization import decode, pretrained_tokenizer
 
 HEADS_FILE = "heads.safetensors"
@@ -180,7 +180,6 @@ class Policy(nn.Module, ABC):
             of_guide: Added to the values if the guide goes on.
         """
 
-    @abstractmethod
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
     ) -> list[str]:
@@ -194,7 +193,27 @@ class Policy(nn.Module, ABC):
 
         Returns:
             N continuations, without the prompts and without special tokens.
+
+        Raises:
+            ValueError: A prompt without a token, or one that is too long for the policy.
         """
+        if not prompts:
+            return []
+        encoded = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        if not all(encoded):
+            raise ValueError(f"prompts must have at least one token each, got {list(prompts)}")
+        mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
+        input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
+        input_ids[mask] = np.concatenate(encoded)
+        sampler = self.sampler(
+            {"input_ids": input_ids, "attention_mask": mask},
+            seeds=np.random.default_rng(seed).integers(2**63, size=len(prompts)),
+            max_new_tokens=max_new_tokens,
+            decoding=decoding,
+            values=False,
+        )
+        written = write(sampler, np.full(len(prompts), max_new_tokens), self.tokenizer.eos_token_id)
+        return decode(self.tokenizer, written)
 
     @abstractmethod
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -422,28 +441,11 @@ class CausalLMPolicy(Policy):
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
     ) -> list[str]:
-        """Continue texts (see `Policy.generate`); a policy that can hand off writes all of them itself.
-
-        Raises:
-            ValueError: A prompt without a token, or too long for the model.
-        """
-        if not prompts:
-            return []
-        encoded = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-        mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
-        input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
-        input_ids[mask] = np.concatenate(encoded)
-        written = generate(
-            self.model,
-            input_ids,
-            mask,
-            decoding=decoding or self.decoding,
-            seeds=np.random.default_rng(seed).integers(2**63, size=len(prompts)),
-            eos_token_id=self.tokenizer.eos_token_id,
-            max_new_tokens=max_new_tokens,
-            vocab_size=len(self.tokenizer),
+        """Continue texts (see `Policy.generate`); a policy that can hand off writes all of them itself."""
+        alone = self.without_handoff() if self.can_hand_off else self
+        return super(CausalLMPolicy, alone).generate(
+            prompts, max_new_tokens=max_new_tokens, decoding=decoding, seed=seed
         )
-        return decode(self.tokenizer, written)
 
 
 @contextlib.contextmanager
@@ -485,6 +487,11 @@ class _LogProbAndEntropy(torch.autograd.Function):
         return gradient.scatter_add_(1, tokens[:, None], of_log_prob), None
 
 
+def left_packed(input_ids: Tensor, valid: Tensor) -> Tensor:
+    """Move every row's valid tokens, in order, to the left end; (n, S) to (n, S)."""
+    return input_ids.gather(1, (~valid).to(torch.int8).argsort(dim=1, stable=True))
+
+
 def _packed(input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Move every row's tokens to the left end; also, for each (row, column), the number of tokens before it.
 
@@ -494,12 +501,10 @@ def _packed(input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Te
         ValueError: A column with no valid token before it.
     """
     valid = attention_mask.bool()
-    width = int(valid.sum(1).max())
-    order = (~valid).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
     before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns]
     if not (before > 0).all():
         raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
-    return input_ids.gather(1, order), before
+    return left_packed(input_ids, valid)[:, : int(valid.sum(1).max())], before
 
 
 def _left_aligned(packed_ids: Tensor) -> dict[str, Any]:

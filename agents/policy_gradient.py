@@ -6,14 +6,14 @@ import copy
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
 
-from agents.advantages import masked_mean
+from agents.advantages import kl_estimate, masked_mean
 from agents.algorithm import Algorithm, check
 from agents.policy import Evaluation, Policy
 from agents.rollout import Rollout
@@ -232,6 +232,22 @@ class PolicyGradient(Algorithm):
         """The rewards (N,) to maximise: by default the task's."""
         return rollout.rewards
 
+    def with_kl_loss(
+        self, terms: dict[str, Tensor], now: Evaluation, old: Credit, mean: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Add the KL penalty to the terms of a loss, where it is one.
+
+        Args:
+            terms: Scalars by name, "loss" among them.
+            now: What the policy says of the decisions now.
+            old: Their credit.
+            mean: The loss's own mean: takes a float (B, A) that is zero outside of the decisions, returns a scalar.
+        """
+        if self.kl_penalty == "loss":
+            terms["kl_loss"] = mean(kl_estimate(now.log_probs, old.reference_log_probs, old.decisions))
+            terms["loss"] = terms["loss"] + self.kl_coef * terms["kl_loss"]
+        return terms
+
     def play(self) -> Rollout:
         """Play an iteration's episodes."""
         return self.collect()
@@ -244,7 +260,7 @@ class PolicyGradient(Algorithm):
         losses = self.update(rollout, credit)
 
         decisions, states = rollout.decisions, credit.states
-        log_ratio = (rollout.log_probs - reference_log_probs).masked_fill(~decisions, 0)
+        log_ratio = rollout.log_ratio(reference_log_probs)
         kl = float(log_ratio.sum() / decisions.any(1).sum().clamp(min=1))
         record = {
             "reward": float(rollout.rewards.mean()),
@@ -267,8 +283,8 @@ class PolicyGradient(Algorithm):
             record["explained_variance"] = float(1 - error.var(correction=0) / variance)
             record["value"] = float(credit.values[states].mean())
         if self.kl_target is not None:
-            error = np.clip(kl / self.kl_target - 1, -0.2, 0.2)
-            self.kl_coef = float(self.kl_coef * (1 + 0.1 * error))
+            excess = np.clip(kl / self.kl_target - 1, -0.2, 0.2)
+            self.kl_coef = float(self.kl_coef * (1 + 0.1 * excess))
         return record
 
     @torch.no_grad()
@@ -349,14 +365,13 @@ class PolicyGradient(Algorithm):
 
     def demonstrations(self, rollout: Rollout) -> dict[int, Example]:
         """One reference text for each row with a prompt that the task says to imitate."""
-        imitate = self.env.task.demonstration or (lambda row: True)
         prompts, masks = (
             array[:, : rollout.prompt_columns].cpu().numpy() for array in (rollout.input_ids, rollout.attention_mask)
         )
         random = np.random.default_rng([self.seed, self.iteration, 1])
         examples = {}
         for row, (sample, references) in enumerate(zip(rollout.sample_ids, rollout.references, strict=True)):
-            if references and (sample < 0 or imitate(self.env.data.rows[int(sample)])):
+            if references and self.env.imitates(int(sample)):
                 text = references[random.integers(len(references))]
                 prompt_ids = prompts[row][masks[row] > 0].tolist()
                 examples[row] = encode_example(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from agents.advantages import gae, kl_estimate, last_of, masked_mean, whiten
+from agents.advantages import gae, last_of, masked_mean, whiten
 from agents.algorithm import check
 from agents.policy import Evaluation, Policy
 from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule, in_parts
@@ -223,9 +223,8 @@ class PPO(PolicyGradient):
 
     def token_rewards(self, rollout: Rollout, reference_log_probs: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
         """Rewards of the steps in `written`, with the KL penalty of the decisions where it is a reward."""
-        log_ratio = (rollout.log_probs - reference_log_probs).masked_fill(~rollout.decisions, 0)
         kl_coef = self.kl_coef if self.kl_penalty == "reward" else 0.0
-        return token_rewards(self.rewards(rollout), log_ratio, written, kl_coef)
+        return token_rewards(self.rewards(rollout), rollout.log_ratio(reference_log_probs), written, kl_coef)
 
     @torch.no_grad()
     def state_values(self, rollout: Rollout, states: torch.Tensor) -> torch.Tensor:
@@ -275,11 +274,8 @@ class PPO(PolicyGradient):
             num_decisions=int(minibatch.decisions.sum()),
             num_states=int(minibatch.states.sum()),
         )._asdict()
-        if self.kl_penalty == "loss":
-            distance = kl_estimate(now.log_probs, old.reference_log_probs, old.decisions)
-            terms["kl_loss"] = distance.sum() / minibatch.decisions.sum().clamp(min=1)
-            terms["loss"] = terms["loss"] + self.kl_coef * terms["kl_loss"]
-        return terms
+        num_decisions = minibatch.decisions.sum().clamp(min=1)
+        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions)
 
     def models(self) -> dict[str, nn.Module]:
         """Add the critic's network, where it has one of its own."""

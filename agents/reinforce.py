@@ -75,7 +75,4 @@ class REINFORCE(PPO):
             # How far the sampling policy is from this one, estimated on its own samples
             "approx_kl": kl_estimate(old.log_probs, log_probs.detach(), old.decisions).sum() / num_decisions,
         }
-        if self.kl_penalty == "loss":
-            terms["kl_loss"] = kl_estimate(log_probs, old.reference_log_probs, old.decisions).sum() / num_decisions
-            terms["loss"] = terms["loss"] + self.kl_coef * terms["kl_loss"]
-        return terms
+        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agents.advantages import kl_estimate
 from agents.algorithm import check
 from agents.group import GroupPolicyGradient
 from agents.policy import Evaluation, Policy
@@ -85,7 +84,4 @@ class RLOO(GroupPolicyGradient):
         }
         if self.clip_range is not None:
             terms["clip_fraction"] = ((ratio - 1).abs() > self.clip_range).sum() / num_texts
-        if self.kl_penalty == "loss":
-            terms["kl_loss"] = kl_estimate(now.log_probs, old.reference_log_probs, old.decisions).sum() / num_texts
-            terms["loss"] = policy_loss + self.kl_coef * terms["kl_loss"]
-        return terms
+        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_texts)

@@ -83,6 +83,10 @@ class Rollout:
         """Bool (N, T): the policy's actions, the tokens it wrote and its hand-offs."""
         return self.body | self.handoffs
 
+    def log_ratio(self, reference_log_probs: torch.Tensor) -> torch.Tensor:
+        """Float (N, T): ``log pi - log pi_ref`` of the decisions when they were sampled, zero elsewhere."""
+        return (self.log_probs - reference_log_probs).masked_fill(~self.decisions, 0)
+
     @property
     def prompt_columns(self) -> int:
         """P."""
@@ -107,6 +111,19 @@ class Rollout:
             else:
                 joined[name] = np.concatenate(parts)
         return cls(**joined)
+
+
+def check_handoff(env: TextVectorEnv, policy: Policy) -> None:
+    """Refuse an environment and a policy of which only one has the hand-off.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if env.handoff != policy.can_hand_off:
+        raise ValueError(
+            f"env was made with handoff={env.handoff}, and policy has can_hand_off={policy.can_hand_off}: the "
+            "hand-off is an action of both or of neither (CausalLMPolicy takes handoff_prob)"
+        )
 
 
 def collect(
@@ -142,11 +159,7 @@ def collect(
         raise ValueError("env must be made with parking=True: rows wait for each other, and end on the same step")
     if env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
         raise ValueError("env must not be made with autoreset_mode=SAME_STEP: the last step must show the whole texts")
-    if env.handoff != policy.can_hand_off:
-        raise ValueError(
-            f"env was made with handoff={env.handoff}, and the policy has can_hand_off={policy.can_hand_off}: the "
-            "hand-off is an action of both or of neither"
-        )
+    check_handoff(env, policy)
     if len(seeds) != env.num_envs:
         raise ValueError(f"seeds must have one entry for each of the {env.num_envs} rows, got {len(seeds)}")
 

@@ -274,12 +274,12 @@ class SL(Algorithm):
 
     def pairs(self, split: Split) -> list[tuple[int, int]]:
         """The (row, reference) pairs of a split to learn."""
-        demonstration = None if self.loss_on == "text" else self.env.task.demonstration
+        task = self.env.task
         return [
             (index, reference)
             for index, row in enumerate(split.rows)
-            if demonstration is None or demonstration(row)
-            for reference in range(len(self.env.task.references_of(row)))
+            if self.loss_on == "text" or task.imitates(row)
+            for reference in range(len(task.references_of(row)))
         ]
 
     def encode(self, split: Split, pairs: Sequence[tuple[int, int]]) -> list[Example]:

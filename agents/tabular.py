@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from agents.policy import POLICY_FILE, Evaluation, Policy, replaced_folder
+from agents.policy import POLICY_FILE, Evaluation, Policy, left_packed, replaced_folder
 from textgym.decoding import Decoding, Sample, at_least_float32, choose, resolve_device
 from textgym.seeding import uniform
 from textgym.tasks.lock import CombinationLock
-from textgym.tokenization import decode, pretrained_tokenizer
+from textgym.tokenization import pretrained_tokenizer
 
 TABLES_FILE = "tables.safetensors"
 
@@ -127,10 +127,9 @@ class TabularPolicy(Policy):
         log_probs = at_least_float32(self.logits[states]).log_softmax(-1)
         chosen = log_probs.gather(2, input_ids.gather(1, there)[:, :, None]).squeeze(2)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
+        written = columns >= 0
         return Evaluation(
-            torch.where(columns >= 0, chosen, 0),
-            torch.where(columns >= 0, entropy, 0),
-            *self.values(input_ids, attention_mask, columns),
+            torch.where(written, chosen, 0), torch.where(written, entropy, 0), *self._values_of(states, written)
         )
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,9 +138,7 @@ class TabularPolicy(Policy):
         Raises:
             ValueError: A column with no valid token before it.
         """
-        states = self._states_before(input_ids, attention_mask, columns)
-        values, guide_values = at_least_float32(self.value_table), at_least_float32(self.guide_value_table)
-        return torch.where(columns >= 0, values[states], 0), torch.where(columns >= 0, guide_values[states], 0)
+        return self._values_of(self._states_before(input_ids, attention_mask, columns), columns >= 0)
 
     @torch.no_grad()
     def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
@@ -149,40 +146,18 @@ class TabularPolicy(Policy):
         self.value_table.add_(of_policy)
         self.guide_value_table.add_(of_guide)
 
+    def _values_of(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the two critics say of states, zero outside of `mask`."""
+        values, guide_values = at_least_float32(self.value_table), at_least_float32(self.guide_value_table)
+        return torch.where(mask, values[states], 0), torch.where(mask, guide_values[states], 0)
+
     def _states_before(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> Tensor:
         """The state made of all valid tokens before each column; any state where there is no column."""
         valid = attention_mask.bool()
         before = nn.functional.pad(valid.cumsum(1), (1, 0)).gather(1, columns.clamp(min=0))
         if not ((before > 0) | (columns < 0)).all():
             raise ValueError("columns must hold -1 or columns that have a valid token before them")
-        return self.states(_packed(input_ids, valid)).gather(1, before)
-
-    def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
-    ) -> list[str]:
-        """Continue texts (see `Policy.generate`).
-
-        Raises:
-            ValueError: A prompt without a token.
-        """
-        encoded = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-        if not all(encoded):
-            raise ValueError(f"prompts must have at least one token each, got {list(prompts)}")
-        mask = np.arange(max(map(len, encoded), default=0)) < np.array([len(ids) for ids in encoded])[:, None]
-        input_ids = np.zeros(mask.shape, np.int64)
-        input_ids[mask] = [token for ids in encoded for token in ids]
-        sampler = TabularSampler(
-            self,
-            {"input_ids": input_ids, "attention_mask": mask},
-            seeds=np.random.default_rng(seed).integers(2**63, size=len(encoded)),
-            max_new_tokens=max_new_tokens,
-            decoding=decoding,
-        )
-        for _ in range(max_new_tokens):
-            if len(sampler.rows):
-                sampler.keep(sampler.sample().tokens != self.tokenizer.eos_token_id)
-        texts = zip(encoded, sampler._texts.tolist(), sampler._lengths.tolist(), strict=True)
-        return decode(self.tokenizer, [text[len(prompt) : length] for prompt, text, length in texts])
+        return self.states(left_packed(input_ids, valid)).gather(1, before)
 
 
 class TabularSampler:
@@ -222,7 +197,7 @@ class TabularSampler:
         counters = prefix[:, None] + np.arange(self._steps)
         self._uniforms = torch.from_numpy(uniform(np.asarray(seeds)[:, None], counters)).to(policy.device)
         self._eos_banned = torch.from_numpy(counters < self.decoding.min_new_tokens).to(policy.device)
-        self._texts = nn.functional.pad(_packed(ids, valid), (0, self._steps))
+        self._texts = nn.functional.pad(left_packed(ids, valid), (0, self._steps))
 
     @torch.no_grad()
     def sample(self) -> Sample:
@@ -259,11 +234,6 @@ class TabularSampler:
                 f"mask must be bool of shape {tuple(self.rows.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
             )
         self.rows = self.rows[mask]
-
-
-def _packed(input_ids: Tensor, valid: Tensor) -> Tensor:
-    """Move every row's valid tokens, in order, to the left end."""
-    return input_ids.gather(1, (~valid).to(torch.int8).argsort(dim=1, stable=True))
 
 
 def _lock_states(lock: CombinationLock, ids: Tensor) -> Tensor:

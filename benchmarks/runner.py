@@ -157,7 +157,7 @@ class Benchmark:
         )
 
         # Everyone writes alone, but for a policy that has learned when to ask the guide.
-        env = {"guide": guide(task, start), **task.env, **row.env} if policy.can_hand_off else task.env
+        env = guided_env(task, row, start) if policy.can_hand_off else task.env
 
         def judge(policy: Policy) -> EvaluationResult:
             return evaluate(
@@ -234,7 +234,7 @@ class Benchmark:
             num_envs=task.rl["episodes_per_iteration"],
             source=self.source,
             tokenizer=start.supervised,
-            **{"guide": guide(task, start), **task.env, **row.env},
+            **guided_env(task, row, start),
         )
         algorithm: Algorithm = ALGORITHMS[row.algorithm](
             CausalLMPolicy.from_pretrained(start.supervised, decoding=Decoding(**task.decoding), **row.policy),
@@ -262,9 +262,10 @@ def spread(seed: int) -> tuple[int, int]:
     return int(training), int(evaluation)
 
 
-def guide(task: TaskProfile, start: WarmStart) -> LocalGuide:
-    """The guide of a task: its supervised policy, frozen."""
-    return LocalGuide(str(start.supervised), decoding=Decoding(**task.guide_decoding))
+def guided_env(task: TaskProfile, row: Row, start: WarmStart) -> dict[str, Any]:
+    """Arguments of the environment that a row learns in; the guide is the supervised policy, frozen."""
+    guide = LocalGuide(str(start.supervised), decoding=Decoding(**task.guide_decoding))
+    return {"guide": guide, **task.env, **row.env}
 
 
 def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

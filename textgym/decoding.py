@@ -289,18 +289,32 @@ def generate(
             max_new_tokens=horizon[batch],
             vocab_size=vocab_size,
         )
-        limits = torch.from_numpy(remaining[batch]).to(model.device)
-        written = torch.full((len(batch), max(int(remaining[batch].max()), 0)), -1, device=model.device)
-        step = 0
-        sampler.keep(limits > 0)
-        while len(sampler.rows):
-            tokens = sampler.sample().tokens
-            written[sampler.rows, step] = tokens
-            step += 1
-            sampler.keep((tokens != eos_token_id) & (limits[sampler.rows] > step))
-        for row, line in zip(batch, written.cpu().numpy(), strict=True):
-            texts[row] = line[line >= 0].tolist()
+        for row, text in zip(batch, write(sampler, remaining[batch], eos_token_id), strict=True):
+            texts[row] = text
     return texts
+
+
+def write(sampler: Any, limits: np.ndarray, eos_token_id: int) -> list[list[int]]:
+    """Write every row of a sampler to its end.
+
+    Args:
+        sampler: A `Sampler` of N rows, or anything with its `rows`, `sample` and `keep`.
+        limits: (N,) integers, most tokens to write now.
+        eos_token_id: A text ends with it.
+
+    Returns:
+        For each of the N rows the ids written now, EOS included where the text ended with it.
+    """
+    remaining = torch.from_numpy(limits).to(sampler.rows.device)
+    written = torch.full((len(limits), max(int(limits.max()), 0)), -1, device=sampler.rows.device)
+    step = 0
+    sampler.keep(remaining[sampler.rows] > 0)
+    while len(sampler.rows):
+        tokens = sampler.sample().tokens
+        written[sampler.rows, step] = tokens
+        step += 1
+        sampler.keep((tokens != eos_token_id) & (remaining[sampler.rows] > step))
+    return [line[line >= 0].tolist() for line in written.cpu().numpy()]
 
 
 def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
@@ -428,12 +442,14 @@ def load_model(
             f"model {str(path)!r} must be a hub id or a folder of a causal language model with safetensors weights: "
             f"{error}"
         ) from error
-    # Weights mapped from a file lie at odd addresses, where matrix products can round differently: a policy that was
-    # saved and loaded would not be the same to the last bit.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    target = resolve_device(device)
+    if target.type == "cpu":
+        # Weights mapped from a file lie at odd addresses, where matrix products can round differently: a policy that
+        # was saved and loaded would not be the same to the last bit.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     module: Any = model.eval()  # transformers wraps `to` in a way that type checkers misread
-    return module.to(resolve_device(device))
+    return module.to(target)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -211,6 +211,10 @@ class TextVectorEnv(VectorEnv):
             and not bool((self._active | self._waiting).any())
         )
 
+    def imitates(self, sample: int) -> bool:
+        """Whether the task says to imitate the references of a sample; those of a user's own prompt (-1) always."""
+        return sample == USER_SAMPLE or self.task.imitates(self.data.rows[sample])
+
     # Reset
 
     def reset(
@@ -484,11 +488,9 @@ class TextVectorEnv(VectorEnv):
         for t tokens only, and drawing again on {0..L-1} where the guide ended within them, has the same distribution.
         """
         assert self.guide is not None
-        imitated = self.task.demonstration
-        if self.guide.author == Author.REFERENCE and imitated is not None:
+        if self.guide.author == Author.REFERENCE:
             # What nobody should imitate is no place to start from either.
-            own = [sample < 0 or imitated(self.data.rows[sample]) for sample in self._sample[rows].tolist()]
-            rows = rows[np.array(own, bool)]
+            rows = rows[np.array([self.imitates(sample) for sample in self._sample[rows].tolist()], bool)]
         if not len(rows):
             return
         low, high = self._restart_bounds[self._origin[rows]].T

@@ -106,6 +106,10 @@ class Task:
         prompt = self.prompt.format(**row) if isinstance(self.prompt, str) else self.prompt(row)
         return ("", prompt, "") if isinstance(prompt, str) else prompt
 
+    def imitates(self, row: Row) -> bool:
+        """Whether the references of a row are worth imitating."""
+        return self.demonstration is None or self.demonstration(row)
+
     def references_of(self, row: Row) -> tuple[str, ...]:
         """The reference texts of a row."""
         value = row[self.references] if isinstance(self.references, str) else self.references(row)

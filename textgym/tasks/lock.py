@@ -301,7 +301,8 @@ class _WithLock:
             guide = LockGuide(self.lock)
         super().__init__(*num_envs, task=self.lock.task, guide=guide, **arguments)  # type: ignore[call-arg]
         tokenizer: PreTrainedTokenizerBase = self.tokenizer  # type: ignore[attr-defined]
-        if tokenizer.get_vocab() != self.lock.tokenizer().get_vocab():
+        given = arguments.get("tokenizer") is not None
+        if given and tokenizer.get_vocab() != self.lock.tokenizer().get_vocab():
             raise ValueError(
                 f"tokenizer must be None or have the lock's vocabulary ({vocab_size} tokens: EOS, s1, s2, ...), "
                 f"got one of {len(tokenizer)} tokens"
