@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from agents.algorithm import check, check_guide
 from agents.policy import Policy
-from agents.policy_gradient import PolicyGradient
+from agents.policy_gradient import PolicyGradient, in_parts
 from agents.rollout import Rollout
 from textgym.guidance import Guidance
 
@@ -57,6 +59,14 @@ class GroupPolicyGradient(PolicyGradient):
     def play(self) -> Rollout:
         """Play whole groups, one after another."""
         return self.collect(group_size=self.group_size)
+
+    def minibatches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Split groups at random, `n_epochs` times: texts of one prompt stay together, and it is read once for all."""
+        random = np.random.default_rng([self.seed, self.iteration])
+        for _ in range(self.n_epochs):
+            places = torch.from_numpy(random.permutation(len(self.last_rollout) // self.group_size)).to(rows.device)
+            order = places[rows // self.group_size].argsort(stable=True)
+            yield from in_parts(rows[order], self.minibatch_size)
 
     def group_returns(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> torch.Tensor:
         """Returns, (groups, k): rewards, less kl_coef times the summed KL where it is part of the reward."""

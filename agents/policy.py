@@ -12,21 +12,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from textgym.decoding import Decoding, Sampler, at_least_float32, check_positions, forward, load_model, write
+from textgym.decoding import Decoding, Sampler, at_least_float32, check_positions, load_model, write
+from textgym.packing import autocast, can_pack, compile_layers, fast_dtype, fuse_activations, head, read
 from textgym.tokenization import decode, pretrained_tokenizer
 
 HEADS_FILE = "heads.safetensors"
 POLICY_FILE = "policy.json"
+# Entries of a block of logits (64 MiB in float32).
+_LOGITS_AT_ONCE = 2**24
 
 
 class Evaluation(NamedTuple):
@@ -113,7 +117,7 @@ class Policy(nn.Module, ABC):
             values=False,
         )
         if len(sampler.rows):
-            actions[sampler.rows.cpu().numpy()] = sampler.sample().tokens.cpu().numpy()
+            actions[sampler.rows] = sampler.sample().tokens.cpu().numpy()
         return actions.reshape(ids.shape[:-1]), written + 1
 
     @abstractmethod
@@ -143,7 +147,12 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def evaluate(
-        self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, handoffs: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        columns: Tensor,
+        handoffs: Tensor | None = None,
+        states_only: Tensor | None = None,
     ) -> Evaluation:
         """Judge decisions that are already taken. Gradients flow into all results.
 
@@ -154,6 +163,8 @@ class Policy(nn.Module, ABC):
                 none.
             handoffs: (B, A) bool, where the decision was the hand-off instead, in the state made of the valid tokens
                 before that column, whatever stands there; None for nowhere.
+            states_only: (B, A) bool, where only the state is to be judged, not the decision: log-probability and
+                entropy are zero there; None for nowhere.
         """
 
     @abstractmethod
@@ -232,7 +243,8 @@ class CausalLMPolicy(Policy):
     optional one is the gate of the hand-off: with ``z = w h + b`` the policy hands off with probability sigmoid(z), and
     otherwise chooses a token as the language model does, so that ``log pi(token) = log p(token) + log sigmoid(-z)``.
     Dropout is always off: the module stays in evaluation mode, since probability ratios of two dropout masks would be
-    noise.
+    noise. Texts are read as packed tokens (`textgym.packing`): padding costs nothing, and rows of a batch that begin
+    with the same tokens share them.
 
     Args:
         model: The language model.
@@ -241,6 +253,11 @@ class CausalLMPolicy(Policy):
             before the token and knows no truncation.
         handoff_prob: Gives the policy the action that asks the guide to finish, with this probability in every state
             to begin with; None gives it none.
+        autocast: What products of matrices are computed in, whatever the type of the weights; "auto" is bfloat16 where
+            the device computes fast in it, None the type of the weights. Heads, log-probabilities, losses and steps of
+            the optimiser stay in float32.
+        compile: Whether to compile the model's layers with `torch.compile`. Compiling takes about a minute, and some
+            seconds in the next process.
 
     Raises:
         ValueError: The tokenizer has no EOS token, or more tokens than the model's vocabulary; a `handoff_prob` outside
@@ -253,6 +270,8 @@ class CausalLMPolicy(Policy):
         tokenizer: PreTrainedTokenizerBase,
         decoding: Decoding | None = None,
         handoff_prob: float | None = None,
+        autocast: torch.dtype | Literal["auto"] | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         rows, width = model.get_output_embeddings().weight.shape
@@ -265,7 +284,10 @@ class CausalLMPolicy(Policy):
             )
         if handoff_prob is not None and not 0 < handoff_prob < 1:
             raise ValueError(f"handoff_prob must be None or in (0, 1), got {handoff_prob!r}")
-        self.model = model
+        if autocast not in (None, "auto", torch.float32, torch.bfloat16):
+            raise ValueError(f'autocast must be None, "auto", torch.float32 or torch.bfloat16, got {autocast!r}')
+        fuse_activations(model)
+        self.model, self.autocast, self.compiled = model, autocast, compile
         self.can_hand_off = handoff_prob is not None
         biases = {"value": 0.0, "guide_value": 0.0}
         if handoff_prob is not None:
@@ -292,8 +314,9 @@ class CausalLMPolicy(Policy):
         tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
         decoding: Decoding | None = None,
         device: str | torch.device = "auto",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
         handoff_prob: float | None = None,
+        compile: bool = False,
         **arguments: Any,
     ) -> CausalLMPolicy:
         """Load a language model, and heads and decoding where they lie beside it.
@@ -304,8 +327,10 @@ class CausalLMPolicy(Policy):
             decoding: None: the one saved with the policy, else plain sampling.
             device: "auto" is CUDA where there is one, else CPU.
             dtype: Type of the model's weights (None: as saved with the policy, else float32). The heads have it too,
-                or float32 where it is a half precision.
+                or float32 where it is a half precision. "auto" is float32 for the weights, and the fastest type of the
+                device for products of matrices (``autocast="auto"``).
             handoff_prob: Gives a policy that was saved without one the hand-off, with this probability to begin with.
+            compile: Whether to compile the model's layers.
             **arguments: None are allowed; they are a subclass's.
 
         Raises:
@@ -315,7 +340,9 @@ class CausalLMPolicy(Policy):
             raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
         file = _beside(path, POLICY_FILE)
         settings = {} if file is None else json.loads(Path(file).read_text())
-        model = load_model(path, device=device, dtype=dtype or getattr(torch, settings.get("dtype", "float32")))
+        saved_dtype = getattr(torch, settings.get("dtype", "float32"))
+        weights = torch.float32 if dtype == "auto" else dtype or saved_dtype
+        model = load_model(path, device=device, dtype=weights)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = pretrained_tokenizer(path if tokenizer is None else tokenizer)
         if decoding is None and settings:
@@ -324,7 +351,7 @@ class CausalLMPolicy(Policy):
         saved = {} if file is None else load_file(file, device=str(model.device))
         if "handoff.weight" in saved and handoff_prob is None:
             handoff_prob = 0.5  # of no consequence: the head is read below
-        policy = cls(model, tokenizer, decoding, handoff_prob)
+        policy = cls(model, tokenizer, decoding, handoff_prob, "auto" if dtype == "auto" else None, compile)
         if saved:
             policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
         return policy
@@ -353,6 +380,7 @@ class CausalLMPolicy(Policy):
         Raises:
             ValueError: A text could be longer than the model has positions.
         """
+        self._compile()
         return Sampler(
             self.model,
             observation["input_ids"],
@@ -365,10 +393,16 @@ class CausalLMPolicy(Policy):
             value_head=self.heads["value"] if values else None,
             handoff_head=self._handoff_head,
             vocab_size=len(self.tokenizer),
+            dtype=self._dtype,
         )
 
     def evaluate(
-        self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, handoffs: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        columns: Tensor,
+        handoffs: Tensor | None = None,
+        states_only: Tensor | None = None,
     ) -> Evaluation:
         """Judge decisions in one pass that computes logits only where they are needed (see `Policy.evaluate`).
 
@@ -377,23 +411,23 @@ class CausalLMPolicy(Policy):
                 of a policy that has none; a text longer than the model has positions.
         """
         rows, entries = (columns >= 0).nonzero(as_tuple=True)
-        packed_ids, before = _packed(input_ids, attention_mask, rows, columns[rows, entries])
         asked = None if handoffs is None else handoffs[rows, entries]
         if asked is not None and not self.can_hand_off and asked.any():
             raise ValueError("handoffs holds a hand-off, which this policy does not have: make it with handoff_prob")
         columns_valid = attention_mask[rows, columns[rows, entries].clamp(max=attention_mask.shape[1] - 1)] != 0
         if not (columns_valid if asked is None else columns_valid | asked).all():
             raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
-        check_positions(self.model, packed_ids.shape[1])
-        logits, hidden, _ = forward(
-            self.model,
-            lambda states: states[rows, before - 1],
-            input_ids=packed_ids,
-            **_left_aligned(packed_ids),
-        )
-        hidden = at_least_float32(hidden)
+        packed_ids, before, hidden = self._read(input_ids, attention_mask, columns, rows, entries)
         tokens = packed_ids[rows, before.clamp(max=packed_ids.shape[1] - 1)]
-        log_probs, entropy = _LogProbAndEntropy.apply(at_least_float32(logits), tokens)
+        decided = None if states_only is None else (~states_only[rows, entries]).nonzero().squeeze(1)
+        if decided is None or len(decided) == len(rows):
+            log_probs, entropy = self._judge_tokens(hidden, tokens)
+        else:
+            log_probs, entropy = (
+                part.new_zeros(len(rows)).index_put((decided,), part)
+                for part in self._judge_tokens(hidden[decided], tokens[decided])
+            )
+        hidden = at_least_float32(hidden)
         if self.can_hand_off:
             gate = self.heads["handoff"](hidden).squeeze(-1)
             hand_off, go_on = logsigmoid(gate), logsigmoid(-gate)
@@ -402,6 +436,8 @@ class CausalLMPolicy(Policy):
                 log_probs = torch.where(asked, hand_off, log_probs)
             # H = -q log q - (1 - q) log (1 - q) + (1 - q) H(tokens), with q the probability of the hand-off
             entropy = go_on.exp() * (entropy - go_on) - hand_off.exp() * hand_off
+            if states_only is not None:
+                log_probs, entropy = (part.masked_fill(states_only[rows, entries], 0) for part in (log_probs, entropy))
         values, guide_values = (self.heads[name](hidden).squeeze(-1) for name in ("value", "guide_value"))
         return Evaluation(
             *(_spread(part, columns, rows, entries) for part in (log_probs, entropy, values, guide_values))
@@ -414,12 +450,47 @@ class CausalLMPolicy(Policy):
             ValueError: A column with no valid token before it; a text longer than the model has positions.
         """
         rows, entries = (columns >= 0).nonzero(as_tuple=True)
-        packed_ids, before = _packed(input_ids, attention_mask, rows, columns[rows, entries])
-        check_positions(self.model, packed_ids.shape[1])
-        states = self.model.get_decoder()(input_ids=packed_ids, **_left_aligned(packed_ids)).last_hidden_state
-        hidden = at_least_float32(states[rows, before - 1])
+        hidden = at_least_float32(self._read(input_ids, attention_mask, columns, rows, entries)[2])
         values, guide_values = (self.heads[name](hidden).squeeze(-1) for name in ("value", "guide_value"))
         return _spread(values, columns, rows, entries), _spread(guide_values, columns, rows, entries)
+
+    def _read(
+        self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, rows: Tensor, entries: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Texts moved to the left end, and for each entry the tokens before it and the hidden state after these.
+
+        Raises:
+            ValueError: A column with no valid token before it; a text longer than the model has positions.
+        """
+        valid = attention_mask.bool()
+        before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns[rows, entries]]
+        if not (before > 0).all():
+            raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
+        packed_ids = left_packed(input_ids, valid)
+        check_positions(self.model, int(valid.sum(1).max()))
+        self._compile()
+        with autocast(self.device, self._dtype):
+            return packed_ids, before, read(self.model, packed_ids, rows, before)
+
+    def _judge_tokens(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of tokens (n,) and entropies, given hidden states (n, d), some at a time."""
+
+        def judge(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            with autocast(self.device, self._dtype):
+                logits = head(self.model, hidden)
+            log_probs, entropy = _LogProbAndEntropy.apply(at_least_float32(logits), tokens)
+            return log_probs, entropy
+
+        part = max(1, _LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
+        if len(tokens) <= part:
+            return judge(hidden, tokens)
+        # More are made anew in the backward pass, so that memory does not grow with tokens times vocabulary.
+        parts = [
+            checkpoint(judge, *pair, use_reentrant=False)
+            for pair in zip(hidden.split(part), tokens.split(part), strict=True)
+        ]
+        log_probs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        return log_probs, entropy
 
     @torch.no_grad()
     def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
@@ -429,10 +500,19 @@ class CausalLMPolicy(Policy):
 
     def without_handoff(self) -> CausalLMPolicy:
         """The same policy without the hand-off, to see what it writes alone; its weights are shared, not copied."""
-        alone = CausalLMPolicy(self.model, self.tokenizer, self.decoding)
+        alone = CausalLMPolicy(self.model, self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         for name in alone.heads:
             alone.heads[name] = self.heads[name]
         return alone
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return fast_dtype(self.device) if self.autocast == "auto" else self.autocast
+
+    def _compile(self) -> None:
+        # At every use, since a copy of a compiled model is not compiled.
+        if self.compiled and can_pack(self.model):
+            compile_layers(self.model)
 
     @property
     def _handoff_head(self) -> nn.Module | None:
@@ -490,27 +570,6 @@ class _LogProbAndEntropy(torch.autograd.Function):
 def left_packed(input_ids: Tensor, valid: Tensor) -> Tensor:
     """Move every row's valid tokens, in order, to the left end; (n, S) to (n, S)."""
     return input_ids.gather(1, (~valid).to(torch.int8).argsort(dim=1, stable=True))
-
-
-def _packed(input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Move every row's tokens to the left end; also, for each (row, column), the number of tokens before it.
-
-    A causal model never looks at what comes after, so that no column has to be masked.
-
-    Raises:
-        ValueError: A column with no valid token before it.
-    """
-    valid = attention_mask.bool()
-    before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns]
-    if not (before > 0).all():
-        raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
-    return left_packed(input_ids, valid)[:, : int(valid.sum(1).max())], before
-
-
-def _left_aligned(packed_ids: Tensor) -> dict[str, Any]:
-    """What a model is told about rows whose tokens begin in the first column."""
-    positions = torch.arange(packed_ids.shape[1], device=packed_ids.device).expand_as(packed_ids)
-    return {"attention_mask": torch.ones_like(packed_ids), "position_ids": positions, "use_cache": False}
 
 
 def _spread(values: Tensor, columns: Tensor, rows: Tensor, entries: Tensor) -> Tensor:

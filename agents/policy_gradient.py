@@ -198,7 +198,7 @@ class PolicyGradient(Algorithm):
         self.kl_coef, self.kl_penalty, self.kl_target = kl_coef, kl_penalty, kl_target
         self.target_coef, self.target_kl, self.max_grad_norm = target_coef, target_kl, max_grad_norm
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
-        self._optimizer = torch.optim.Adam(self.trainable, lr=learning_rate, eps=1e-5)
+        self._optimizer = torch.optim.Adam(self.trainable, lr=learning_rate, eps=1e-5, fused=True)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -304,13 +304,13 @@ class PolicyGradient(Algorithm):
         Returns:
             Losses and diagnostics, means over the gradient steps that were taken.
         """
-        columns = rollout.columns(credit.decisions | credit.states)
+        judged = (credit.decisions | credit.states).any(1)
         demonstrations = self.demonstrations(rollout) if self.target_coef else {}
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self.scheduled(self.lr_schedule)
         steps: list[dict[str, Tensor]] = []
         stopped = False
-        for minibatch in self.minibatches(torch.nonzero((columns >= 0).any(1)).flatten()):
+        for minibatch in self.minibatches(torch.nonzero(judged).flatten()):
             whole = credit[minibatch]
             rows_of_minibatch = minibatch.tolist() if demonstrations else []
             examples = {row: demonstrations[row] for row in rows_of_minibatch if row in demonstrations}
@@ -318,16 +318,16 @@ class PolicyGradient(Algorithm):
             step: dict[str, Tensor] = {}
             self.optimizer.zero_grad()
             for rows in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
-                terms = self.loss(self.judge(rollout, columns, rows), credit[rows], whole)
+                terms = self.loss(self.judge(rollout, credit, rows), credit[rows], whole)
                 own = [examples[row] for row in rows.tolist() if row in examples] if examples else []
                 if own:
                     share = sum(len(example.target) for example in own) / targets
                     terms["target_loss"] = share * supervised_loss(self.policy, own, self.env.pad_token_id)
                     terms["loss"] = terms["loss"] + self.target_coef * terms["target_loss"]
-                self.check_finite("loss", terms["loss"])
                 terms["loss"].backward()
                 for name, term in terms.items():
                     step[name] = step.get(name, 0) + term.detach()
+            self.check_finite("loss", step["loss"])
             stopped = self.target_kl is not None and float(step["approx_kl"]) > 1.5 * self.target_kl
             if stopped:
                 break
@@ -341,10 +341,15 @@ class PolicyGradient(Algorithm):
         }
         return {**dict(sorted(means.items())), "gradient_steps": len(steps), "stopped_early": float(stopped)}
 
-    def judge(self, rollout: Rollout, columns: Tensor, rows: Tensor) -> Evaluation:
+    def judge(self, rollout: Rollout, credit: Credit, rows: Tensor) -> Evaluation:
         """What the policy says now of some rows' decisions and states."""
+        decisions, states = credit.decisions[rows], credit.states[rows]
         return self.policy.evaluate(
-            rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], rollout.handoffs[rows]
+            rollout.input_ids[rows],
+            rollout.attention_mask[rows],
+            rollout.columns(decisions | states),
+            rollout.handoffs[rows],
+            states & ~decisions,
         )
 
     def minibatches(self, rows: Tensor) -> Iterator[Tensor]:

@@ -47,8 +47,8 @@ def ppo_loss(
     clip_range_vf: float | None,
     vf_coef: float,
     ent_coef: float,
-    num_decisions: int | None = None,
-    num_states: int | None = None,
+    num_decisions: torch.Tensor | None = None,
+    num_states: torch.Tensor | None = None,
 ) -> PPOLoss:
     """The clipped surrogate loss (Schulman et al. 2017, arXiv 1707.06347, equations 7 and 9).
 
@@ -70,12 +70,12 @@ def ppo_loss(
         clip_range_vf: How far a value may move before its gradient stops; None does not clip.
         vf_coef: Weight of the value loss.
         ent_coef: Weight of the entropy bonus.
-        num_decisions: Decisions that the means are over, where this batch is a part of a minibatch; None counts
-            `decisions`.
+        num_decisions: int64 scalar, decisions that the means are over, where this batch is a part of a minibatch; None
+            counts `decisions`.
         num_states: The same for states.
     """
-    num_decisions = max(1, int(decisions.sum()) if num_decisions is None else num_decisions)
-    num_states = max(1, int(states.sum()) if num_states is None else num_states)
+    num_decisions = (decisions.sum() if num_decisions is None else num_decisions).clamp(min=1)
+    num_states = (states.sum() if num_states is None else num_states).clamp(min=1)
     advantages, entropy, log_ratio = (
         tensor.masked_fill(~decisions, 0) for tensor in (advantages, entropy, log_probs - old_log_probs)
     )
@@ -246,17 +246,20 @@ class PPO(PolicyGradient):
             values = (values + shift).masked_fill(~states, 0)
         return values
 
-    def judge(self, rollout: Rollout, columns: torch.Tensor, rows: torch.Tensor) -> Evaluation:
-        """Add the values of a separate critic."""
-        now = super().judge(rollout, columns, rows)
+    def judge(self, rollout: Rollout, credit: Credit, rows: torch.Tensor) -> Evaluation:
+        """Let a separate critic judge the states, and the policy only its decisions."""
         if self.critic is self.policy:
-            return now
-        values, guide_values = self.critic.values(rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows])
+            return super().judge(rollout, credit, rows)
+        now = super().judge(rollout, replace(credit, states=torch.zeros_like(credit.states)), rows)
+        values, guide_values = self.critic.values(
+            rollout.input_ids[rows], rollout.attention_mask[rows], rollout.columns(credit.states[rows])
+        )
         return now._replace(values=values, guide_values=guide_values)
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
         """The clipped surrogate, the value loss, the entropy bonus, and the KL penalty where it is a loss."""
         values = now.values if self.critic_of == "policy" else now.guide_values
+        num_decisions = minibatch.decisions.sum()
         terms = ppo_loss(
             log_probs=now.log_probs,
             values=values,
@@ -271,11 +274,10 @@ class PPO(PolicyGradient):
             clip_range_vf=self.clip_range_vf,
             vf_coef=self.vf_coef,
             ent_coef=self.ent_coef,
-            num_decisions=int(minibatch.decisions.sum()),
-            num_states=int(minibatch.states.sum()),
+            num_decisions=num_decisions,
+            num_states=minibatch.states.sum(),
         )._asdict()
-        num_decisions = minibatch.decisions.sum().clamp(min=1)
-        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions)
+        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions.clamp(min=1))
 
     def models(self) -> dict[str, nn.Module]:
         """Add the critic's network, where it has one of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from textgym.engine import NO_SAMPLE
 from textgym.guides.base import Author
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from agents.policy import Policy
-    from textgym.decoding import Decoding
+    from textgym.decoding import Decoding, Sample
     from textgym.engine import TextVectorEnv
 
 
@@ -168,10 +170,7 @@ def collect(
     live = np.flatnonzero(
         sample_ids != NO_SAMPLE
     )  # the last reset of a sequential pass can leave rows without a sample
-    shape = (env.num_envs, env.max_new_tokens)
-    log_probs, state_values = torch.zeros(2, *shape, device=policy.device)
-    handoffs = torch.zeros(shape, dtype=torch.bool, device=policy.device)
-    column = torch.from_numpy(info["prefix_length"].copy()).to(policy.device)
+    prefix_lengths = info["prefix_length"].copy()
 
     sampler = policy.sampler(
         observation,
@@ -179,23 +178,33 @@ def collect(
         decoding=decoding,
         values=values,
         max_new_tokens=env.max_new_tokens,
-        prefix_lengths=info["prefix_length"],
+        prefix_lengths=prefix_lengths,
     )
-    sampler.keep(~info["parked"][sampler.rows.cpu().numpy()])
+    sampler.keep(~info["parked"][sampler.rows])
     actions = np.zeros(env.num_envs, np.int64)
+    # Tokens are all that goes to the environment and comes from the device at every step.
+    rows: list[np.ndarray] = []
+    samples: list[Sample] = []
     while True:
         if len(sampler.rows):
-            sample, rows = sampler.sample(), sampler.rows
-            log_probs[rows, column[rows]] = sample.log_probs.float()
-            handoffs[rows, column[rows]] = sample.tokens == env.vocab_size
-            if sample.values is not None:
-                state_values[rows, column[rows]] = sample.values.float()
-            column[rows] += 1
-            actions[rows.cpu().numpy()] = sample.tokens.cpu().numpy()
+            samples.append(sampler.sample())
+            rows.append(sampler.rows)
+            actions[sampler.rows] = samples[-1].tokens.cpu().numpy()
         observation, rewards, terminations, _, info = env.step(actions)
         if terminations[live].all():
             break
-        sampler.keep(~info["parked"][sampler.rows.cpu().numpy()])
+        sampler.keep(~info["parked"][sampler.rows])
+
+    shape = (env.num_envs, env.max_new_tokens)
+    log_probs, state_values = torch.zeros(2, *shape, device=policy.device)
+    handoffs = torch.zeros(shape, dtype=torch.bool, device=policy.device)
+    if samples:
+        columns = [prefix_lengths[chosen] + step for step, chosen in enumerate(rows)]
+        where = tuple(torch.from_numpy(np.concatenate(part)).to(policy.device) for part in (rows, columns))
+        log_probs[where] = torch.cat([sample.log_probs for sample in samples]).float()
+        handoffs[where] = torch.cat([sample.tokens for sample in samples]) == env.vocab_size
+        if values:
+            state_values[where] = torch.cat([cast("Tensor", sample.values) for sample in samples]).float()
 
     def tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array[live]).to(policy.device, dtype)

@@ -111,7 +111,12 @@ class TabularPolicy(Policy):
         return TabularSampler(self, observation, **arguments)
 
     def evaluate(
-        self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, handoffs: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        columns: Tensor,
+        handoffs: Tensor | None = None,
+        states_only: Tensor | None = None,
     ) -> Evaluation:
         """Judge tokens that are already written (see `Policy.evaluate`).
 
@@ -127,9 +132,10 @@ class TabularPolicy(Policy):
         log_probs = at_least_float32(self.logits[states]).log_softmax(-1)
         chosen = log_probs.gather(2, input_ids.gather(1, there)[:, :, None]).squeeze(2)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-        written = columns >= 0
+        asked = columns >= 0
+        decided = asked if states_only is None else asked & ~states_only
         return Evaluation(
-            torch.where(written, chosen, 0), torch.where(written, entropy, 0), *self._values_of(states, written)
+            torch.where(decided, chosen, 0), torch.where(decided, entropy, 0), *self._values_of(states, asked)
         )
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +179,7 @@ class TabularSampler:
         values: Whether the samples carry values.
 
     Attributes:
-        rows: (n,) int64 tensor, indices into the N given rows of those still in the batch.
+        rows: (n,) int64 array, indices into the N given rows of those still in the batch.
     """
 
     def __init__(
@@ -191,7 +197,7 @@ class TabularSampler:
         ids = torch.as_tensor(observation["input_ids"], device=policy.device).long()
         valid = torch.as_tensor(observation["attention_mask"], device=policy.device).bool()
         self._lengths = valid.sum(1)
-        self.rows = self._lengths.nonzero().squeeze(1)
+        self.rows = self._lengths.nonzero().squeeze(1).cpu().numpy()
         prefix = np.broadcast_to(0 if prefix_lengths is None else np.asarray(prefix_lengths), len(ids))
         self._steps, self._step = max(int((np.asarray(max_new_tokens) - prefix).max(initial=0)), 0), 0
         counters = prefix[:, None] + np.arange(self._steps)
@@ -210,29 +216,28 @@ class TabularSampler:
             raise ValueError("TabularSampler.sample() needs a row to write, and all rows have left the batch")
         if self._step == self._steps:
             raise ValueError(f"TabularSampler.sample() was called more than max_new_tokens (here {self._steps}) times")
-        policy, lengths = self.policy, self._lengths[self.rows]
-        states = policy.states(self._texts[self.rows]).gather(1, lengths[:, None]).squeeze(1)
+        rows = torch.from_numpy(self.rows).to(self._lengths.device)
+        policy, lengths = self.policy, self._lengths[rows]
+        states = policy.states(self._texts[rows]).gather(1, lengths[:, None]).squeeze(1)
         logits = at_least_float32(policy.logits[states])
         scores = logits.clone()
-        scores[self._eos_banned[self.rows, self._step], policy.tokenizer.eos_token_id] = -math.inf
-        tokens = choose(scores, self._uniforms[self.rows, self._step], self.decoding)
+        scores[self._eos_banned[rows, self._step], policy.tokenizer.eos_token_id] = -math.inf
+        tokens = choose(scores, self._uniforms[rows, self._step], self.decoding)
         log_probs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-        self._texts[self.rows, lengths] = tokens
-        self._lengths[self.rows] += 1
+        self._texts[rows, lengths] = tokens
+        self._lengths[rows] += 1
         self._step += 1
         return Sample(tokens, log_probs, at_least_float32(policy.value_table[states]) if self._with_values else None)
 
-    def keep(self, mask: Any) -> None:
+    def keep(self, mask: np.ndarray) -> None:
         """Let rows leave the batch.
 
         Args:
             mask: (n,) bool, which of `rows` go on; the next `sample` continues these.
         """
-        mask = torch.as_tensor(mask, device=self.rows.device)
-        if mask.dtype != torch.bool or mask.shape != self.rows.shape:
-            raise ValueError(
-                f"mask must be bool of shape {tuple(self.rows.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
+        mask = np.asarray(mask)
+        if mask.dtype != np.bool_ or mask.shape != self.rows.shape:
+            raise ValueError(f"mask must be bool of shape {self.rows.shape}, got {mask.dtype} of shape {mask.shape}")
         self.rows = self.rows[mask]
 
 

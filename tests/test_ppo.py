@@ -120,8 +120,8 @@ def test_loss_and_gradients_are_those_of_the_formula(batch, data, clip_range, cl
         clip_range_vf=clip_range_vf,
         vf_coef=vf_coef,
         ent_coef=ent_coef,
-        num_decisions=None if whole else int(decisions.sum()) + more_decisions,
-        num_states=None if whole else int(states.sum()) + more_states,
+        num_decisions=None if whole else torch.tensor(decisions.sum() + more_decisions),
+        num_states=None if whole else torch.tensor(states.sum() + more_states),
     )
     terms.loss.backward()
 

@@ -50,7 +50,7 @@ def written(policy, ids, mask, prefix_lengths, seeds, **arguments):
     observation = {"input_ids": ids.copy(), "attention_mask": mask.copy()}
     sampler = policy.sampler(observation, seeds=seeds, max_new_tokens=T, prefix_lengths=prefix_lengths, **arguments)
     while len(sampler.rows):
-        rows, sample = sampler.rows.numpy(), sampler.sample()
+        rows, sample = sampler.rows, sampler.sample()
         column = P + lengths[rows]
         ids[rows, column], mask[rows, column], columns[rows, column] = sample.tokens.numpy(), 1, column
         log_probs[rows, column], values[rows, column] = sample.log_probs.numpy(), sample.values.numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from textgym.packing import Autocast, PackedCache, PaddedCache, can_pack, fuse_activations, head
 from textgym.seeding import uniform
 
 # A nucleus is looked for among this many most probable tokens; all are ranked only for rows where it is wider.
 _NUCLEUS_GUESS = 256
-# Leaving rows are cut out of the cache once the live rows are at most this fraction of it: a cut copies the cache,
-# which costs about as much as the wasted rows do in a few steps.
-_COMPACT_BELOW = 0.8
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,10 @@ class Sampler:
 
     Token h of a row is drawn by inverse CDF with the uniform number that belongs to (seed of the row, h), so a row is
     the same text alone or in any batch. Rows without a single valid token (idle rows of an environment) never enter.
+    Equal prompts are read once.
 
     Args:
-        model: A causal language model that takes `attention_mask`, `position_ids` and a cache.
+        model: A causal language model.
         input_ids: (N, S) integers; valid tokens of a row may have padding on both sides (an observation).
         attention_mask: (N, S), nonzero where `input_ids` is valid.
         decoding: How tokens are chosen.
@@ -98,15 +97,16 @@ class Sampler:
         handoff_head: Maps hidden states (n, d) to the log-odds (n, 1) of a hand-off, which is drawn before the token,
             from a uniform number of its own; a row that chose it must leave the batch.
         vocab_size: Token ids from here on are never chosen (embedding rows beyond the tokenizer's); None for all.
+        dtype: What products of matrices are computed in, by autocast; None for the type of the weights.
 
     Attributes:
-        rows: (n,) int64 tensor, indices into the N given rows of those still in the batch.
+        rows: (n,) int64 array, indices into the N given rows of those still in the batch, in the order of samples.
 
     Raises:
         ValueError: Shapes that do not agree, or texts longer than the model has positions.
     """
 
-    rows: Tensor
+    rows: np.ndarray
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class Sampler:
         value_head: nn.Module | None = None,
         handoff_head: nn.Module | None = None,
         vocab_size: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        ids = torch.as_tensor(input_ids, device=model.device).long()
-        valid = torch.as_tensor(attention_mask, device=model.device).bool()
+        ids, valid = on_host(input_ids), on_host(attention_mask) != 0
         if ids.ndim != 2 or ids.shape != valid.shape:
             raise ValueError(
                 "input_ids and attention_mask must both have shape (rows, columns), "
@@ -141,30 +141,26 @@ class Sampler:
         prefix = np.broadcast_to(per_row["prefix_lengths"], len(ids))
         remaining = np.broadcast_to(per_row["max_new_tokens"], len(ids)) - prefix
         lengths = valid.sum(1)
-        check_positions(model, int((lengths.cpu().numpy() + remaining).max(initial=0)))
+        check_positions(model, int((lengths + remaining).max(initial=0)))
 
         self.model, self.decoding, self.eos_token_id = model, decoding, eos_token_id
         self.value_head, self.handoff_head, self.vocab_size = value_head, handoff_head, vocab_size
-        self.rows = lengths.nonzero().squeeze(1)
+        self.rows = np.flatnonzero(lengths)
+        self._texts = [ids[row, valid[row]] for row in self.rows]
         self._steps, self._step = max(int(remaining.max(initial=0)), 0), 0
-        counters = prefix[:, None] + np.arange(self._steps)
-        self._uniforms = torch.from_numpy(uniform(per_row["seeds"][:, None], counters)).to(model.device)
+        counters = prefix[self.rows, None] + np.arange(self._steps)
+        row_seeds = per_row["seeds"][self.rows, None]
+        self._uniforms = torch.from_numpy(uniform(row_seeds, counters)).to(model.device)
+        self._gate_uniforms = None
         if handoff_head is not None:
-            self._gate_uniforms = torch.from_numpy(uniform(per_row["seeds"][:, None], counters, 1)).to(model.device)
-        self._eos_banned = torch.from_numpy(counters < decoding.min_new_tokens).to(model.device)
-
-        # A stable sort by validity moves each row's tokens, in order, to the right end: a left-padded batch.
-        width = int(lengths.max()) if len(ids) else 0
-        columns = valid[self.rows].to(torch.int8).argsort(dim=1, stable=True)[:, valid.shape[1] - width :]
-        self._inputs = ids[self.rows].gather(1, columns)
-        # The columns of tokens to come are valid from the start; a pass sees only those that exist.
-        self._mask = torch.ones(len(self.rows), width + self._steps, dtype=torch.bool, device=model.device)
-        self._mask[:, :width] = valid[self.rows].gather(1, columns)
-        self._positions = (self._mask[:, :width].cumsum(1) - 1).clamp_min_(0)
-        self._width = width
+            self._gate_uniforms = torch.from_numpy(uniform(row_seeds, counters, 1)).to(model.device)
+        self._eos_banned = None
+        if decoding.min_new_tokens > 0:
+            self._eos_banned = torch.from_numpy(counters < decoding.min_new_tokens).to(model.device)
+        self._cache_class = PackedCache if can_pack(model) else PaddedCache
+        self._autocast = Autocast(model, dtype)
         self._cache: Any = None
-        # Rows of the cache that are still being written, in the order of `rows`.
-        self._live = torch.arange(len(self.rows), device=model.device)
+        self._last: Any = None
 
     @torch.no_grad()
     def sample(self) -> Sample:
@@ -177,61 +173,58 @@ class Sampler:
             raise ValueError("Sampler.sample() needs a row to write, and all rows have left the batch")
         if self._step == self._steps:
             raise ValueError(f"Sampler.sample() was called more than max_new_tokens (here {self._steps}) times")
-        logits, hidden, self._cache = forward(
-            self.model,
-            lambda states: states[self._live, -1],
-            input_ids=self._inputs,
-            attention_mask=self._mask[:, : self._width],
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        with self._autocast:
+            if self._cache is None:
+                # Only now, because rows may leave before anything is read.
+                self._cache = self._cache_class(self.model, self._texts, self._steps)
+                hidden = self._cache.prefill()
+            else:
+                hidden = self._cache.step(self._last)
+            logits = head(self.model, hidden)
         logits, hidden = at_least_float32(logits), at_least_float32(hidden)
         values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
         normalizers = logits.logsumexp(-1)
         scores = logits[:, : self.vocab_size]
-        if self.decoding.min_new_tokens > 0:
-            scores[:, self.eos_token_id].masked_fill_(self._eos_banned[self.rows, self._step], -math.inf)
-        tokens = choose(scores, self._uniforms[self.rows, self._step], self.decoding)
+        if self._eos_banned is not None:
+            scores[:, self.eos_token_id].masked_fill_(self._eos_banned[:, self._step], -math.inf)
+        tokens = self._last = choose(scores, self._uniforms[:, self._step], self.decoding)
         log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - normalizers
-        read = tokens
-        if self.handoff_head is not None:
+        if self.handoff_head is not None and self._gate_uniforms is not None:
             gate = self.handoff_head(hidden).squeeze(-1)
             log_probs = log_probs + logsigmoid(-gate)
             if self.decoding.greedy:
                 handed = logsigmoid(gate) > log_probs
             else:
-                handed = self._gate_uniforms[self.rows, self._step] < gate.double().sigmoid()
+                handed = self._gate_uniforms[:, self._step] < gate.double().sigmoid()
             log_probs = torch.where(handed, logsigmoid(gate), log_probs)
             tokens = tokens.masked_fill(handed, scores.shape[1])
-
-        # What the next pass reads: only the new tokens. Rows of the cache that have left are fed an arbitrary one, at
-        # an arbitrary position, since their own may lie beyond the model's last.
-        positions = self._positions[self._live, -1] + 1
-        self._inputs, self._positions = torch.zeros(2, len(self._inputs), 1, dtype=torch.int64, device=tokens.device)
-        self._inputs[self._live, 0], self._positions[self._live, 0] = read, positions
         self._step += 1
-        self._width += 1
         return Sample(tokens, log_probs, values)
 
-    def keep(self, mask: Any) -> None:
-        """Let rows leave the batch.
+    def keep(self, mask: np.ndarray) -> None:
+        """Let rows leave the batch; the last rows that stay move into their places.
 
         Args:
             mask: (n,) bool, which of `rows` go on; the next `sample` continues these.
         """
-        mask = torch.as_tensor(mask, device=self.rows.device)
-        if mask.dtype != torch.bool or mask.shape != self.rows.shape:
-            raise ValueError(
-                f"mask must be bool of shape {tuple(self.rows.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
-        self.rows, self._live = self.rows[mask], self._live[mask]
-        if len(self._live) <= _COMPACT_BELOW * len(self._inputs):
-            if self._cache is not None:
-                self._cache.batch_select_indices(self._live)
-            self._inputs, self._positions = self._inputs[self._live], self._positions[self._live]
-            self._mask = self._mask[self._live]
-            self._live = torch.arange(len(self._live), device=self._live.device)
+        mask = np.asarray(mask)
+        if mask.dtype != np.bool_ or mask.shape != self.rows.shape:
+            raise ValueError(f"mask must be bool of shape {self.rows.shape}, got {mask.dtype} of shape {mask.shape}")
+        if mask.all():
+            return
+        count = np.count_nonzero(mask)
+        order, moved = np.arange(count), np.flatnonzero(~mask[:count])
+        order[moved] = count + np.flatnonzero(mask[count:])
+        self.rows = self.rows[order]
+        device_order = torch.from_numpy(order).to(self._uniforms.device)
+        self._uniforms = self._uniforms[device_order]
+        self._gate_uniforms = None if self._gate_uniforms is None else self._gate_uniforms[device_order]
+        self._eos_banned = None if self._eos_banned is None else self._eos_banned[device_order]
+        if self._cache is None:
+            self._texts = [self._texts[row] for row in order]
+        else:
+            self._last = self._last[device_order]
+            self._cache.keep(device_order, torch.from_numpy(moved).to(device_order.device))
 
 
 def generate(
@@ -246,6 +239,7 @@ def generate(
     max_new_tokens: int | Sequence[int] | np.ndarray,
     batch_size: int | None = None,
     vocab_size: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
     """Write every row to its end.
 
@@ -260,6 +254,7 @@ def generate(
         max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
         batch_size: Most rows a pass; rows of similar length go together. None: all.
         vocab_size: Token ids from here on are never chosen.
+        dtype: What products of matrices are computed in; None for the type of the weights.
 
     Returns:
         For each row the ids written now, EOS included where the text ended with it.
@@ -288,6 +283,7 @@ def generate(
             prefix_lengths=prefix[batch],
             max_new_tokens=horizon[batch],
             vocab_size=vocab_size,
+            dtype=dtype,
         )
         for row, text in zip(batch, write(sampler, remaining[batch], eos_token_id), strict=True):
             texts[row] = text
@@ -305,16 +301,15 @@ def write(sampler: Any, limits: np.ndarray, eos_token_id: int) -> list[list[int]
     Returns:
         For each of the N rows the ids written now, EOS included where the text ended with it.
     """
-    remaining = torch.from_numpy(limits).to(sampler.rows.device)
-    written = torch.full((len(limits), max(int(limits.max()), 0)), -1, device=sampler.rows.device)
+    written = np.full((len(limits), max(int(limits.max()), 0)), -1)
     step = 0
-    sampler.keep(remaining[sampler.rows] > 0)
+    sampler.keep(limits[sampler.rows] > 0)
     while len(sampler.rows):
-        tokens = sampler.sample().tokens
+        tokens = sampler.sample().tokens.cpu().numpy()
         written[sampler.rows, step] = tokens
         step += 1
-        sampler.keep((tokens != eos_token_id) & (remaining[sampler.rows] > step))
-    return [line[line >= 0].tolist() for line in written.cpu().numpy()]
+        sampler.keep((tokens != eos_token_id) & (limits[sampler.rows] > step))
+    return [line[line >= 0].tolist() for line in written]
 
 
 def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
@@ -372,33 +367,9 @@ def _inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1)
 
 
-def forward(model: PreTrainedModel, select: Callable[[Tensor], Tensor], **inputs: Any) -> tuple[Tensor, Tensor, Any]:
-    """Run a causal language model whose head sees only the hidden states that are needed.
-
-    The head is the model's own (some cap or scale their logits after the output embedding), which is why the states
-    are exchanged between the decoder and the head, and not multiplied by the output embedding here.
-
-    Args:
-        model: The model.
-        select: Takes the decoder's last hidden states (B, S, d), returns those needed, (n, d).
-        **inputs: The model's own arguments.
-
-    Returns:
-        Logits (n, V), the selected hidden states (n, d), and the cache.
-    """
-    selected: list[Tensor] = []
-
-    def exchange(_module: nn.Module, _args: Any, output: Any) -> Any:
-        selected.append(select(output.last_hidden_state))
-        output.last_hidden_state = selected[0][None]
-        return output
-
-    handle = model.get_decoder().register_forward_hook(exchange)
-    try:
-        output = model(**inputs)
-    finally:
-        handle.remove()
-    return output.logits[0], selected[0], output.past_key_values
+def on_host(array: Any) -> np.ndarray:
+    """An array or tensor as an array."""
+    return array.cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -442,6 +413,7 @@ def load_model(
             f"model {str(path)!r} must be a hub id or a folder of a causal language model with safetensors weights: "
             f"{error}"
         ) from error
+    fuse_activations(model)
     target = resolve_device(device)
     if target.type == "cpu":
         # Weights mapped from a file lie at odd addresses, where matrix products can round differently: a policy that

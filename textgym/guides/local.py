@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -41,6 +41,8 @@ class LocalGuide:
             0.92 inside the top 50 tokens.
         device: "auto" is CUDA where there is one, else CPU.
         batch_size: Most texts in one pass.
+        dtype: What products of matrices are computed in; "auto" is bfloat16 where the device computes fast in it, None
+            the type of the weights.
 
     Attributes:
         author: `Author.GUIDE`.
@@ -62,12 +64,14 @@ class LocalGuide:
         tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
         decoding: Decoding | None = None,
         device: str | torch.device = "auto",
-        batch_size: int = 64,
+        batch_size: int = 256,
+        dtype: torch.dtype | Literal["auto"] | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
         self.path = str(model) if isinstance(model, str | os.PathLike) else None
         self.tokenizer, self.decoding, self.device, self.batch_size = tokenizer, decoding, device, batch_size
+        self.dtype = dtype
         self._model: Any = None if self.path is not None else _frozen_copy(model, device)
         self._own_tokenizer: Any = None
         self._compared: tuple[Any, bool] = (None, False)
@@ -103,7 +107,7 @@ class LocalGuide:
     def fingerprint(self) -> str:
         """16 hex digits that change when a weight or the decoding does."""
         self._load()
-        return fingerprint_of(self._model, self.decoding)
+        return fingerprint_of(self._model, self.decoding, *([] if self.dtype is None else [self.dtype]))
 
     def _complete_ids(
         self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
@@ -156,6 +160,7 @@ class LocalGuide:
         own: PreTrainedTokenizerBase,
     ) -> list[list[int]]:
         from textgym.decoding import Decoding, generate
+        from textgym.packing import fast_dtype
 
         lengths = np.array([len(context) for context in contexts])
         mask = np.arange(lengths.max()) < lengths[:, None]
@@ -173,6 +178,7 @@ class LocalGuide:
             max_new_tokens=prefix_lengths + np.asarray(limits),
             batch_size=self.batch_size,
             vocab_size=len(own),
+            dtype=fast_dtype(self._model.device) if self.dtype == "auto" else self.dtype,
         )
 
     def _load(self) -> None:
@@ -225,6 +231,7 @@ def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
     from transformers import PreTrainedModel
 
     from textgym.decoding import resolve_device
+    from textgym.packing import fuse_activations
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
@@ -234,6 +241,7 @@ def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
     frozen: Any = copy.deepcopy(model)
     if device != "auto":
         frozen.to(resolve_device(device))
+    fuse_activations(frozen)
     return frozen.eval().requires_grad_(False)
 
 

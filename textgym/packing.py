@@ -1,0 +1,500 @@
+"""Causal language models over packed tokens: no padding, a prompt once for all its continuations, a static cache.
+
+Everything in a decoder but attention works on single tokens, so texts of any lengths are given to it as one row of
+tokens, one after another, and only attention sees which token belongs where. It enters transformers as an attention
+function of its own. Models that cannot be used that way are run as transformers runs them, on padded rows (`can_pack`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.pytorch_utils import Conv1D
+
+from textgym.data.sources import cache_dir
+
+ATTENTION = "textgym_packed"
+# Arguments of attention functions that change what attention computes and that this one does not know.
+_UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+class Layout(Protocol):
+    """Says which of the packed tokens attend to which."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            layer: Its index.
+            query: (tokens, heads, d).
+            key: (tokens, key heads, d).
+            value: (tokens, key heads, d).
+            scale: Factor of the scores; None for 1 / sqrt(d).
+            window: Tokens, itself counted, that a token attends to; None for all before it.
+
+        Returns:
+            (tokens, heads, d).
+        """
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    layout: Layout | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, with (1, heads, tokens, d) in and (1, tokens, heads, d) out."""
+    if layout is None or any(others.get(name) is not None for name in _UNKNOWN):
+        raise NotImplementedError(f"{type(module).__name__} attends in a way that packed tokens cannot")
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    layer: Any = module.layer_idx
+    # Each layout knows in which type its attention is fastest.
+    with torch.autocast(query.device.type, enabled=False):
+        return layout.attend(layer, query, key, value, scaling, sliding_window)[None], None
+
+
+# Opaque to torch.compile, which fuses what stands between one attention and the next.
+AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))
+
+
+def decode_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    """Run the decoder of a causal language model over packed tokens.
+
+    Args:
+        model: The model; `can_pack` holds for it.
+        input_ids: (tokens,) int64.
+        position_ids: (tokens,) int64, the position of each token in its own text.
+        layout: Which token attends to which.
+
+    Returns:
+        The last hidden states, (tokens, d).
+    """
+    config = model.config.get_text_config(decoder=True)
+    usual, config._attn_implementation = config._attn_implementation, ATTENTION
+    try:
+        output = model.get_decoder()(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
+        )
+    finally:
+        config._attn_implementation = usual
+    return output.last_hidden_state[0]
+
+
+class _Grid:
+    """Rows of texts of different lengths, to which packed tokens are spread and from which they are gathered.
+
+    Args:
+        lengths: (B,) int64, tokens of each row.
+        columns: Columns of the grid.
+        right: Whether texts stand at its right end; else at its left.
+    """
+
+    def __init__(self, lengths: Tensor, columns: int, right: bool = False) -> None:
+        positions = torch.arange(columns, device=lengths.device)
+        self.mask = positions >= columns - lengths[:, None] if right else positions < lengths[:, None]
+        self.where = self.mask.flatten().nonzero().squeeze(1)
+        self.full = len(self.where) == self.mask.numel()
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """(tokens, ...) to (B, columns, ...), zero where no token is."""
+        if not self.full:
+            packed = packed.new_zeros(self.mask.numel(), *packed.shape[1:]).index_copy(0, self.where, packed)
+        return packed.unflatten(0, self.mask.shape)
+
+    def gather(self, spread: Tensor) -> Tensor:
+        """(B, columns, ...) to (tokens, ...)."""
+        packed = spread.flatten(0, 1)
+        return packed if self.full else packed.index_select(0, self.where)
+
+
+class PackedTexts:
+    """Whole texts: contexts, which are different, and the continuations of them, after all contexts in the packing.
+
+    Args:
+        context_lengths: (G,) int64.
+        contexts: (B,) int64, the context that each continuation continues; None where there are only contexts.
+        lengths: (B,) int64, tokens of each continuation; zero is allowed.
+        cache: Where keys and values of contexts are kept.
+
+    Attributes:
+        context_grid: Places of the tokens of contexts.
+        grid: Places of the tokens of continuations, where there are any.
+    """
+
+    def __init__(
+        self,
+        context_lengths: Tensor,
+        contexts: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cache: PackedCache | None = None,
+    ) -> None:
+        self.context_grid = _Grid(context_lengths, int(context_lengths.max()))
+        self.contexts, self.cache = contexts, cache
+        if contexts is not None and lengths is not None:
+            self.grid = _Grid(lengths, int(lengths.max()))
+            width, new = self.context_grid.mask.shape[1], self.grid.mask.shape[1]
+            causal = torch.ones(new, new, dtype=torch.bool, device=lengths.device).tril()
+            seen = self.context_grid.mask[contexts][:, None].expand(-1, new, -1)
+            self._mask = torch.cat([seen, causal.expand(len(contexts), -1, -1)], 2)
+            offsets = context_lengths[contexts][:, None, None]
+            before, own = (torch.arange(count, device=lengths.device) for count in (width, new))
+            keys = torch.cat([before.expand(len(contexts), -1), offsets[:, 0] + own], 1)
+            self._distances = (offsets + own[:, None]) - keys[:, None]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """See `Layout.attend`."""
+        grid, dtype = self.context_grid, query.dtype
+        count = len(grid.where)
+        if self.cache is not None:
+            self.cache.fill(layer, key, value)
+        if query.device.type == "cpu":
+            # The processor's attention kernels are slower in half precision than in single.
+            query, key, value = (part.to(torch.promote_types(dtype, torch.float32)) for part in (query, key, value))
+        queries, keys, values = (grid.spread(part[:count]).transpose(1, 2) for part in (query, key, value))
+        mask = None
+        if window is not None and window < grid.mask.shape[1]:
+            ones = torch.ones(2 * (grid.mask.shape[1],), dtype=torch.bool, device=query.device)
+            mask = ones.tril().triu(1 - window)
+        result = grid.gather(_sdpa(queries, keys, values, mask, scale, causal=True).transpose(1, 2))
+        if self.contexts is not None:
+            own = [self.grid.spread(part[count:]).transpose(1, 2) for part in (query, key, value)]
+            keys = torch.cat([keys[self.contexts], own[1]], 2)
+            values = torch.cat([values[self.contexts], own[2]], 2)
+            mask = self._mask if window is None else self._mask & (self._distances < window)
+            branches = _sdpa(own[0], keys, values, mask[:, None], scale)
+            result = torch.cat([result, self.grid.gather(branches.transpose(1, 2))])
+        return result.to(dtype)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False
+) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
+    """Hidden states of texts after their first tokens, each token computed once and none that no state depends on.
+
+    Rows that agree up to the first state that is asked of them share these tokens.
+
+    Args:
+        model: A causal language model.
+        input_ids: (B, S) int64, texts that begin in the first column; what stands after a text is never read.
+        rows: (n,) int64, the text of each state.
+        lengths: (n,) int64 of at least 1, the tokens after which it is.
+
+    Returns:
+        (n, d), with gradients.
+    """
+    if not len(rows):
+        return model.get_input_embeddings()(input_ids[:0, 0])
+    count, width = len(input_ids), int(lengths.max())
+    input_ids = input_ids[:, :width]
+    end = torch.zeros(count, dtype=torch.int64, device=rows.device).scatter_reduce_(0, rows, lengths, "amax")
+    if not can_pack(model):
+        mask = (torch.arange(width, device=rows.device) < end[:, None]).long()
+        mask[:, 0] = 1  # a row of which nothing is asked must not attend to nothing
+        positions = torch.arange(width, device=rows.device).expand_as(mask)
+        output = model.get_decoder()(
+            input_ids=input_ids * mask, attention_mask=mask, position_ids=positions, use_cache=False
+        )
+        return output.last_hidden_state[rows, lengths - 1]
+
+    first = torch.full_like(end, width).scatter_reduce_(0, rows, lengths, "amin").minimum(end)
+    columns = torch.arange(int(first.max()), device=rows.device)
+    shared = input_ids[:, : len(columns)].masked_fill(columns >= first[:, None], -1)
+    contexts, of_row = shared.unique(dim=0, return_inverse=True)
+    if len(contexts) == count:
+        layout = PackedTexts(end)
+        ids = layout.context_grid.gather(input_ids)
+        positions = layout.context_grid.gather(torch.arange(width, device=rows.device).expand(count, -1))
+        starts = end.cumsum(0) - end
+        return decode_packed(model, ids, positions, layout)[starts[rows] + lengths - 1]
+
+    context_lengths = (contexts >= 0).sum(1)
+    layout = PackedTexts(context_lengths, of_row, end - first)
+    after = (first[:, None] + torch.arange(layout.grid.mask.shape[1], device=rows.device)).clamp_(max=width - 1)
+    ids = torch.cat([layout.context_grid.gather(contexts), layout.grid.gather(input_ids.gather(1, after))])
+    positions = torch.cat([layout.context_grid.gather(columns.expand_as(contexts)), layout.grid.gather(after)])
+    hidden = decode_packed(model, ids, positions, layout)
+    of_context = (context_lengths.cumsum(0) - context_lengths)[of_row] + context_lengths[of_row] - 1
+    starts = context_lengths.sum() + (end - first).cumsum(0) - (end - first)
+    own = lengths - first[rows]
+    return hidden[torch.where(own > 0, starts[rows] + own - 1, of_context[rows])]
+
+
+class PackedCache:
+    """Texts that are read and then continued, a token at a time, with keys and values in memory that is laid out once.
+
+    Args:
+        model: A causal language model for which `can_pack` holds.
+        texts: n arrays of token ids, none of them empty.
+        steps: Most tokens that will follow.
+    """
+
+    def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
+        self.model = model
+        lengths = np.array([len(text) for text in texts])
+        self._width, self._columns = int(lengths.max()), int(lengths.max()) + steps
+        self._texts: Any = texts
+        self._positions = torch.from_numpy(lengths).to(model.device)
+        self._bias: Tensor | None = None
+        if (lengths != self._width).any():
+            padding = self._width - self._positions[:, None]
+            self._bias = torch.zeros(len(texts), self._columns, device=model.device).masked_fill_(
+                torch.arange(self._columns, device=model.device) < padding, -math.inf
+            )
+        self._rows = len(texts)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def prefill(self) -> Tensor:
+        """Read the texts, each different one once; the states (n, d) after them."""
+        unique: dict[bytes, int] = {}
+        contexts = [unique.setdefault(text.tobytes(), len(unique)) for text in self._texts]
+        different = [self._texts[contexts.index(i)] for i in range(len(unique))]
+        device = self.model.device
+        lengths = torch.tensor([len(text) for text in different], device=device)
+        ids = torch.from_numpy(np.concatenate(different)).to(device)
+        positions = torch.from_numpy(np.concatenate([np.arange(len(text)) for text in different])).to(device)
+        self._contexts = None if len(unique) == len(contexts) else torch.tensor(contexts, device=device)
+        self._right = _Grid(lengths, self._width, right=True)
+        hidden = decode_packed(self.model, ids, positions, PackedTexts(lengths, cache=self))[lengths.cumsum(0) - 1]
+        del self._texts, self._right
+        return hidden if self._contexts is None else hidden[self._contexts]
+
+    def fill(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Take what a layer made of the texts: (tokens, heads, d)."""
+        buffers = []
+        for packed in (key, value):
+            texts = self._right.spread(packed)
+            buffer = packed.new_empty(self._rows, packed.shape[1], self._columns, packed.shape[2])
+            buffer[:, :, : self._width] = (texts if self._contexts is None else texts[self._contexts]).transpose(1, 2)
+            buffers.append(buffer)
+        self._layers[layer] = (buffers[0], buffers[1])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token (n,) of every text; the states (n, d) after it."""
+        hidden = decode_packed(self.model, tokens, self._positions, self)
+        self._width += 1
+        self._positions = self._positions + 1
+        return hidden
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """See `Layout.attend`; one token of every text."""
+        keys, values = self._layers[layer]
+        end = self._width + 1
+        keys[: self._rows, :, self._width], values[: self._rows, :, self._width] = key, value
+        keys, values = keys[: self._rows, :, :end], values[: self._rows, :, :end]
+        bias = None if self._bias is None else self._bias[:, :end]
+        if window is not None and window < end:
+            outside = torch.arange(end, device=query.device) < end - window
+            bias = query.new_zeros(self._rows, end, dtype=torch.float32) if bias is None else bias
+            bias = bias.masked_fill(outside, -math.inf)
+        # All query heads of a key head as so many queries of it.
+        queries = query.unflatten(1, (keys.shape[1], -1))
+        if bias is not None:
+            bias = bias.to(query.dtype)[:, None, None]
+        if query.device.type == "cpu" and query.dtype != torch.float32:
+            # With one query a row the processor's kernel for half precision is slower than the products alone.
+            scale = query.shape[2] ** -0.5 if scale is None else scale
+            scores = torch.bmm(keys.flatten(0, 1), queries.flatten(0, 1).mT).mT.unflatten(0, keys.shape[:2])
+            weights = (scores * scale if bias is None else scores * scale + bias).softmax(-1)
+            return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(query.shape)
+        return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).flatten(1, 2)
+
+    def keep(self, order: Tensor, moved: Tensor) -> None:
+        """Let texts leave.
+
+        Args:
+            order: (m,) int64, which of the n texts stay, in their new order.
+            moved: Places in `order` that are not what they were; only these are copied.
+        """
+        for layer in self._layers.values():
+            for buffer in layer:
+                buffer[moved, :, : self._width] = buffer[order[moved], :, : self._width]
+        self._rows = len(order)
+        self._positions = self._positions[order]
+        self._bias = None if self._bias is None else self._bias[order]
+
+
+class PaddedCache:
+    """What `PackedCache` does, as transformers does it: padded rows, and its cache, which grows."""
+
+    def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
+        self.model = model
+        lengths = np.array([len(text) for text in texts])
+        width = int(lengths.max())
+        ids = np.zeros((len(texts), width), np.int64)
+        mask = np.zeros((len(texts), width + steps), np.int64)
+        for row, text in enumerate(texts):
+            ids[row, width - len(text) :] = text
+            mask[row, width - len(text) :] = 1
+        self._ids, self._mask = torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device)
+        self._width, self._positions = width, torch.from_numpy(lengths).to(model.device)
+        self._cache: Any = None
+
+    def prefill(self) -> Tensor:
+        """Read the texts; the states (n, d) after them."""
+        return self._read(self._ids, (self._mask[:, : self._width].cumsum(1) - 1).clamp_(min=0))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token (n,) of every text; the states (n, d) after it."""
+        self._width += 1
+        self._positions = self._positions + 1
+        return self._read(tokens[:, None], self._positions[:, None] - 1)
+
+    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
+        output = self.model.get_decoder()(
+            input_ids=ids,
+            attention_mask=self._mask[:, : self._width],
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache = output.past_key_values
+        return output.last_hidden_state[:, -1]
+
+    def keep(self, order: Tensor, moved: Tensor) -> None:
+        """Let texts leave (see `PackedCache.keep`)."""
+        self._cache.batch_select_indices(order)
+        self._mask, self._positions = self._mask[order], self._positions[order]
+
+
+def head(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits (n, V) of hidden states (n, d).
+
+    The head is the model's own (some cap or scale their logits after the output embedding), so the model runs, with
+    the states in the place of what its decoder would return.
+    """
+    decoder = model.get_decoder()
+    usual = decoder.__dict__.get("forward")
+    decoder.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+    try:
+        ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        if usual is None:
+            del decoder.forward
+        else:
+            decoder.forward = usual
+
+
+_CAN_PACK: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether packed tokens give a model's own hidden states: it is tried, once, on two short texts."""
+    if model not in _CAN_PACK:
+        _CAN_PACK[model] = bool(getattr(model, "_supports_attention_backend", False)) and _packs(model)
+    return _CAN_PACK[model]
+
+
+@torch.no_grad()
+def _packs(model: PreTrainedModel) -> bool:
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.arange(10, device=model.device).view(2, 5) % len(embeddings.weight)
+    positions = torch.arange(5, device=model.device).expand_as(ids)
+    with autocast(model.device, None):
+        plain = model.get_decoder()(
+            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
+        ).last_hidden_state
+        try:
+            layout = PackedTexts(torch.tensor([5, 5], device=model.device))
+            packed = decode_packed(model, ids.flatten(), positions.flatten(), layout)
+        except (NotImplementedError, TypeError, AttributeError):
+            return False
+    difference = (packed - plain.flatten(0, 1)).abs().max()
+    return bool(difference <= 100 * torch.finfo(plain.dtype).eps * plain.abs().max())
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Replace GELUs that transformers writes out in eight elementwise steps by the one kernel of the same function."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile the decoder's layers, for any number of tokens; compiled code is kept on disk for the next process."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+    for module in model.get_decoder().modules():
+        if isinstance(module, GradientCheckpointingLayer) and module._compiled_call_impl is None:
+            module.compile(dynamic=True)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The type in which products of matrices are fastest on a device, of float32 and bfloat16."""
+    if device.type == "cuda":
+        half = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        half = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return torch.bfloat16 if half else torch.float32
+
+
+class Autocast:
+    """Autocast for a model that is run many times without being changed.
+
+    `torch.autocast` casts the weights in every run, which takes as long as a run over a hundred tokens does.
+
+    Args:
+        model: The model; its weights must not change.
+        dtype: What it computes in; None for the type of its weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        self._context = autocast(model.device, dtype)
+        self._weights: list[tuple[dict[str, Any], str, Tensor]] = []
+        for module in model.modules() if dtype is not None else ():
+            if isinstance(module, nn.Linear | Conv1D):
+                for name, weight in module._parameters.items():
+                    if weight is not None and weight.dtype == torch.float32:
+                        self._weights.append((module._parameters, name, weight.detach().to(dtype)))
+
+    def __enter__(self) -> None:
+        self._swap()
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+        self._swap()
+
+    def _swap(self) -> None:
+        self._weights = [
+            (parameters, name, _put(parameters, name, weight)) for parameters, name, weight in self._weights
+        ]
+
+
+def _put(parameters: dict[str, Any], name: str, weight: Tensor) -> Tensor:
+    usual, parameters[name] = parameters[name], weight
+    return usual
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Compute products of matrices in `dtype`; None for no change."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None and dtype != torch.float32)
