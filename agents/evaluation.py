@@ -362,4 +362,7 @@ def main(
 if __name__ == "__main__":
     import tyro
 
+    from textgym.process import keep_freed_memory
+
+    keep_freed_memory()
     tyro.cli(main)

@@ -148,4 +148,7 @@ def main(seeds: int = 5, iterations: int = 120, out: Path = Path("docs/combinati
 if __name__ == "__main__":
     import tyro
 
+    from textgym.process import keep_freed_memory
+
+    keep_freed_memory()
     tyro.cli(main)

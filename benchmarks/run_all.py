@@ -10,6 +10,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from datetime import datetime
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -23,6 +24,8 @@ def run_all(
     seeds: int = 1,
     source: str | None = None,
     base: str | None = None,
+    dtype: Literal["float32", "auto"] = "float32",
+    compile: bool = False,
     name: str | None = None,
     out: Path | None = None,
 ) -> int:
@@ -38,6 +41,9 @@ def run_all(
         seeds: Number of training seeds, 0 to seeds - 1.
         source: "mini", "hub" or a folder; by default the profile's.
         base: Hub id or folder of the start model; by default one is trained from scratch on each task's text.
+        dtype: What policies and guides compute products of matrices in: "float32", or "auto" for bfloat16 where the
+            machine is fast in it (weights, losses and optimiser stay in float32).
+        compile: Compile the policies with torch.compile.
         name: Results go to runs/NAME; by default the profile's name and the time.
         out: Results go to this folder instead.
 
@@ -62,7 +68,7 @@ def run_all(
 
     disable_progress_bar()  # one display is enough
     folder = out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    benchmark = Benchmark(chosen, source, base, folder)
+    benchmark = Benchmark(chosen, source, base, folder, dtype, compile)
     runs = [Run(task, algo, seed) for task in task_names for seed in range(seeds) for algo in row_names]
 
     columns = (
@@ -120,6 +126,9 @@ def _names(argument: str, given: str | None, allowed: list[str], default: list[s
 
 def main() -> None:
     """Read the command line; a wrong argument ends in one line, not in a traceback."""
+    from textgym.process import keep_freed_memory
+
+    keep_freed_memory()
     try:
         sys.exit(tyro.cli(run_all))
     except ValueError as error:

@@ -12,7 +12,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,13 +52,24 @@ class Benchmark:
         source: "mini", "hub" or a folder; None takes the profile's.
         base: Hub id or folder of the start model; None trains one from scratch on each task's text.
         out: The results folder. A run that finished there is not run again.
+        dtype: What policies and guides compute products of matrices in, "float32" or "auto".
+        compile: Whether policies are compiled.
 
     Raises:
         ValueError: A row of the profile names an algorithm that there is not, or `out` holds runs with another profile,
             source, base or hyperparameters.
     """
 
-    def __init__(self, profile: Profile, source: str | None, base: str | None, out: Path) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        source: str | None,
+        base: str | None,
+        out: Path,
+        dtype: Literal["float32", "auto"] = "float32",
+        compile: bool = False,
+    ) -> None:
+        self.dtype, self.compile = dtype, compile
         self.profile, self.source, self.base, self.out = profile, source or profile.source, base, out
         self._warm_starts: dict[str, WarmStart] = {}
         for name, row in ((name, row) for task in profile.tasks.values() for name, row in task.rows.items()):
@@ -70,10 +81,10 @@ class Benchmark:
             self.finished.add(run)
             if run.task in profile.tasks and run.algo in profile.rows:
                 for key, value in self.settings(run).items():
-                    if record[key] != value:
+                    if record.get(key) != value:
                         raise ValueError(
                             f"out must be a new folder, or one with runs of the same settings: in {out}, {run} has "
-                            f"{key} {record[key]!r}, now it is {value!r}"
+                            f"{key} {record.get(key)!r}, now it is {value!r}"
                         )
 
     def settings(self, run: Run) -> dict[str, Any]:
@@ -95,6 +106,8 @@ class Benchmark:
             "profile": self.profile.name,
             "source": self.source,
             "base": self.base,
+            "dtype": self.dtype,
+            "compile": self.compile,
             "hyperparameters": hyperparameters,
         }
         return json.loads(json.dumps(settings))  # as it will be read: tuples become lists
@@ -150,14 +163,10 @@ class Benchmark:
         training_seed, evaluation_seed = spread(run.seed)
         decoding = Decoding(**task.decoding)
         algorithm = self.train(run, start, training_seed, report)
-        policy = (
-            CausalLMPolicy.from_pretrained(start.supervised, decoding=decoding)
-            if algorithm is None
-            else algorithm.policy
-        )
+        policy = self.policy(start.supervised, decoding) if algorithm is None else algorithm.policy
 
         # Everyone writes alone, but for a policy that has learned when to ask the guide.
-        env = guided_env(task, row, start) if policy.can_hand_off else task.env
+        env = self.guided_env(task, row, start) if policy.can_hand_off else task.env
 
         def judge(policy: Policy) -> EvaluationResult:
             return evaluate(
@@ -176,7 +185,7 @@ class Benchmark:
         report("evaluation", 0)
         result = judge(policy)
         best = self.folder(run) / "best"
-        best_reward = judge(CausalLMPolicy.from_pretrained(best)).reward if best.is_dir() else result.reward
+        best_reward = judge(self.policy(best, decoding)).reward if best.is_dir() else result.reward
         history = start.history if algorithm is None else algorithm.history
         return {
             **run._asdict(),
@@ -217,6 +226,17 @@ class Benchmark:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
+    def policy(self, path: Path, decoding: Decoding, **arguments: Any) -> CausalLMPolicy:
+        """Load a policy to compute as the runs do."""
+        dtype: Any = torch.float32 if self.dtype == "float32" else "auto"
+        return CausalLMPolicy.from_pretrained(path, decoding=decoding, dtype=dtype, compile=self.compile, **arguments)
+
+    def guided_env(self, task: TaskProfile, row: Row, start: WarmStart) -> dict[str, Any]:
+        """Arguments of the environment that a row learns in; the guide is the supervised policy, frozen."""
+        dtype: Any = None if self.dtype == "float32" else "auto"
+        guide = LocalGuide(str(start.supervised), decoding=Decoding(**task.guide_decoding), dtype=dtype)
+        return {"guide": guide, **task.env, **row.env}
+
     def warm_start(self, task: str, report: Report) -> WarmStart:
         """The models of a task, made once."""
         if task not in self._warm_starts:
@@ -234,10 +254,10 @@ class Benchmark:
             num_envs=task.rl["episodes_per_iteration"],
             source=self.source,
             tokenizer=start.supervised,
-            **guided_env(task, row, start),
+            **self.guided_env(task, row, start),
         )
         algorithm: Algorithm = ALGORITHMS[row.algorithm](
-            CausalLMPolicy.from_pretrained(start.supervised, decoding=Decoding(**task.decoding), **row.policy),
+            self.policy(start.supervised, Decoding(**task.decoding), **row.policy),
             env,
             seed=seed,
             output_dir=self.folder(run),
@@ -260,12 +280,6 @@ def spread(seed: int) -> tuple[int, int]:
     """
     training, evaluation = np.random.SeedSequence(seed).generate_state(2)
     return int(training), int(evaluation)
-
-
-def guided_env(task: TaskProfile, row: Row, start: WarmStart) -> dict[str, Any]:
-    """Arguments of the environment that a row learns in; the guide is the supervised policy, frozen."""
-    guide = LocalGuide(str(start.supervised), decoding=Decoding(**task.guide_decoding))
-    return {"guide": guide, **task.env, **row.env}
 
 
 def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from textgym.packing import Autocast, PackedCache, PaddedCache, can_pack, fuse_activations, head
@@ -19,6 +19,8 @@ from textgym.seeding import uniform
 
 # A nucleus is looked for among this many most probable tokens; all are ranked only for rows where it is wider.
 _NUCLEUS_GUESS = 256
+# Tokens of a block in which the token that a uniform number means is looked for.
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -357,14 +359,24 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
 
 def _inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:
     """Return for each row the first index whose cumulative probability exceeds the uniform number; (n,) int64."""
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    # Float64, because in float32 the sum over a large vocabulary swallows its rare tokens.
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    # Strictly below the total, and searched from the right: a token without probability adds nothing to the sum, so
-    # it is never the first to exceed the threshold.
-    thresholds = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1)
+    shifted = scores - scores.amax(-1, keepdim=True)
+    # First the block, then the token in it: running sums are in float64, because in float32 the sum over a large
+    # vocabulary swallows its rare tokens, and over the whole vocabulary they would take longer than all else here.
+    blocks = pad(shifted, (0, -scores.shape[1] % _BLOCK), value=-math.inf).exp_().unflatten(1, (-1, _BLOCK))
+    cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    block, rest = _first_above(cumulative, uniforms[:, None] * cumulative[:, -1:])
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    return (block * _BLOCK + _first_above(inside, rest)[0]).squeeze(1)
+
+
+def _first_above(cumulative: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index of each row whose running sum exceeds a threshold, and how far the threshold goes into it."""
+    # Strictly below the total, and searched from the right: what has no probability adds nothing to the sum, so it is
+    # never the first to exceed the threshold.
+    total = cumulative[:, -1:]
+    thresholds = torch.minimum(thresholds, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, thresholds, right=True)
+    return index, thresholds - pad(cumulative, (1, 0)).gather(1, index)
 
 
 def on_host(array: Any) -> np.ndarray:
