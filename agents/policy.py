@@ -316,7 +316,7 @@ class CausalLMPolicy(Policy):
         device: str | torch.device = "auto",
         dtype: torch.dtype | Literal["auto"] | None = None,
         handoff_prob: float | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
         **arguments: Any,
     ) -> CausalLMPolicy:
         """Load a language model, and heads and decoding where they lie beside it.
@@ -326,11 +326,11 @@ class CausalLMPolicy(Policy):
             tokenizer: The tokenizer or where to find it; None: beside the model.
             decoding: None: the one saved with the policy, else plain sampling.
             device: "auto" is CUDA where there is one, else CPU.
-            dtype: Type of the model's weights (None: as saved with the policy, else float32). The heads have it too,
-                or float32 where it is a half precision. "auto" is float32 for the weights, and the fastest type of the
-                device for products of matrices (``autocast="auto"``).
+            dtype: Type of the model's weights, in which it also computes; the heads have it too, or float32 where it is
+                a half precision. "auto" is float32 for the weights, with ``autocast="auto"``. None: weights and
+                autocast as saved with the policy, else float32.
             handoff_prob: Gives a policy that was saved without one the hand-off, with this probability to begin with.
-            compile: Whether to compile the model's layers.
+            compile: Whether to compile the model's layers; None: as saved with the policy, else not.
             **arguments: None are allowed; they are a subclass's.
 
         Raises:
@@ -351,7 +351,10 @@ class CausalLMPolicy(Policy):
         saved = {} if file is None else load_file(file, device=str(model.device))
         if "handoff.weight" in saved and handoff_prob is None:
             handoff_prob = 0.5  # of no consequence: the head is read below
-        policy = cls(model, tokenizer, decoding, handoff_prob, "auto" if dtype == "auto" else None, compile)
+        autocast: Any = settings.get("autocast") if dtype is None else "auto" if dtype == "auto" else None
+        autocast = getattr(torch, autocast) if autocast not in (None, "auto") else autocast
+        compile = settings.get("compile", False) if compile is None else compile
+        policy = cls(model, tokenizer, decoding, handoff_prob, autocast, compile)
         if saved:
             policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
         return policy
@@ -362,7 +365,12 @@ class CausalLMPolicy(Policy):
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             save_file(self.heads.state_dict(), new / HEADS_FILE)
-            settings = {"decoding": asdict(self.decoding), "dtype": str(self.model.dtype).removeprefix("torch.")}
+            settings = {
+                "decoding": asdict(self.decoding),
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
+                "compile": self.compiled,
+            }
             (new / POLICY_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def sampler(

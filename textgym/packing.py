@@ -7,6 +7,7 @@ function of its own. Models that cannot be used that way are run as transformers
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,6 +29,9 @@ from textgym.data.sources import cache_dir
 ATTENTION = "textgym_packed"
 # Arguments of attention functions that change what attention computes and that this one does not know.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+# The last layer runs in two parts if the wanted states are of at most this share of the tokens.
+_SKIP_BELOW = 0.8
 
 
 class Layout(Protocol):
@@ -75,7 +80,9 @@ def _attention(
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))
 
 
-def decode_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+def decode_packed(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout, wanted: Tensor | None = None
+) -> Tensor:
     """Run the decoder of a causal language model over packed tokens.
 
     Args:
@@ -83,19 +90,94 @@ def decode_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
         input_ids: (tokens,) int64.
         position_ids: (tokens,) int64, the position of each token in its own text.
         layout: Which token attends to which.
+        wanted: (n,) int64, the tokens whose states are wanted; None for all, in order. Of the others the last layer
+            computes no more than keys and values.
 
     Returns:
-        The last hidden states, (tokens, d).
+        The last hidden states, (n, d).
     """
     config = model.config.get_text_config(decoder=True)
     usual, config._attn_implementation = config._attn_implementation, ATTENTION
+    hooks = []
+    if wanted is not None:
+        different = wanted.unique()
+        if len(different) < _SKIP_BELOW * len(input_ids):
+            last, skip = _layers(model)[-1], _OnlyWanted(different, len(input_ids))
+            hooks.append(last.register_forward_pre_hook(skip.before, with_kwargs=True))
+            hooks.append(last.register_forward_hook(skip.after))
     try:
         output = model.get_decoder()(
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
         )
     finally:
         config._attn_implementation = usual
-    return output.last_hidden_state[0]
+        for hook in hooks:
+            hook.remove()
+    return output.last_hidden_state[0] if wanted is None else output.last_hidden_state[0, wanted]
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+class _KeysAndValuesKnown(Exception):
+    """Thrown out of a layer whose further results nobody would read."""
+
+
+class _OnlyWanted:
+    """Around a decoder's last layer: leave only the tokens whose states are wanted, and put zeros for the others.
+
+    The layer runs twice: over the other tokens until their keys and values are known, then over those wanted.
+
+    Args:
+        wanted: (n,) int64, in ascending order.
+        count: Tokens in all.
+    """
+
+    def __init__(self, wanted: Tensor, count: int) -> None:
+        self.wanted, self.count = wanted, count
+        others = torch.ones(count, dtype=torch.bool, device=wanted.device).index_fill_(0, wanted, False)
+        self.others = others.nonzero().squeeze(1)
+        self._known: tuple[Tensor, Tensor] | None = None
+
+    @torch.compiler.disable
+    def before(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the layer over the other tokens; what it is to be given for those wanted."""
+
+        def part(tokens: Tensor) -> Any:
+            def cut(value: Any) -> Any:
+                of_tokens = isinstance(value, Tensor) and value.shape[:2] == (1, self.count)
+                return value[:, tokens] if of_tokens else value
+
+            return tree_map(cut, (args, {**kwargs, "layout": self}))
+
+        self.layout = kwargs["layout"]
+        other_args, other_kwargs = part(self.others)
+        with contextlib.suppress(_KeysAndValuesKnown):
+            layer.forward(*other_args, **other_kwargs)
+        return part(self.wanted)
+
+    @torch.compiler.disable
+    def after(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Put what the layer made of the tokens wanted into their places."""
+        states = output[0] if isinstance(output, tuple) else output
+        states = states.new_zeros(1, self.count, states.shape[2]).index_copy(1, self.wanted, states)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """See `Layout.attend`; first of the other tokens, then of those wanted."""
+        if self._known is None:
+            self._known = key, value
+            raise _KeysAndValuesKnown
+        places = torch.cat([self.others, self.wanted])
+        key, value = (
+            known.new_empty(self.count, *known.shape[1:]).index_copy(0, places, torch.cat([known, own]))
+            for known, own in zip(self._known, (key, value), strict=True)
+        )
+        query = query.new_zeros(self.count, *query.shape[1:]).index_copy(0, self.wanted, query)
+        return self.layout.attend(layer, query, key, value, scale, window)[self.wanted]
 
 
 class _Grid:
@@ -232,18 +314,18 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
         ids = layout.context_grid.gather(input_ids)
         positions = layout.context_grid.gather(torch.arange(width, device=rows.device).expand(count, -1))
         starts = end.cumsum(0) - end
-        return decode_packed(model, ids, positions, layout)[starts[rows] + lengths - 1]
+        return decode_packed(model, ids, positions, layout, starts[rows] + lengths - 1)
 
     context_lengths = (contexts >= 0).sum(1)
     layout = PackedTexts(context_lengths, of_row, end - first)
     after = (first[:, None] + torch.arange(layout.grid.mask.shape[1], device=rows.device)).clamp_(max=width - 1)
     ids = torch.cat([layout.context_grid.gather(contexts), layout.grid.gather(input_ids.gather(1, after))])
     positions = torch.cat([layout.context_grid.gather(columns.expand_as(contexts)), layout.grid.gather(after)])
-    hidden = decode_packed(model, ids, positions, layout)
     of_context = (context_lengths.cumsum(0) - context_lengths)[of_row] + context_lengths[of_row] - 1
     starts = context_lengths.sum() + (end - first).cumsum(0) - (end - first)
     own = lengths - first[rows]
-    return hidden[torch.where(own > 0, starts[rows] + own - 1, of_context[rows])]
+    wanted = torch.where(own > 0, starts[rows] + own - 1, of_context[rows])
+    return decode_packed(model, ids, positions, layout, wanted)
 
 
 class PackedCache:
@@ -281,7 +363,8 @@ class PackedCache:
         positions = torch.from_numpy(np.concatenate([np.arange(len(text)) for text in different])).to(device)
         self._contexts = None if len(unique) == len(contexts) else torch.tensor(contexts, device=device)
         self._right = _Grid(lengths, self._width, right=True)
-        hidden = decode_packed(self.model, ids, positions, PackedTexts(lengths, cache=self))[lengths.cumsum(0) - 1]
+        layout = PackedTexts(lengths, cache=self)
+        hidden = decode_packed(self.model, ids, positions, layout, lengths.cumsum(0) - 1)
         del self._texts, self._right
         return hidden if self._contexts is None else hidden[self._contexts]
 
@@ -426,9 +509,11 @@ def _packs(model: PreTrainedModel) -> bool:
         try:
             layout = PackedTexts(torch.tensor([5, 5], device=model.device))
             packed = decode_packed(model, ids.flatten(), positions.flatten(), layout)
-        except (NotImplementedError, TypeError, AttributeError):
+            ends = torch.tensor([4, 9], device=model.device)
+            last = decode_packed(model, ids.flatten(), positions.flatten(), layout, ends)
+        except (NotImplementedError, TypeError, AttributeError, IndexError):
             return False
-    difference = (packed - plain.flatten(0, 1)).abs().max()
+    difference = max((packed - plain.flatten(0, 1)).abs().max(), (last - plain[:, -1]).abs().max())
     return bool(difference <= 100 * torch.finfo(plain.dtype).eps * plain.abs().max())
 
 
@@ -443,9 +528,9 @@ def fuse_activations(model: nn.Module) -> None:
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile the decoder's layers, for any number of tokens; compiled code is kept on disk for the next process."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
-    for module in model.get_decoder().modules():
-        if isinstance(module, GradientCheckpointingLayer) and module._compiled_call_impl is None:
-            module.compile(dynamic=True)
+    for layer in _layers(model):
+        if layer._compiled_call_impl is None:
+            layer.compile(dynamic=True)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
