@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from agents import D2LOLS, GRPO, LOLS, PPO, RLOO, AggreVaTeD, PPOPlusPlus, Tabul
 from agents.algorithm import Algorithm
 from agents.evaluation import make_env
 from agents.policy import Policy
+from benchmarks.plots import figure, save
 from textgym.tasks.lock import CombinationLock
 
 ROWS = 256
@@ -99,13 +99,8 @@ def draw(curves: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     Raises:
         ImportError: Matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "textgym[plots]"') from error
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(curves), sharey=True)
+    picture = figure(11, 4.2)
+    axes = picture.subplots(1, len(curves), sharey=True)
     for axis, (title, lines) in zip(axes, curves.items(), strict=True):
         for number, (label, rewards) in enumerate(lines.items()):
             episodes = ROWS * np.arange(1, rewards.shape[1] + 1)
@@ -115,11 +110,8 @@ def draw(curves: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("expected reward, exact")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    save(picture, path)
 
 
 def main(seeds: int = 5, iterations: int = 120, out: Path = Path("docs/combination_lock.png")) -> None:

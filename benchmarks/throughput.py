@@ -9,13 +9,20 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import contextlib
+import functools
+import itertools
 import json
 import os
+import shlex
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -31,9 +38,9 @@ class Contest(NamedTuple):
 
     Attributes:
         name: Of the figure.
-        unit: "s" for the time of one run; anything else is work a second.
+        unit: "s" for the time of one run, "MiB" for what a run returns; anything else is work a second.
         ours: Does some work and returns how much.
-        reference: The same for the reference; seconds that were measured elsewhere; or None.
+        reference: The same for the reference, or None.
         reference_name: What the reference is.
         settings: Type of the arithmetic, trunk and group size, where they matter.
     """
@@ -41,7 +48,7 @@ class Contest(NamedTuple):
     name: str
     unit: str
     ours: Callable[[], float]
-    reference: Callable[[], float] | list[float] | None
+    reference: Callable[[], float] | None
     reference_name: str
     settings: str = ""
 
@@ -50,10 +57,10 @@ def run(contest: Contest, rounds: int) -> dict[str, Any]:
     """Measure in turns, after one run of each that does not count; medians.
 
     Returns:
-        "name", "value", "unit", "reference", "reference_value", "ratio" (how many times as fast as the reference), and
+        "name", "value", "unit", "reference", "reference_value", "ratio" (above 1 where ours is faster or smaller), and
         "settings".
     """
-    functions = [contest.ours, *([contest.reference] if callable(contest.reference) else [])]
+    functions = [function for function in (contest.ours, contest.reference) if function is not None]
     for function in functions:
         function()
     figures: list[list[float]] = [[] for _ in functions]
@@ -62,11 +69,11 @@ def run(contest: Contest, rounds: int) -> dict[str, Any]:
             started = time.perf_counter()
             work = function()
             seconds = time.perf_counter() - started
-            values.append(seconds if contest.unit == "s" else work / seconds)
-    value = median(figures[0])
-    measured = contest.reference if isinstance(contest.reference, list) else figures[-1]
-    reference = None if contest.reference is None else median(measured)
-    ratio = None if reference is None else reference / value if contest.unit == "s" else value / reference
+            values.append({"s": seconds, "MiB": work}.get(contest.unit, work / seconds))
+    value, reference = median(figures[0]), None if contest.reference is None else median(figures[1])
+    ratio = None if reference is None else value / reference
+    if ratio is not None and contest.unit in ("s", "MiB"):
+        ratio = 1 / ratio
     return {
         "name": contest.name,
         "value": value,
@@ -119,41 +126,25 @@ def environments() -> Iterator[Contest]:
 
 def sampling() -> Iterator[Contest]:
     """Tokens of new text, with log-probabilities and values, beside `generate`, which gives neither."""
-    import numpy as np
     import torch
 
-    from benchmarks.workload import EOS, EPISODES, NEW, PROMPT, generate, language_model, policy, prompts
+    from benchmarks.workload import NEW, PROMPT, generate, language_model, policy, sample, texts, written
 
-    ids = prompts()
-    tensor = torch.from_numpy(ids)
+    ids = texts()
+    seeds = itertools.count()
 
     def ours(best: bool, stops: bool) -> Callable[[], float]:
         writer = policy(best, stops)
-        seeds = np.random.default_rng(0)
-
-        def sample() -> float:
-            observation = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-            row_seeds = seeds.integers(2**63, size=EPISODES)
-            sampler = writer.sampler(observation, seeds=row_seeds, max_new_tokens=NEW)
-            written, lengths = 0, np.zeros(EPISODES, int)
-            while len(sampler.rows):
-                tokens = sampler.sample().tokens.cpu().numpy()
-                lengths[sampler.rows] += 1
-                written += len(tokens)
-                sampler.keep((tokens != EOS) & (lengths[sampler.rows] < NEW))
-            return float(written)
-
-        return sample
+        return lambda: sample(writer, ids, NEW, next(seeds))
 
     def theirs(stops: bool, dtype: torch.dtype = torch.float32) -> Callable[[], float]:
         model = language_model(stops)
 
-        def sample() -> float:
+        def write() -> float:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                new = generate(model, tensor, stops)[:, PROMPT:]
-            return float(((new == EOS).cumsum(1) - (new == EOS).long() == 0).sum())
+                return written(generate(model, torch.from_numpy(ids), stops)[:, PROMPT:])
 
-        return sample
+        return write
 
     for name, stops in (("sample_full", False), ("sample_early_stop", True)):
         yield Contest(name, "tokens/s", ours(False, stops), theirs(stops), "generate float32", "float32")
@@ -219,7 +210,7 @@ def updates() -> Iterator[Contest]:
     """One epoch of PPO's gradient steps, in tokens of whole texts, prompts included."""
     import torch
 
-    from benchmarks.workload import EPISODES, NEW, PROMPT, PlainTrainer
+    from benchmarks.workload import EPISODES, NEW, PROMPT, PlainTrainer, texts
 
     def ours(best: bool) -> Callable[[], float]:
         agent = trainer("ppo", best)
@@ -234,12 +225,12 @@ def updates() -> Iterator[Contest]:
         return update
 
     plain = PlainTrainer()
-    texts = torch.cat([plain.ids, plain.ids[:, :NEW]], 1)
+    ids = torch.from_numpy(texts(new=NEW))
     with torch.no_grad():
-        log_probs, _, values = plain.judge(plain.model, texts)
+        log_probs, _, values = plain.judge(plain.model, ids)
 
     def theirs() -> float:
-        plain.update(texts, log_probs, log_probs, values, 1)
+        plain.update(ids, log_probs, log_probs, values, 1)
         return float(EPISODES * (PROMPT + NEW))
 
     name = "full logits, padded passes, AdamW, float32"
@@ -252,18 +243,6 @@ def iterations(peers: bool, rounds: int) -> Iterator[Contest]:
     from benchmarks.workload import GROUP, PlainTrainer
 
     for algorithm, group in (("ppo", 1), ("grpo", GROUP)):
-        if peers:
-            reference: Any = trl(algorithm, rounds)
-            version = f"TRL {PEERS[algorithm]} float32"
-            reference_name = f"{version}, separate critic" if algorithm == "ppo" else version
-        else:
-            plain = PlainTrainer(group)
-
-            def reference(plain: PlainTrainer = plain) -> float:
-                plain.iterate()
-                return 1.0
-
-            reference_name = "plain loop float32" + (", shared trunk" if algorithm == "ppo" else "")
         trunk = "shared trunk" if algorithm == "ppo" else f"groups of {group}"
         variants = {
             "": (trainer(algorithm), f"float32, {trunk}"),
@@ -273,7 +252,14 @@ def iterations(peers: bool, rounds: int) -> Iterator[Contest]:
             variants["_separate_critic"] = (trainer("ppo", critic="separate"), "float32, separate critic")
         for suffix, (agent, settings) in variants.items():
             name = f"iteration_{algorithm}{suffix}"
-            yield Contest(name, "s", iteration(agent), reference, reference_name, settings)
+            if peers:
+                reference_name = f"TRL {PEERS[algorithm]} float32" + (", separate critic" if algorithm == "ppo" else "")
+                with trl(algorithm, rounds + 1) as reference:
+                    yield Contest(name, "s", iteration(agent), reference, reference_name, settings)
+            else:
+                reference_name = "plain loop float32" + (", shared trunk" if algorithm == "ppo" else "")
+                plain = PlainTrainer(group).iterate
+                yield Contest(name, "s", iteration(agent), plain, reference_name, settings)
 
     for name, algorithm in (("plus_plus", "ppo++"), ("aggrevated", "aggrevated")):
         agent, ppo = iteration(trainer(algorithm)), iteration(trainer("ppo"))
@@ -281,8 +267,16 @@ def iterations(peers: bool, rounds: int) -> Iterator[Contest]:
         yield Contest(full_name, "s", agent, ppo, "iteration_ppo", "float32, shared trunk, guide of the same size")
 
 
-def trl(algorithm: str, rounds: int) -> list[float]:
-    """Seconds of TRL's iterations, in an environment of its own that is made here, with our threads and allocator."""
+@contextlib.contextmanager
+def trl(algorithm: str, iterations: int) -> Iterator[Callable[[], float]]:
+    """TRL's trainer in an environment of its own, which is made here, with our threads and allocator.
+
+    Yields:
+        A function that lets it do its next iteration. It waits where it is not called.
+
+    Raises:
+        RuntimeError: It ended early.
+    """
     import torch
 
     from benchmarks import workload
@@ -299,17 +293,66 @@ def trl(algorithm: str, rounds: int) -> list[float]:
     shared: dict[str, Any] = {name: getattr(workload, name.upper()) for name in names}
     shared |= {"epochs": workload.EPOCHS, "size": workload.SIZE}
     # -P, because beside the script stands our statistics, which would hide the standard library's.
-    command: list[Any] = [
-        python,
-        "-P",
-        Path(__file__).with_name("trl_peer.py"),
-        algorithm,
-        str(rounds),
-        json.dumps(shared),
-    ]
+    script = Path(__file__).with_name("trl_peer.py")
+    command: list[Any] = [python, "-P", script, algorithm, str(iterations), json.dumps(shared)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **threads}).stdout
-    return json.loads(output.splitlines()[-1])
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **threads}
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        go, done = process.stdin, process.stdout
+
+        def iterate() -> float:
+            with contextlib.suppress(BrokenPipeError):
+                go.write("\n")
+                go.flush()
+            if not done.readline():
+                log.seek(0)
+                raise RuntimeError(f"TRL {version} ended early:\n{log.read()[-2000:]}")
+            return 1.0
+
+        try:
+            yield iterate
+        finally:
+            process.kill()
+
+
+def memory() -> Iterator[Contest]:
+    """Memory of a gradient step, beside the plain one's."""
+
+    def peak(ours: bool, vocabulary: int) -> Callable[[], float]:
+        def measure() -> float:
+            # A process of its own: memory that was once used counts for ever.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+                return processes.submit(step_memory, ours, vocabulary).result()
+
+        return measure
+
+    for name, vocabulary in (("peak_memory", 4096), ("peak_memory_50k", 50257)):
+        settings = f"float32, a gradient step on a minibatch of W, vocabulary {vocabulary}, beyond the weights"
+        yield Contest(name, "MiB", peak(True, vocabulary), peak(False, vocabulary), "full logits", settings)
+
+
+def step_memory(ours: bool, vocabulary: int) -> float:
+    """MiB that a gradient step takes at most, gradients and Adam's moments included, weights not."""
+    from benchmarks.workload import gradient_step, plain_gradient_step
+
+    size: dict[str, Any] = {"vocab_size": vocabulary}
+    step = gradient_step(False, **size) if ours else plain_gradient_step(**size)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held now
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    """MiB that this process holds (VmRSS) or has held at most (VmHWM); Linux knows."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
 
 
 def utilisation() -> Iterator[Contest]:
@@ -346,6 +389,48 @@ def utilisation() -> Iterator[Contest]:
     yield scaled(samples["sample_full_best"], "mfu_sample_best", flop, best_dtype())
 
 
+def processes() -> Iterator[Contest]:
+    """What settings of the process do for a gradient step: our commands' allocator, and torch's threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    pool = functools.partial(ProcessPoolExecutor, 1, get_context("spawn"), _prepare)
+    settings = "float32, gradient steps on a minibatch of W"
+    with pool((True, threads)) as ours, pool((False, threads)) as usual, pool((True, 1)) as single:
+        for name, other, reference, more in (
+            ("allocator", usual, "glibc as it comes", ""),
+            ("threads", single, "one thread", f", {threads} threads"),
+        ):
+            steps, others = (functools.partial(_steps_in, process) for process in (ours, other))
+            yield Contest(f"process_{name}", "tokens/s", steps, others, reference, settings + more)
+
+
+def _prepare(keep: bool, threads: int) -> None:
+    import torch
+
+    from textgym.process import keep_freed_memory
+
+    torch.set_num_threads(threads)
+    if keep:
+        keep_freed_memory()
+
+
+def _steps_in(process: ProcessPoolExecutor) -> float:
+    return process.submit(take_steps).result()
+
+
+def take_steps() -> float:
+    """Take gradient steps of a policy that this process keeps; how many tokens they read."""
+    return sum(_step()() for _ in range(5))
+
+
+@functools.cache
+def _step() -> Callable[[], float]:
+    from benchmarks.workload import gradient_step
+
+    return gradient_step(False)
+
+
 def starting() -> Iterator[Contest]:
     """Interpreter, import and `gym.make`, in a process of its own."""
 
@@ -358,16 +443,21 @@ def starting() -> Iterator[Contest]:
 
 
 def throughput(
-    only: str | None = None, peers: bool = False, rounds: int = 3, json_file: Path | None = None
+    only: str | None = None,
+    peers: bool = False,
+    rounds: int = 3,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    page: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measure, and print a table.
 
     Args:
         only: Names of figures, or their beginnings, separated by commas; by default all.
         peers: Measure iterations beside TRL's trainers, each in a virtual environment that is made in the cache,
-            instead of a plain loop. They run in processes of their own, before ours.
+            instead of a plain loop.
         rounds: Runs of each, after one that does not count; the median is taken.
-        json_file: Where the figures go.
+        json_file: Where the figures go, as JSON.
+        page: Where the table goes, as Markdown.
 
     Returns:
         The figures.
@@ -384,9 +474,11 @@ def throughput(
         ("update",): updates,
         ("iteration",): lambda: iterations(peers, rounds),
         ("mfu",): utilisation,
+        ("peak_memory",): memory,
+        ("process",): processes,
         ("cold_start",): starting,
     }
-    console, figures = Console(), []
+    console, figures = Console(width=None if sys.stdout.isatty() else 200), []
     for names, kind in kinds.items():
         if any(name.startswith(want) or want.startswith(name) for name in names for want in wanted):
             for contest in kind():
@@ -395,24 +487,70 @@ def throughput(
                         figures.append(run(contest, rounds))
     if not figures:
         raise ValueError(f"only must name some of the figures, got {only!r}")
-    table = Table("name", "value", "unit", "times the reference", "reference", "its value", "settings")
-    for figure in figures:
-        ratio, value = figure["ratio"], figure["reference_value"]
-        table.add_row(
-            figure["name"],
-            f"{figure['value']:,.4g}",
-            figure["unit"],
-            "" if ratio is None else f"{ratio:.2f}",
-            figure["reference"],
-            "" if value is None else f"{value:,.4g}",
-            figure["settings"],
-        )
+    columns, rows = _table(figures)
+    table = Table()
+    for column in columns:
+        table.add_column(column, no_wrap=column != "settings")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     if json_file is not None:
-        temporary = json_file.with_name(f".{json_file.name}")
-        temporary.write_text(json.dumps(figures, indent=2) + "\n")
-        temporary.replace(json_file)
+        write(json_file, dump(figures))
+    if page is not None:
+        write(page, _page(columns, rows, rounds))
     return figures
+
+
+def _table(figures: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns, of which two are names, and rows of cells."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    columns = ["figure", "reference", "ratio", "ours", "its value", "unit", "settings"]
+    rows = [
+        [
+            figure["name"],
+            figure["reference"] or "-",
+            number(figure["ratio"], ".2f"),
+            number(figure["value"], ",.4g"),
+            number(figure["reference_value"], ",.4g"),
+            figure["unit"],
+            figure["settings"],
+        ]
+        for figure in figures
+    ]
+    return columns, rows
+
+
+def _page(columns: list[str], rows: list[list[str]], rounds: int) -> str:
+    """The table in Markdown, with what it was measured on."""
+    import torch
+    import transformers
+
+    from benchmarks import report
+
+    note = (
+        f"Medians of {rounds} runs of each after one that does not count, ours and the reference in turns, by "
+        f"`python benchmarks/throughput.py {shlex.join(sys.argv[1:])}` on {os.cpu_count()} processors "
+        f"({torch.backends.cpu.get_cpu_capability()}; bfloat16 {'is' if best_dtype() == 'bfloat16' else 'is not'} "
+        f"fast), {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}. A ratio above 1 says that ours is that many times as fast, or as small."
+    )
+    return f"# Throughput\n\n{report.Table('Figures', note, columns, rows).markdown()}\n"
+
+
+def dump(figures: list[dict[str, Any]]) -> str:
+    """Figures as JSON."""
+    return json.dumps(figures, indent=2) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def main() -> None:

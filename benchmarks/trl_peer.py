@@ -1,4 +1,6 @@
-"""The workload in TRL: ``python trl_peer.py {ppo,grpo} ROUNDS``, in an environment of its own; see throughput.py.
+"""The workload in TRL: ``python trl_peer.py {ppo,grpo} ITERATIONS WORKLOAD``; see throughput.py, which starts it.
+
+It does an iteration for each line that it reads and answers each with a line, so that it can be measured in turns.
 
 It knows nothing of textgym, which is not installed there: what it shares with `benchmarks.workload` it is told.
 """
@@ -7,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import tempfile
-import time
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -25,19 +27,31 @@ from transformers import (
 )
 
 
-class Clock(TrainerCallback):
-    """When each optimiser's (GRPO) or each batch's (PPO) step ended."""
+class Turns(TrainerCallback):
+    """Waits for its turn before every iteration.
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    Args:
+        steps: Calls of `on_step_end` in an iteration: optimiser's steps (GRPO) or batches (PPO).
+        answers: Where a line goes after every iteration.
+    """
+
+    def __init__(self, steps: int, answers: TextIO) -> None:
+        self.steps, self.answers, self.taken = steps, answers, 0
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        """Called by the trainer."""
+        input()
 
     def on_step_end(self, args, state, control, **_) -> None:
         """Called by the trainer."""
-        self.times.append(time.perf_counter())
+        self.taken += 1
+        if self.taken % self.steps == 0:
+            print("done", file=self.answers, flush=True)
+            input()
 
 
-def main(algorithm: str, rounds: int, workload: dict[str, Any]) -> list[float]:
-    """Train for one iteration of warm-up and `rounds` more; seconds of these."""
+def main(algorithm: str, iterations: int, workload: dict[str, Any], answers: TextIO) -> None:
+    """Train for some iterations, each when it is asked for."""
     for setting in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
         ctypes.CDLL(None).mallopt(*setting)  # as textgym.process.keep_freed_memory does
     vocabulary, prompt, new = workload["vocabulary"], workload["prompt"], workload["new"]
@@ -53,9 +67,9 @@ def main(algorithm: str, rounds: int, workload: dict[str, Any]) -> list[float]:
         torch.manual_seed(0)
         return kind(GPT2Config(**{**arguments, **more}))
 
-    ids = np.random.default_rng(0).integers(1, vocabulary, (episodes * (rounds + 1), prompt))
+    ids = np.random.default_rng(0).integers(1, vocabulary, (episodes * iterations, prompt))
     texts = [" ".join(f"w{token}" for token in row) for row in ids]
-    clock = Clock()
+    turns = Turns(1 if algorithm == "ppo" else epochs * (episodes // minibatch), answers)
     config: Any
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = {
@@ -77,7 +91,7 @@ def main(algorithm: str, rounds: int, workload: dict[str, Any]) -> list[float]:
                 per_device_train_batch_size=episodes,
                 num_mini_batches=episodes // minibatch,
                 num_ppo_epochs=epochs,
-                total_episodes=episodes * (rounds + 1),
+                total_episodes=episodes * iterations,
                 num_sample_generations=0,
                 local_rollout_forward_batch_size=episodes,
                 response_length=new,
@@ -96,9 +110,8 @@ def main(algorithm: str, rounds: int, workload: dict[str, Any]) -> list[float]:
                 value_model=model(GPT2ForSequenceClassification, num_labels=1),
                 train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
                 eval_dataset=Dataset.from_dict({"input_ids": ids[:minibatch].tolist()}),
-                callbacks=[clock],
+                callbacks=[turns],
             )
-            steps = 1
         else:
             from trl import GRPOConfig, GRPOTrainer
 
@@ -107,7 +120,7 @@ def main(algorithm: str, rounds: int, workload: dict[str, Any]) -> list[float]:
                 num_generations=group,
                 steps_per_generation=episodes // minibatch,
                 num_iterations=epochs,
-                max_steps=epochs * (episodes // minibatch) * (rounds + 1),
+                max_steps=epochs * (episodes // minibatch) * iterations,
                 max_completion_length=new,
                 beta=workload["kl_coef"],
                 epsilon=workload["clip"],
@@ -125,13 +138,13 @@ def main(algorithm: str, rounds: int, workload: dict[str, Any]) -> list[float]:
                 args=config,
                 train_dataset=Dataset.from_dict({"prompt": texts}),
                 processing_class=tokenizer,
-                callbacks=[clock],
+                callbacks=[turns],
             )
-            steps = epochs * (episodes // minibatch)
         trainer.train()
-    return np.diff(clock.times[steps - 1 :: steps]).tolist()
 
 
 if __name__ == "__main__":
-    seconds = main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))
-    print(json.dumps(seconds))
+    # Whatever libraries print goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), answers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,16 @@ SIZE = {"n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 256}
 
 
 @functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 to w4095; w0 ends a text."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
+def tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Words w0, w1 and so on; w0 ends a text."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0")
 
 
-def prompts(count: int = EPISODES, seed: int = 0) -> np.ndarray:
-    """Random prompts, int64 (count, PROMPT), without EOS."""
-    return np.random.default_rng(seed).integers(1, VOCABULARY, (count, PROMPT))
+def texts(count: int = EPISODES, new: int = 0, vocabulary: int = VOCABULARY) -> np.ndarray:
+    """Random prompts, and in the place of what follows them random tokens; int64 (count, PROMPT + new), without EOS."""
+    return np.random.default_rng(0).integers(1, vocabulary, (count, PROMPT + new))
 
 
 def no_reward(*, completions: Sequence[str], **_: Any) -> np.ndarray:
@@ -49,7 +49,7 @@ def no_reward(*, completions: Sequence[str], **_: Any) -> np.ndarray:
 
 def task() -> Task:
     """Continue random words."""
-    rows = [{"text": " ".join(f"w{token}" for token in prompt)} for prompt in prompts(10 * EPISODES)]
+    rows = [{"text": " ".join(f"w{token}" for token in prompt)} for prompt in texts(10 * EPISODES)]
     return Task("workload", rows, "{text}", lambda row: (), PROMPT, NEW, no_reward, tokenizer=tokenizer)
 
 
@@ -57,7 +57,6 @@ def language_model(stops: bool = False, **size: Any) -> Any:
     """A GPT-2 with random weights; one that `stops` ends texts with `STOP_PROB` a token, whatever it has read."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=VOCABULARY,
         attn_pdrop=0.0,
         embd_pdrop=0.0,
         resid_pdrop=0.0,
@@ -65,7 +64,7 @@ def language_model(stops: bool = False, **size: Any) -> Any:
         eos_token_id=EOS,
         pad_token_id=EOS,
         tie_word_embeddings=not stops,
-        **{**SIZE, **size},
+        **{"vocab_size": VOCABULARY, **SIZE, **size},
     )
     model = GPT2LMHeadModel(config)
     if stops:
@@ -80,34 +79,48 @@ def language_model(stops: bool = False, **size: Any) -> Any:
     return model.eval()
 
 
-def policy(best: bool, stops: bool = False, **size: Any) -> CausalLMPolicy:
+def policy(best: bool, stops: bool = False, new: int = NEW, **size: Any) -> CausalLMPolicy:
     """A policy with a fresh model; `best` is with all that makes it faster."""
-    decoding = Decoding(min_new_tokens=0 if stops else NEW)
-    model = language_model(stops, **size)
-    return CausalLMPolicy(model, tokenizer(), decoding, autocast="auto" if best else None, compile=best)
+    model, decoding = language_model(stops, **size), Decoding(min_new_tokens=0 if stops else new)
+    words = tokenizer(model.config.vocab_size)
+    return CausalLMPolicy(model, words, decoding, autocast="auto" if best else None, compile=best)
 
 
-def environment(guided: bool = False, best: bool = False, **size: Any) -> TextVectorEnv:
+def environment(guided: bool = False, best: bool = False) -> TextVectorEnv:
     """All episodes of an iteration at once; with a guide of the policy's size, if `guided`."""
     guide = None
     if guided:
         decoding = Decoding(min_new_tokens=NEW)
-        guide = LocalGuide(
-            language_model(**size), tokenizer=tokenizer(), decoding=decoding, dtype="auto" if best else None
-        )
+        guide = LocalGuide(language_model(), tokenizer=tokenizer(), decoding=decoding, dtype="auto" if best else None)
     return TextVectorEnv(
         EPISODES, task=task(), tokenizer=tokenizer(), guide=guide, parking=True, autoreset_mode="Disabled"
     )
 
 
-def generate(model: Any, ids: Tensor, stops: bool = False) -> Tensor:
+def sample(writer: CausalLMPolicy, ids: np.ndarray, new: int, seed: int) -> float:
+    """Continue prompts (B, P); log-probabilities and values are recorded. How many tokens were written."""
+    sampler = writer.sampler(
+        {"input_ids": ids, "attention_mask": np.ones_like(ids)},
+        seeds=np.random.default_rng(seed).integers(2**63, size=len(ids)),
+        max_new_tokens=new,
+    )
+    written, lengths = 0, np.zeros(len(ids), int)
+    while len(sampler.rows):
+        tokens = sampler.sample().tokens.cpu().numpy()
+        lengths[sampler.rows] += 1
+        written += len(tokens)
+        sampler.keep((tokens != EOS) & (lengths[sampler.rows] < new))
+    return float(written)
+
+
+def generate(model: Any, ids: Tensor, stops: bool = False, new: int = NEW) -> Tensor:
     """What transformers makes of sampling: the texts, prompts included."""
     with torch.no_grad():
         output: Tensor = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            min_new_tokens=None if stops else NEW,
+            max_new_tokens=new,
+            min_new_tokens=None if stops else new,
             do_sample=True,
             top_k=0,
             top_p=1.0,
@@ -115,6 +128,11 @@ def generate(model: Any, ids: Tensor, stops: bool = False) -> Tensor:
             pad_token_id=EOS,
         )
     return output
+
+
+def written(new: Tensor) -> float:
+    """Tokens of texts (B, T) up to and with EOS."""
+    return float(((new == EOS).cumsum(1) - (new == EOS).long() == 0).sum())
 
 
 class PlainTrainer:
@@ -131,10 +149,10 @@ class PlainTrainer:
         self.value_head = nn.Linear(self.model.config.n_embd, 1)
         self.parameters = [*self.model.parameters(), *self.value_head.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
-        self.ids = torch.from_numpy(prompts(EPISODES // group_size).repeat(group_size, 0))
+        self.ids = torch.from_numpy(texts(EPISODES // group_size).repeat(group_size, 0))
 
     def judge(self, model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies and values of the new tokens, each (B, NEW)."""
+        """Log-probabilities, entropies and values of the tokens after the prompts, each (B, T)."""
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
         log_probs = output.logits.log_softmax(-1)
         chosen = log_probs[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
@@ -142,26 +160,27 @@ class PlainTrainer:
         values = self.value_head(output.hidden_states[-1]).squeeze(2)[:, :-1]
         return chosen[:, PROMPT - 1 :], entropy[:, PROMPT - 1 :], values[:, PROMPT - 1 :]
 
-    def iterate(self) -> None:
-        """Sample, judge, and update."""
-        texts = generate(self.model, self.ids)
+    def iterate(self) -> float:
+        """Sample, judge, and update; one iteration."""
+        ids = generate(self.model, self.ids)
         with torch.no_grad():
-            old, _, values = self.judge(self.model, texts)
-            reference = self.judge(self.reference, texts)[0]
-        self.update(texts, old, reference, values, EPOCHS)
+            old, _, values = self.judge(self.model, ids)
+            reference = self.judge(self.reference, ids)[0]
+        self.update(ids, old, reference, values, EPOCHS)
+        return 1.0
 
-    def update(self, texts: Tensor, old: Tensor, reference: Tensor, values: Tensor, epochs: int) -> None:
+    def update(self, ids: Tensor, old: Tensor, reference: Tensor, values: Tensor, epochs: int) -> None:
         """Take the gradient steps of some epochs."""
-        written = torch.ones_like(old, dtype=torch.bool)
-        rewards = token_rewards(torch.zeros(len(texts)), old - reference, written, KL_COEF)
-        advantages, returns = gae(rewards, values, written, 1.0, 0.95)
+        states = torch.ones_like(old, dtype=torch.bool)
+        rewards = token_rewards(torch.zeros(len(ids)), old - reference, states, KL_COEF)
+        advantages, returns = gae(rewards, values, states, 1.0, 0.95)
         if self.group_size > 1:
             totals = rewards.sum(1).unflatten(0, (-1, self.group_size))
             advantages = (totals - totals.mean(1, keepdim=True)).flatten()[:, None].expand_as(old)
-        advantages = whiten(advantages, written)
+        advantages = whiten(advantages, states)
         for _ in range(epochs):
-            for rows in torch.randperm(len(texts)).split(MINIBATCH):
-                log_probs, entropy, now = self.judge(self.model, texts[rows])
+            for rows in torch.randperm(len(ids)).split(MINIBATCH):
+                log_probs, entropy, now = self.judge(self.model, ids[rows])
                 loss = ppo_loss(
                     log_probs=log_probs,
                     values=now,
@@ -170,8 +189,8 @@ class PlainTrainer:
                     old_values=values[rows],
                     advantages=advantages[rows],
                     returns=returns[rows],
-                    decisions=written[rows],
-                    states=written[rows],
+                    decisions=states[rows],
+                    states=states[rows],
                     clip_range=CLIP,
                     clip_range_vf=None,
                     vf_coef=0.0 if self.group_size > 1 else 0.5,
@@ -181,6 +200,38 @@ class PlainTrainer:
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.parameters, 1.0)
                 self.optimizer.step()
+
+
+def gradient_step(best: bool, rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Callable[[], float]:
+    """A step of the policy on random texts: log-probabilities, entropies and values of the new tokens, and backward."""
+    learner = policy(best, new=new, **size)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    ids = torch.from_numpy(texts(rows, new, learner.model.config.vocab_size))
+    columns = torch.arange(PROMPT, PROMPT + new).expand(rows, -1)
+
+    def step() -> float:
+        judged = learner.evaluate(ids, torch.ones_like(ids), columns)
+        (judged.values.square() - judged.log_probs - 0.01 * judged.entropy).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(ids.numel())
+
+    return step
+
+
+def plain_gradient_step(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Callable[[], float]:
+    """The same step as `PlainTrainer` takes it."""
+    plain = PlainTrainer(**size)
+    ids = torch.from_numpy(texts(rows, new, plain.model.config.vocab_size))
+
+    def step() -> float:
+        log_probs, entropy, values = plain.judge(plain.model, ids)
+        (values.square() - log_probs - 0.01 * entropy).mean().backward()
+        plain.optimizer.step()
+        plain.optimizer.zero_grad()
+        return float(ids.numel())
+
+    return step
 
 
 def text_flop(read: int, judged: int, *, n_embd: int, n_layer: int, **_: int) -> float:

@@ -1,0 +1,133 @@
+"""How speed grows with the size of the work: ``python -m benchmarks.scaling`` measures and draws (extra "plots")."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.plots import figure, save
+from benchmarks.throughput import Contest, best_dtype, dump, run, write
+from benchmarks.workload import (
+    MINIBATCH,
+    NEW,
+    PROMPT,
+    VOCABULARY,
+    generate,
+    gradient_step,
+    language_model,
+    plain_gradient_step,
+    policy,
+    sample,
+    texts,
+    written,
+)
+
+# One of these is varied, the others are those of the workload's minibatch.
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "texts": [{"rows": rows} for rows in (7, 28, 112, 448)],
+    "new tokens": [{"new": new} for new in (16, 48, 96, 192)],
+    "vocabulary": [{"vocab_size": size} for size in (1024, 4096, 16384, 50257)],
+    "parameters": [
+        {"n_embd": 128, "n_layer": 4, "n_head": 2},
+        {"n_embd": 256, "n_layer": 4, "n_head": 4},
+        {"n_embd": 512, "n_layer": 8, "n_head": 8},
+        {"n_embd": 768, "n_layer": 16, "n_head": 12},
+    ],
+}
+KINDS = {"sample": "sampling", "step": "gradient step"}
+
+
+def contests(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Iterator[Contest]:
+    """Sampling and a gradient step, in tokens a second, each in float32 and at best settings."""
+    ids = texts(rows, vocabulary=size.get("vocab_size", VOCABULARY))
+    model, seeds = language_model(**size), itertools.count()
+
+    def plain_sample() -> float:
+        return written(generate(model, torch.from_numpy(ids), new=new)[:, PROMPT:])
+
+    for best in (False, True):
+        settings = f"{best_dtype()}, compiled" if best else "float32"
+        writer = policy(best, new=new, **size)
+
+        def ours(writer: Any = writer) -> float:
+            return sample(writer, ids, new, next(seeds))
+
+        suffix = "_best" if best else ""
+        yield Contest(f"sample{suffix}", "tokens/s", ours, plain_sample, "generate float32", settings)
+        ours_step, plain_step = gradient_step(best, rows, new, **size), plain_gradient_step(rows, new, **size)
+        yield Contest(f"step{suffix}", "tokens/s", ours_step, plain_step, "full logits float32", settings)
+
+
+def measure(rounds: int) -> Iterator[dict[str, Any]]:
+    """Figures as of `benchmarks.throughput.run`, with "sweep" and "x"."""
+    for sweep, points in SWEEPS.items():
+        for point in points:
+            (x,) = (
+                point.values() if len(point) == 1 else (sum(p.numel() for p in language_model(**point).parameters()),)
+            )
+            for contest in contests(**point):
+                yield {"sweep": sweep, "x": x, **run(contest, rounds)}
+
+
+def draw(figures: list[dict[str, Any]], path: Path) -> None:
+    """Draw tokens a second against each size.
+
+    Args:
+        figures: What `measure` gave.
+        path: The picture, PNG.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    picture = figure(12, 6)
+    axes = picture.subplots(len(KINDS), len(SWEEPS), sharey="row")
+    for row, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        for axis, sweep in zip(row, SWEEPS, strict=True):
+            lines = {
+                name: [entry for entry in figures if (entry["sweep"], entry["name"]) == (sweep, name)]
+                for name in (kind, f"{kind}_best")
+            }
+            for number, entries in enumerate(lines.values()):
+                label = f"textgym, {entries[0]['settings']}"
+                axis.plot(*_points(entries, "value"), "o-", color=f"C{number}", label=label, markersize=4)
+            plain = lines[kind]
+            axis.plot(*_points(plain, "reference_value"), "s--", color="0.5", label="plain, float32", markersize=4)
+            axis.set(xscale="log", yscale="log", xlabel=sweep)
+            axis.grid(alpha=0.3, which="both")
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{title}, tokens/s")
+    picture.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    save(picture, path)
+
+
+def _points(entries: list[dict[str, Any]], value: str) -> tuple[list[float], list[float]]:
+    return [entry["x"] for entry in entries], [entry[value] for entry in entries]
+
+
+def main(rounds: int = 3, out: Path = Path("docs/scaling.png")) -> None:
+    """Measure sampling and gradient steps over texts, new tokens, vocabulary and parameters, and draw them.
+
+    Args:
+        rounds: Runs of each, after one that does not count; the median is taken.
+        out: The picture; the figures go beside it, as JSON.
+    """
+    figure(1, 1)  # without matplotlib it ends here, not after all that was measured
+    figures = []
+    for entry in measure(rounds):
+        figures.append(entry)
+        print(f"{entry['sweep']} {entry['x']}, {entry['name']}: {entry['ratio']:.2f} times as fast", flush=True)
+    write(out.with_suffix(".json"), dump(figures))
+    draw(figures, out)
+    print(out)
+
+
+if __name__ == "__main__":
+    from textgym.process import keep_freed_memory
+
+    keep_freed_memory()
+    tyro.cli(main)
