@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -185,11 +186,16 @@ class Sampler:
             logits = head(self.model, hidden)
         logits, hidden = at_least_float32(logits), at_least_float32(hidden)
         values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
-        normalizers = logits.logsumexp(-1)
         scores = logits[:, : self.vocab_size]
+        left_out = [logits[:, scores.shape[1] :].logsumexp(-1)]
         if self._eos_banned is not None:
-            scores[:, self.eos_token_id].masked_fill_(self._eos_banned[:, self._step], -math.inf)
-        tokens = self._last = choose(scores, self._uniforms[:, self._step], self.decoding)
+            banned, eos_scores = self._eos_banned[:, self._step], scores[:, self.eos_token_id]
+            left_out.append(eos_scores.masked_fill(~banned, -math.inf))
+            eos_scores.masked_fill_(banned, -math.inf)
+        weights, peaks = _weights(scores)
+        # Log-probabilities are those of the whole softmax.
+        normalizers = functools.reduce(torch.logaddexp, left_out, weights.sum(-1).log() + peaks)
+        tokens = self._last = choose(scores, self._uniforms[:, self._step], self.decoding, weights)
         log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - normalizers
         if self.handoff_head is not None and self._gate_uniforms is not None:
             gate = self.handoff_head(hidden).squeeze(-1)
@@ -314,19 +320,22 @@ def write(sampler: Any, limits: np.ndarray, eos_token_id: int) -> list[list[int]
     return [line[line >= 0].tolist() for line in written]
 
 
-def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
+def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding, weights: Tensor | None = None) -> Tensor:
     """Choose one token a row.
 
     Args:
         scores: (n, V) float32 logits; -inf marks tokens that cannot be chosen.
         uniforms: (n,) float64 in [0, 1).
         decoding: How to choose; its `min_new_tokens` is the caller's business.
+        weights: (n, V) float32, each row's probabilities by a factor, where they are known; None for unknown.
 
     Returns:
         (n,) int64.
     """
     if decoding.greedy:
         return scores.argmax(-1)
+    if weights is not None and decoding.temperature == 1 and not decoding.top_k and decoding.top_p == 1:
+        return _inverse_cdf(weights, uniforms)
     if decoding.temperature != 1:
         scores = scores / decoding.temperature
     ids = None
@@ -336,7 +345,7 @@ def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
         scores = scores.gather(1, ids)
     if decoding.top_p < 1:
         scores = _nucleus(scores, decoding.top_p)
-    chosen = _inverse_cdf(scores, uniforms)
+    chosen = _inverse_cdf(_weights(scores)[0], uniforms)
     return chosen if ids is None else ids.gather(1, chosen[:, None]).squeeze(1)
 
 
@@ -357,12 +366,17 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     return scores.masked_fill(scores < thresholds, -math.inf)
 
 
-def _inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:
-    """Return for each row the first index whose cumulative probability exceeds the uniform number; (n,) int64."""
-    shifted = scores - scores.amax(-1, keepdim=True)
+def _weights(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponentials of scores (n, V) less each row's largest, and the largest (n,)."""
+    peaks = scores.amax(-1, keepdim=True)
+    return (scores - peaks).exp_(), peaks.squeeze(1)
+
+
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first index of each row whose share of the row's running sum exceeds the uniform number; (n,) int64."""
     # First the block, then the token in it: running sums are in float64, because in float32 the sum over a large
     # vocabulary swallows its rare tokens, and over the whole vocabulary they would take longer than all else here.
-    blocks = pad(shifted, (0, -scores.shape[1] % _BLOCK), value=-math.inf).exp_().unflatten(1, (-1, _BLOCK))
+    blocks = pad(weights, (0, -weights.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
     cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     block, rest = _first_above(cumulative, uniforms[:, None] * cumulative[:, -1:])
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)

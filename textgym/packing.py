@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
@@ -398,17 +398,20 @@ class PackedCache:
             outside = torch.arange(end, device=query.device) < end - window
             bias = query.new_zeros(self._rows, end, dtype=torch.float32) if bias is None else bias
             bias = bias.masked_fill(outside, -math.inf)
+        bias = None if bias is None else bias.to(query.dtype)[:, None, None]
         # All query heads of a key head as so many queries of it.
         queries = query.unflatten(1, (keys.shape[1], -1))
-        if bias is not None:
-            bias = bias.to(query.dtype)[:, None, None]
-        if query.device.type == "cpu" and query.dtype != torch.float32:
-            # With one query a row the processor's kernel for half precision is slower than the products alone.
-            scale = query.shape[2] ** -0.5 if scale is None else scale
-            scores = torch.bmm(keys.flatten(0, 1), queries.flatten(0, 1).mT).mT.unflatten(0, keys.shape[:2])
-            weights = (scores * scale if bias is None else scores * scale + bias).softmax(-1)
-            return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(query.shape)
-        return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).flatten(1, 2)
+        if query.device.type != "cpu":
+            return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).flatten(1, 2)
+        # With one query a row the processor's attention kernels take twice as long as the products alone, of which the
+        # second is fastest as what it is for each row: a weighted sum of rows of a table.
+        queries = queries * (query.shape[2] ** -0.5 if scale is None else scale)
+        scores = torch.bmm(keys.flatten(0, 1), queries.flatten(0, 1).mT).mT.unflatten(0, keys.shape[:2])
+        weights = (scores if bias is None else scores + bias).softmax(-1).flatten(0, 2)
+        heads = torch.arange(len(weights), dtype=torch.int32) // queries.shape[2]
+        places = heads[:, None] * self._columns + torch.arange(end, dtype=torch.int32)
+        table = self._layers[layer][1].view(-1, values.shape[-1])
+        return embedding_bag(places, table, mode="sum", per_sample_weights=weights).view(query.shape)
 
     def keep(self, order: Tensor, moved: Tensor) -> None:
         """Let texts leave.
