@@ -8,8 +8,10 @@ function of its own. Models that cannot be used that way are run as transformers
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -26,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from textgym.data.sources import cache_dir
 
-ATTENTION = "textgym_packed"
+ATTENTION, COMPILED_ATTENTION = "textgym_packed", "textgym_packed_compiled"
 # Arguments of attention functions that change what attention computes and that this one does not know.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
@@ -76,8 +78,9 @@ def _attention(
         return layout.attend(layer, query, key, value, scaling, sliding_window)[None], None
 
 
-# Opaque to torch.compile, which fuses what stands between one attention and the next.
+# Opaque to torch.compile, which fuses what stands between one attention and the next; and compiled with all else.
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))
+AttentionInterface.register(COMPILED_ATTENTION, _attention)
 
 
 def decode_packed(
@@ -97,7 +100,12 @@ def decode_packed(
         The last hidden states, (n, d).
     """
     config = model.config.get_text_config(decoder=True)
-    usual, config._attn_implementation = config._attn_implementation, ATTENTION
+    attention = ATTENTION
+    run: Callable[..., Tensor] = _run
+    if isinstance(layout, PackedCache) and _layers(model)[0]._compiled_call_impl is not None:
+        attention, run = COMPILED_ATTENTION, _run_compiled()
+        layout.mark_sizes()
+    usual, config._attn_implementation = config._attn_implementation, attention
     hooks = []
     if wanted is not None:
         different = wanted.unique()
@@ -106,14 +114,22 @@ def decode_packed(
             hooks.append(last.register_forward_pre_hook(skip.before, with_kwargs=True))
             hooks.append(last.register_forward_hook(skip.after))
     try:
-        output = model.get_decoder()(
-            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
-        )
+        states = run(model.get_decoder(), input_ids, position_ids, layout)
     finally:
         config._attn_implementation = usual
         for hook in hooks:
             hook.remove()
-    return output.last_hidden_state[0] if wanted is None else output.last_hidden_state[0, wanted]
+    return states if wanted is None else states[wanted]
+
+
+def _run(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    output = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout)
+    return output.last_hidden_state[0]
+
+
+@functools.cache
+def _run_compiled() -> Callable[..., Tensor]:
+    return torch.compile(_run, dynamic=True)
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -349,8 +365,8 @@ class PackedCache:
             self._bias = torch.zeros(len(texts), self._columns, device=model.device).masked_fill_(
                 torch.arange(self._columns, device=model.device) < padding, -math.inf
             )
-        self._rows = len(texts)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._past: Tensor
 
     def prefill(self) -> Tensor:
         """Read the texts, each different one once; the states (n, d) after them."""
@@ -373,30 +389,41 @@ class PackedCache:
         buffers = []
         for packed in (key, value):
             texts = self._right.spread(packed)
-            buffer = packed.new_empty(self._rows, packed.shape[1], self._columns, packed.shape[2])
+            buffer = packed.new_empty(len(self._positions), packed.shape[1], self._columns, packed.shape[2])
             buffer[:, :, : self._width] = (texts if self._contexts is None else texts[self._contexts]).transpose(1, 2)
             buffers.append(buffer)
         self._layers[layer] = (buffers[0], buffers[1])
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token (n,) of every text; the states (n, d) after it."""
+        self._past = torch.arange(self._width + 1, dtype=torch.int32, device=tokens.device)
         hidden = decode_packed(self.model, tokens, self._positions, self)
         self._width += 1
         self._positions = self._positions + 1
         return hidden
 
+    def mark_sizes(self) -> None:
+        """Tell the compiler which sizes of what `attend` reads are not always the same."""
+        for buffers in self._layers.values():
+            for buffer in buffers:
+                torch._dynamo.maybe_mark_dynamic(buffer, (0, 2))
+        torch._dynamo.maybe_mark_dynamic(self._past, 0)
+        if self._bias is not None:
+            torch._dynamo.maybe_mark_dynamic(self._bias, (0, 1))
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """See `Layout.attend`; one token of every text."""
-        keys, values = self._layers[layer]
-        end = self._width + 1
-        keys[: self._rows, :, self._width], values[: self._rows, :, self._width] = key, value
-        keys, values = keys[: self._rows, :, :end], values[: self._rows, :, :end]
+        # Sizes are read from tensors: compiled code is for any of them, but for the one number that an int is.
+        all_keys, all_values = self._layers[layer]
+        rows, end = len(query), len(self._past)
+        keys, values = all_keys[:rows, :, :end], all_values[:rows, :, :end]
+        keys[:, :, end - 1 :], values[:, :, end - 1 :] = key[:, :, None], value[:, :, None]
         bias = None if self._bias is None else self._bias[:, :end]
-        if window is not None and window < end:
-            outside = torch.arange(end, device=query.device) < end - window
-            bias = query.new_zeros(self._rows, end, dtype=torch.float32) if bias is None else bias
+        if window is not None:
+            outside = self._past < end - window
+            bias = query.new_zeros(rows, end, dtype=torch.float32) if bias is None else bias
             bias = bias.masked_fill(outside, -math.inf)
         bias = None if bias is None else bias.to(query.dtype)[:, None, None]
         # All query heads of a key head as so many queries of it.
@@ -409,8 +436,7 @@ class PackedCache:
         scores = torch.bmm(keys.flatten(0, 1), queries.flatten(0, 1).mT).mT.unflatten(0, keys.shape[:2])
         weights = (scores if bias is None else scores + bias).softmax(-1).flatten(0, 2)
         heads = torch.arange(len(weights), dtype=torch.int32) // queries.shape[2]
-        places = heads[:, None] * self._columns + torch.arange(end, dtype=torch.int32)
-        table = self._layers[layer][1].view(-1, values.shape[-1])
+        places, table = heads[:, None] * all_values.shape[2] + self._past, all_values.view(-1, values.shape[3])
         return embedding_bag(places, table, mode="sum", per_sample_weights=weights).view(query.shape)
 
     def keep(self, order: Tensor, moved: Tensor) -> None:
@@ -423,7 +449,6 @@ class PackedCache:
         for layer in self._layers.values():
             for buffer in layer:
                 buffer[moved, :, : self._width] = buffer[order[moved], :, : self._width]
-        self._rows = len(order)
         self._positions = self._positions[order]
         self._bias = None if self._bias is None else self._bias[order]
 
@@ -529,7 +554,10 @@ def fuse_activations(model: nn.Module) -> None:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile the decoder's layers, for any number of tokens; compiled code is kept on disk for the next process."""
+    """Compile the decoder's layers, and whole steps of a `PackedCache`, for any number of tokens and texts.
+
+    Compiled code is kept on disk for the next process.
+    """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     for layer in _layers(model):
         if layer._compiled_call_impl is None:
