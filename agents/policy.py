@@ -433,7 +433,7 @@ class CausalLMPolicy(Policy):
         else:
             log_probs, entropy = (
                 part.new_zeros(len(rows)).index_put((decided,), part)
-                for part in self._judge_tokens(hidden[decided], tokens[decided])
+                for part in self._judge_tokens(hidden.index_select(0, decided), tokens[decided])
             )
         hidden = at_least_float32(hidden)
         if self.can_hand_off:
@@ -555,24 +555,35 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 class _LogProbAndEntropy(torch.autograd.Function):
     """Log-probability of one token and entropy of each row of logits, with their gradients in closed form.
 
-    Autograd would keep several tensors of the logits' size, by far the largest of an update; this keeps one. With
-    p = softmax(logits) and H its entropy, d log p_a / d logits = onehot(a) - p and d H / d logits = -p (log p + H).
+    Autograd would keep several tensors of the logits' size, by far the largest of an update, and take their
+    exponentials again; this keeps p = softmax(logits). With H its entropy, d log p_a / d logits = onehot(a) - p and
+    d H / d logits = -p (log p + H).
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = logits.log_softmax(-1)
-        entropy = -log_probs.exp().mul_(log_probs).sum(-1)
-        ctx.save_for_backward(log_probs, tokens, entropy)
-        return log_probs.gather(1, tokens[:, None]).squeeze(1), entropy
+        probs, peaks = logits.softmax(-1), logits.amax(-1)
+        # The largest probability is at least 1/V, so its logarithm is precise.
+        largest = probs.amax(-1).log()
+        log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - peaks + largest
+        entropy = peaks - largest - (probs * logits).sum(-1)
+        ctx.save_for_backward(probs, tokens, entropy)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        log_probs, tokens, entropy = ctx.saved_tensors
-        of_log_prob, of_entropy = (gradient[:, None] for gradient in gradients)
-        # -p * (g_logp + g_H * (log p + H)), plus g_logp at the token itself
-        gradient = (log_probs + entropy[:, None]).mul_(of_entropy).add_(of_log_prob).mul_(log_probs.exp()).neg_()
-        return gradient.scatter_add_(1, tokens[:, None], of_log_prob), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        probs, tokens, entropy = ctx.saved_tensors
+        of_log_prob, of_entropy = gradients
+        total = None
+        if of_entropy is not None:
+            log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log_()
+            total = log_probs.add_(entropy[:, None]).mul_(probs).mul_(-of_entropy[:, None])
+        if of_log_prob is not None:
+            of_log_prob = of_log_prob[:, None]
+            total = probs * -of_log_prob if total is None else total.addcmul_(probs, of_log_prob, value=-1)
+            total.scatter_add_(1, tokens[:, None], of_log_prob)
+        return total, None
 
 
 def left_packed(input_ids: Tensor, valid: Tensor) -> Tensor:

@@ -95,7 +95,9 @@ def ppo_loss(
         # http://joschu.net/blog/kl-approx.html: unbiased, never negative, and of less variance than -log_ratio
         approx_kl = (ratio - 1 - log_ratio).sum() / num_decisions
         clip_fraction = ((ratio - 1).abs() > clip_range).sum() / num_decisions
-    loss = policy_loss + vf_coef * value_loss - ent_coef * mean_entropy
+    loss = policy_loss + vf_coef * value_loss
+    if ent_coef:  # a gradient of zeros would cost as much as any
+        loss = loss - ent_coef * mean_entropy
     return PPOLoss(loss, policy_loss, value_loss, mean_entropy, approx_kl, clip_fraction)
 
 

@@ -67,8 +67,9 @@ class REINFORCE(PPO):
         policy_loss = -(old.advantages * log_probs).sum() / num_decisions
         value_loss = 0.5 * (now.values - old.returns).masked_fill(~old.states, 0).square().sum() / num_states
         mean_entropy = entropy.sum() / num_decisions
+        bonus = self.ent_coef * mean_entropy if self.ent_coef else 0.0  # a gradient of zeros would cost as much as any
         terms = {
-            "loss": policy_loss + self.vf_coef * value_loss - self.ent_coef * mean_entropy,
+            "loss": policy_loss + self.vf_coef * value_loss - bonus,
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "entropy": mean_entropy,

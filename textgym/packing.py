@@ -119,7 +119,7 @@ def decode_packed(
         config._attn_implementation = usual
         for hook in hooks:
             hook.remove()
-    return states if wanted is None else states[wanted]
+    return states if wanted is None else states.index_select(0, wanted)
 
 
 def _run(decoder: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
@@ -193,7 +193,7 @@ class _OnlyWanted:
             for known, own in zip(self._known, (key, value), strict=True)
         )
         query = query.new_zeros(self.count, *query.shape[1:]).index_copy(0, self.wanted, query)
-        return self.layout.attend(layer, query, key, value, scale, window)[self.wanted]
+        return self.layout.attend(layer, query, key, value, scale, window).index_select(0, self.wanted)
 
 
 class _Grid:
@@ -276,8 +276,9 @@ class PackedTexts:
         result = grid.gather(_sdpa(queries, keys, values, mask, scale, causal=True).transpose(1, 2))
         if self.contexts is not None:
             own = [self.grid.spread(part[count:]).transpose(1, 2) for part in (query, key, value)]
-            keys = torch.cat([keys[self.contexts], own[1]], 2)
-            values = torch.cat([values[self.contexts], own[2]], 2)
+            # The gradient of index_select takes a fifth of the time of that of indexing.
+            keys = torch.cat([keys.index_select(0, self.contexts), own[1]], 2)
+            values = torch.cat([values.index_select(0, self.contexts), own[2]], 2)
             mask = self._mask if window is None else self._mask & (self._distances < window)
             branches = _sdpa(own[0], keys, values, mask[:, None], scale)
             result = torch.cat([result, self.grid.gather(branches.transpose(1, 2))])
