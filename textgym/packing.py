@@ -102,7 +102,7 @@ def decode_packed(
     config = model.config.get_text_config(decoder=True)
     attention = ATTENTION
     run: Callable[..., Tensor] = _run
-    if isinstance(layout, PackedCache) and _layers(model)[0]._compiled_call_impl is not None:
+    if isinstance(layout, PackedCache) and layout.compiled:
         attention, run = COMPILED_ATTENTION, _run_compiled()
         layout.mark_sizes()
     usual, config._attn_implementation = config._attn_implementation, attention
@@ -352,6 +352,9 @@ class PackedCache:
         model: A causal language model for which `can_pack` holds.
         texts: n arrays of token ids, none of them empty.
         steps: Most tokens that will follow.
+
+    Attributes:
+        compiled: Whether the model's layers are compiled, so that steps are too.
     """
 
     def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
@@ -368,6 +371,7 @@ class PackedCache:
             )
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._past: Tensor
+        self.compiled = _layers(model)[0]._compiled_call_impl is not None
 
     def prefill(self) -> Tensor:
         """Read the texts, each different one once; the states (n, d) after them."""
