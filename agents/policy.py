@@ -24,7 +24,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from textgym.decoding import Decoding, Sampler, at_least_float32, check_positions, load_model, write
-from textgym.packing import autocast, can_pack, compile_layers, fast_dtype, fuse_activations, head, read
+from textgym.packing import (
+    autocast,
+    can_pack,
+    check_autocast,
+    compile_layers,
+    fast_dtype,
+    fuse_activations,
+    head,
+    read,
+)
 from textgym.tokenization import decode, pretrained_tokenizer
 
 HEADS_FILE = "heads.safetensors"
@@ -261,7 +270,7 @@ class CausalLMPolicy(Policy):
 
     Raises:
         ValueError: The tokenizer has no EOS token, or more tokens than the model's vocabulary; a `handoff_prob` outside
-            of (0, 1).
+            of (0, 1); a wrong `autocast`.
     """
 
     def __init__(
@@ -284,8 +293,7 @@ class CausalLMPolicy(Policy):
             )
         if handoff_prob is not None and not 0 < handoff_prob < 1:
             raise ValueError(f"handoff_prob must be None or in (0, 1), got {handoff_prob!r}")
-        if autocast not in (None, "auto", torch.float32, torch.bfloat16):
-            raise ValueError(f'autocast must be None, "auto", torch.float32 or torch.bfloat16, got {autocast!r}')
+        check_autocast("autocast", autocast)
         fuse_activations(model)
         self.model, self.autocast, self.compiled = model, autocast, compile
         self.can_hand_off = handoff_prob is not None

@@ -211,6 +211,18 @@ def test_a_failed_run_is_told_and_the_others_go_on(micro, monkeypatch, capsys):
     assert [record["algo"] for record in read_results(micro)] == ["sl"]
 
 
+def test_half_precision_is_recorded_and_near(micro):
+    for dtype in ("float32", "auto"):
+        assert run_all.run_all(algos="ppo++", dtype=dtype, out=micro / dtype) == 0
+    full, half = (read_results(micro / dtype)[0] for dtype in ("float32", "auto"))
+    assert (full["dtype"], half["dtype"]) == ("float32", "auto")
+    assert full["fingerprints"].keys() == half["fingerprints"].keys()
+    assert half["guide_tokens"] > 0
+    assert half["final_reward"] == pytest.approx(full["final_reward"], abs=0.1)
+    with pytest.raises(ValueError, match="has dtype 'auto', now it is 'float32'"):
+        Benchmark(MICRO, None, None, micro / "auto")
+
+
 def test_a_folder_with_other_settings_is_refused(micro):
     run_all.run_all(algos="sl", out=micro)
     with pytest.raises(ValueError, match="out must be"):

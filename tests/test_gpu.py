@@ -30,6 +30,16 @@ def test_cached_sampling_and_evaluation_equal_the_cpu(make_env, make_policy):
     torch.testing.assert_close(judged.log_probs, rollouts[1].log_probs, atol=1e-4, rtol=0)
 
 
+def test_half_precision_and_compiled_code_are_near_the_cpu(make_env, make_policy):
+    exact = make_policy()
+    fast = CausalLMPolicy(copy.deepcopy(exact.model), exact.tokenizer, autocast="auto", compile=True).to("cuda")
+    rollout = collect(make_env(16), fast, seeds=np.arange(16, dtype=np.uint64), reset_seed=0)
+    batch = rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body)
+    expected = exact.evaluate(*(tensor.cpu() for tensor in batch))
+    for log_probs in (rollout.log_probs, fast.evaluate(*batch).log_probs):
+        torch.testing.assert_close(log_probs.cpu(), expected.log_probs, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("name", [*sorted(ALGORITHMS), "ppo with a hand-off"])
 def test_algorithms_train_on_the_device_and_resume_exactly(name, make_env, make_policy, tmp_path):
     guide = "references" if name == "dr-po" else LocalGuide(make_policy(1).model, device="cuda")

@@ -149,6 +149,8 @@ def test_wrong_arguments_are_named(tmp_path):
         LocalGuide(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="batch_size must be an int >= 1, got 0"):
         LocalGuide("gpt2", batch_size=0)
+    with pytest.raises(ValueError, match="dtype must be None"):
+        LocalGuide("gpt2", dtype="bf16")
     with pytest.raises(ValueError, match="must be a hub id or a folder of a causal language model"):
         LocalGuide(tmp_path / "nothing").complete(requests(), WORDS)
     with pytest.raises(ValueError, match="the tokenizer has 99 tokens"):

@@ -578,6 +578,16 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def check_autocast(name: str, dtype: Any) -> None:
+    """Refuse what products of matrices cannot be computed in.
+
+    Raises:
+        ValueError: `dtype` is none of what there is.
+    """
+    if dtype not in (None, "auto", torch.float32, torch.bfloat16):
+        raise ValueError(f'{name} must be None, "auto", torch.float32 or torch.bfloat16, got {dtype!r}')
+
+
 class Autocast:
     """Autocast for a model that is run many times without being changed.
 

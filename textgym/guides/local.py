@@ -69,6 +69,10 @@ class LocalGuide:
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
+        if dtype is not None:
+            from textgym.packing import check_autocast
+
+            check_autocast("dtype", dtype)
         self.path = str(model) if isinstance(model, str | os.PathLike) else None
         self.tokenizer, self.decoding, self.device, self.batch_size = tokenizer, decoding, device, batch_size
         self.dtype = dtype
