@@ -19,7 +19,9 @@ import torch
 from conftest import ENV_ID, HORIZON, PROMPT_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.policy import CausalLMPolicy
 from agents.sb3 import (
@@ -281,6 +283,10 @@ def test_algorithms_learn_and_their_zips_give_the_same_actions(name, make_policy
         np.testing.assert_array_equal(actions, again)
     for key, value in loaded.policy.state_dict().items():
         assert torch.equal(value, model.policy.state_dict()[key]), key
+    loaded.save(tmp_path / "again")
+    actions, _ = loaded.predict(obs, deterministic=True)
+    again, _ = type(model).load(tmp_path / "again").predict(obs, deterministic=True)
+    np.testing.assert_array_equal(actions, again)
     loaded.learn(HORIZON * ROWS)
     alone, _ = loaded.predict({key: value[0] for key, value in obs.items()}, deterministic=True)
     assert alone.shape == ()
@@ -316,6 +322,14 @@ def test_a_portable_zip_is_small_and_opens_elsewhere(make_policy, make_model, ma
     assert result.returncode == 0, result.stderr
     expected, _ = model.predict({key: value.numpy() for key, value in obs.items()}, deterministic=True)
     assert json.loads(result.stdout) == expected.tolist()
+
+
+def test_copies_of_a_portable_model_have_their_own_weights(make_policy):
+    policy = make_policy()
+    twin = copy.deepcopy({"model": Portable(policy)})["model"].policy
+    for name, value in policy.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)
+        assert twin.state_dict()[name].data_ptr() != value.data_ptr()
 
 
 def test_a_policy_alone_is_saved_and_loaded_too(make_policy, make_envs, tmp_path):
@@ -442,15 +456,7 @@ def test_ppo_learns_with_a_language_model(make_policy, make_envs):
         policy_kwargs={"model": make_policy()},
     )
 
-    def reward():
-        envs.seed(100)
-        obs, rewards = envs.reset(), []
-        for _ in range(4 * HORIZON):
-            actions, _ = model.predict(obs)
-            obs, reward, dones, _ = envs.step(actions)
-            rewards += reward[dones].tolist()
-        return np.mean(rewards)
-
-    before = reward()
+    before, _ = evaluate_policy(model, VecMonitor(envs), n_eval_episodes=128, deterministic=False)
     model.learn(15 * HORIZON * 32)
-    assert reward() > before + 0.3
+    after, _ = evaluate_policy(model, VecMonitor(envs), n_eval_episodes=128, deterministic=False)
+    assert after > before + 0.3
