@@ -512,7 +512,7 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     decoder.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
     try:
         ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
-        return model(input_ids=ids, use_cache=False).logits[0]
+        return model(input_ids=ids, use_cache=False).logits.squeeze(0)  # the gradient of [0] is a copy of them all
     finally:
         if usual is None:
             del decoder.forward
