@@ -30,6 +30,7 @@ from textgym.seeding import hash64
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
+TRAINING = "training"  # the folder of a checkpoint that holds what only training needs
 Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 
 
@@ -310,21 +311,23 @@ class Algorithm(ABC):
         return {}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint: the policy as a model folder, and beside it everything that `load` needs.
+        """Write a checkpoint: the policy as a model folder, and in the folder ``training`` what else `load` needs.
 
         It is written under a temporary name and then renamed, so that a folder of this name is always whole.
         """
         with replaced_folder(Path(path)) as folder:
             self.policy.save_pretrained(folder)
+            training = folder / TRAINING
+            training.mkdir()
             for name, model in self.models().items():
-                save_model(model, str(folder / f"{name}.safetensors"))
-            torch.save(_plain(self.training_state()), folder / "training.pt")
+                save_model(model, str(training / f"{name}.safetensors"))
+            torch.save(_plain(self.training_state()), training / "state.pt")
             description = {
                 "algorithm": self.name,
                 "hyperparameters": _plain(self.hyperparameters),
                 "frozen": [name for name, weight in self.policy.named_parameters() if not weight.requires_grad],
             }
-            (folder / "algorithm.json").write_text(json.dumps(description, indent=2))
+            (training / "algorithm.json").write_text(json.dumps(description, indent=2))
 
     @classmethod
     def load(
@@ -349,9 +352,9 @@ class Algorithm(ABC):
         Raises:
             ValueError: `path` is no checkpoint of this algorithm.
         """
-        folder = Path(path)
+        folder, training = Path(path), Path(path) / TRAINING
         try:
-            description = json.loads((folder / "algorithm.json").read_text())
+            description = json.loads((training / "algorithm.json").read_text())
         except FileNotFoundError as error:
             raise ValueError(f"path must be a folder written by {cls.__name__}.save, got {str(path)!r}") from error
         if description["algorithm"] != cls.name:
@@ -365,9 +368,9 @@ class Algorithm(ABC):
             policy.get_parameter(name).requires_grad_(False)
         algorithm = cls(policy, env, **hyperparameters)
         for name, model in algorithm.models().items():
-            load_model(model, folder / f"{name}.safetensors", device=str(algorithm.policy.device))
+            load_model(model, training / f"{name}.safetensors", device=str(algorithm.policy.device))
         # Only tensors and plain values: nothing in the file can run code.
-        algorithm.load_training_state(torch.load(folder / "training.pt", map_location="cpu", weights_only=True))
+        algorithm.load_training_state(torch.load(training / "state.pt", map_location="cpu", weights_only=True))
         return algorithm
 
 

@@ -63,14 +63,14 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
     """
     report("loading data", 0)
     env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=base, **profile.env)
-    loaded = None if base is None else load_model(base, device="cpu")
+    loaded, shape = None if base is None else load_model(base, device="cpu"), profile.language_model
     tokenizer = _digest(json.dumps(env.tokenizer.get_vocab(), sort_keys=True).encode())
     data = {split: env.task.split(split, env.source).fingerprint for split in ("train", "validation")}
     recipe = {
         "task": env.task.name,
         "data": data,
         "tokenizer": tokenizer,
-        "start_model": asdict(profile.language_model) if loaded is None else fingerprint_of(loaded),
+        "start_model": fingerprint_of(loaded) if loaded is not None else shape and asdict(shape),
         "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
         "supervised": dict(profile.supervised),
         "seed": seed,
@@ -84,10 +84,12 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
             made = Path(name) / "made"
             made.mkdir()
             start_model, supervised = made / "start_model", made / "supervised"
-            model = initial_model(env, profile.language_model, seed) if loaded is None else loaded
-            CausalLMPolicy(model, env.tokenizer).save_pretrained(start_model)
-            if loaded is None:
-                training = {"loss_on": "text", **profile.language_model.training}
+            if loaded is not None:
+                CausalLMPolicy(loaded, env.tokenizer).save_pretrained(start_model)
+            else:
+                assert shape is not None
+                CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start_model)
+                training = {"loss_on": "text", **shape.training}
                 learn(start_model, env, training, seed, start_model, partial(report, "start model"))
             history = learn(start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"))
             write_text(made / "recipe.json", json.dumps(recipe, indent=2))
