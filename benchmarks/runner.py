@@ -233,7 +233,8 @@ class Benchmark:
         """
         if task not in self._warm_starts:
             # The same for every row and seed: runs differ in what they do with it.
-            start = warm_start(self.profile.tasks[task], self.source, self.base_of(self.profile.tasks[task]), 0, report)
+            profile = self.profile.tasks[task]
+            start = warm_start(profile, self.source, self.base_of(profile), 0, report, self.dtype)
             before = self._fingerprints.get(task, {})
             if wrong := [name for name, value in start.fingerprints.items() if before.get(name, value) != value]:
                 raise ValueError(

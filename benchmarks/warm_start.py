@@ -46,7 +46,9 @@ class WarmStart:
     fingerprints: dict[str, str]
 
 
-def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, report: Report) -> WarmStart:
+def warm_start(
+    profile: TaskProfile, source: str, base: str | None, seed: int, report: Report, dtype: str = "float32"
+) -> WarmStart:
     """Build the models of a task, or find them in the cache.
 
     They are kept by a fingerprint of everything that makes them: data, tokenizer, base, hyperparameters, versions.
@@ -57,6 +59,7 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
         base: Hub id or folder of the start model; None trains one from scratch on the task's text.
         seed: Seed of weights and batches.
         report: Is told what is happening.
+        dtype: What models compute products of matrices in while they learn, "float32" or "auto".
 
     Raises:
         ValueError: `base` is not a causal language model with safetensors weights.
@@ -74,6 +77,7 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
         "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
         "supervised": dict(profile.supervised),
         "seed": seed,
+        "dtype": dtype,
         "versions": {name: version(name) for name in ("textgym", "torch", "transformers")},
     }
     key = _digest(json.dumps(recipe, sort_keys=True).encode())
@@ -90,8 +94,8 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
                 assert shape is not None
                 CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start_model)
                 training = {"loss_on": "text", **shape.training}
-                learn(start_model, env, training, seed, start_model, partial(report, "start model"))
-            history = learn(start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"))
+                learn(start_model, env, training, seed, start_model, partial(report, "start model"), dtype)
+            history = learn(start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"), dtype)
             write_text(made / "recipe.json", json.dumps(recipe, indent=2))
             write_text(made / "history.json", json.dumps(history))
             made.rename(folder)
@@ -122,11 +126,18 @@ def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTr
 
 
 def learn(
-    model: Path, env: TextVectorEnv, arguments: Mapping[str, Any], seed: int, out: Path, report: Callable[[float], None]
+    model: Path,
+    env: TextVectorEnv,
+    arguments: Mapping[str, Any],
+    seed: int,
+    out: Path,
+    report: Callable[[float], None],
+    dtype: str,
 ) -> list[dict[str, Any]]:
     """Train a model on the references of `env`, write it, at its best validation loss, to `out`; return the history."""
     report(0)
-    algorithm = SL(CausalLMPolicy.from_pretrained(model), env, seed=seed, **arguments)
+    policy = CausalLMPolicy.from_pretrained(model, dtype=torch.float32 if dtype == "float32" else "auto")
+    algorithm = SL(policy, env, seed=seed, **arguments)
 
     def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
         report(algorithm.num_episodes / algorithm.total_texts)
