@@ -95,7 +95,9 @@ def warm_start(
                 CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start_model)
                 training = {"loss_on": "text", **shape.training}
                 learn(start_model, env, training, seed, start_model, partial(report, "start model"), dtype)
-            history = learn(start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"), dtype)
+            history = learn(
+                start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"), dtype
+            )
             write_text(made / "recipe.json", json.dumps(recipe, indent=2))
             write_text(made / "history.json", json.dumps(history))
             made.rename(folder)
