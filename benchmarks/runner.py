@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from agents import SL, CausalLMPolicy, EvaluationResult, Policy, evaluate
 from agents.algorithm import TRAINING, Algorithm
 from agents.evaluation import make_env
+from agents.rollout import Rollout
 from benchmarks.profiles import Profile, Row, TaskProfile, accepted, algorithm_class
 from benchmarks.results import Record, read_results, write_text
 from benchmarks.warm_start import Report, WarmStart, warm_start
@@ -173,7 +174,10 @@ class Benchmark:
         report("evaluation", 0)
         result = judge(policy)
         best = self.folder(run) / "best"
-        best_reward = judge(self.policy(best, decoding)).reward if best.is_dir() else result.reward
+        best_reward = result.reward
+        if best.is_dir():
+            reads = isinstance(policy, CausalLMPolicy)
+            best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best)).reward
         history = start.history if algorithm is None else algorithm.history
         return {
             **run._asdict(),
@@ -210,7 +214,7 @@ class Benchmark:
             "device": str(policy.device),
             "training_seed": training_seed,
             "samples": samples(result, policy.tokenizer),
-            "rollouts": [] if algorithm is None else rollouts(algorithm),
+            "rollouts": rollouts(getattr(algorithm, "last_rollout", None), policy.tokenizer),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -286,12 +290,6 @@ class Benchmark:
         write_text(folder / "settings.json", json.dumps(settings, indent=2))
         policy = self.policy(start.supervised, Decoding(**task.decoding), **row.policy)
         arguments = {"seed": seed, "output_dir": folder, "track": self.track, **self.arguments(run)}
-        if not issubclass(algorithm, Algorithm):
-            from agents.sb3 import SB3Algorithm
-            from stable_baselines3.common.base_class import BaseAlgorithm
-
-            if issubclass(algorithm, BaseAlgorithm):
-                return SB3Algorithm(algorithm, policy, env, **arguments)
         return algorithm(policy, env, **arguments)
 
 
@@ -319,9 +317,10 @@ def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> lis
     ]
 
 
-def rollouts(algorithm: Algorithm) -> list[dict[str, Any]]:
-    """A few of the last training episodes in which not all is the policy's."""
-    rollout = algorithm.last_rollout
+def rollouts(rollout: Rollout | None, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """A few of the last training episodes in which not all is the policy's; none where these are not known."""
+    if rollout is None:
+        return []
     written = rollout.authors != Author.NONE
     ids = rollout.input_ids[:, rollout.prompt_columns :]
     chosen = np.flatnonzero((written & ~rollout.body).any(1).cpu().numpy())[:SAMPLES]
@@ -331,7 +330,7 @@ def rollouts(algorithm: Algorithm) -> list[dict[str, Any]]:
             "prefix_length": int(rollout.prefix_length[row]),
             "reward": float(rollout.rewards[row]),
             "segments": segments(
-                ids[row][written[row]].tolist(), rollout.authors[row][written[row]].tolist(), algorithm.policy.tokenizer
+                ids[row][written[row]].tolist(), rollout.authors[row][written[row]].tolist(), tokenizer
             ),
         }
         for row in chosen

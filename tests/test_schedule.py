@@ -57,6 +57,18 @@ def test_algorithms_from_outside_enter_with_one_flag_and_run_beside_ours(micro, 
     assert "raft" in page
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stable_baselines3:PPO", "sb3_contrib:MaskablePPO", "stable_baselines3:DQN"])
+def test_algorithms_of_stable_baselines3_enter_the_same_way(micro, name):
+    assert run_all.run_all(profile="plugins:MICRO", algos="sl", algo=[name], out=micro) == 0
+    start, record = read_results(micro)
+    assert record["algo"] == name.replace(":", ".")
+    assert record["episodes"] >= 16
+    assert record["evaluation"]["sample_ids"] == start["evaluation"]["sample_ids"]
+    assert record["hyperparameters"]["episodes_per_iteration"] == 8
+    assert {"reward", "num_timesteps", "seconds"} <= record["history"][-1].keys()
+
+
 def test_a_registered_algorithm_is_one_of_ours(micro, monkeypatch):
     monkeypatch.setattr(agents, "_registered", {})
     assert agents.register(plugins.Mine) is plugins.Mine
@@ -148,7 +160,7 @@ def test_a_folder_is_of_one_process_at_a_time(micro):
     from filelock import FileLock
 
     micro.mkdir()
-    with FileLock(micro / ".lock"), pytest.raises(ValueError, match="to which no other process writes"):
+    with FileLock(micro / ".lock"), pytest.raises(ValueError, match="no other process writes results to"):
         run_all.run_all(profile="plugins:MICRO", algos="sl", out=micro)
 
 

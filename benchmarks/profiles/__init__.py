@@ -169,12 +169,14 @@ def algorithm_class(name: str) -> type:
         name: Its name in `agents.ALGORITHMS`; or "package.module:Class" for a class that is made and used as these are:
             ``Class(policy, env, seed=..., output_dir=..., **arguments)``, ``learn(total_episodes=..., callback=...)``,
             and the attributes `policy`, `history`, `num_episodes`, `num_timesteps` and `num_guide_tokens` (a subclass
-            of `agents.algorithm.Algorithm` has all of that); or for a class of Stable-Baselines3.
+            of `agents.algorithm.Algorithm` has all of that); or for a class of Stable-Baselines3, which becomes an
+            `agents.sb3.SB3Algorithm`.
 
     Raises:
         ValueError: There is no such algorithm.
     """
     from agents import ALGORITHMS
+    from agents.algorithm import Algorithm
 
     if ":" not in name:
         if name not in ALGORITHMS:
@@ -183,6 +185,13 @@ def algorithm_class(name: str) -> type:
     algorithm = load_object(name)
     if not (inspect.isclass(algorithm) and callable(getattr(algorithm, "learn", None))):
         raise ValueError(f"algorithm {name!r} must be a class with the method learn, got {algorithm!r}")
+    if not issubclass(algorithm, Algorithm):
+        from stable_baselines3.common.base_class import BaseAlgorithm
+
+        if issubclass(algorithm, BaseAlgorithm):
+            from agents.sb3 import SB3Algorithm
+
+            return SB3Algorithm.of(algorithm)
     return algorithm
 
 
@@ -205,8 +214,8 @@ def row_of(algorithm: str | type | Row) -> tuple[str, Row]:
     row = given if isinstance(given, Row) else Row(path)
     own_name = vars(algorithm_class(row.algorithm)).get("name")
     if isinstance(given, Row) or not isinstance(own_name, str):
-        own_name = path.replace(":", ".")
-    return own_name, row
+        own_name = path
+    return own_name.replace(":", "."), row
 
 
 def accepted(algorithm: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
