@@ -176,7 +176,6 @@ def test_a_dry_run_prints_every_run_and_makes_nothing(micro, monkeypatch, capsys
 
 
 def test_tracked_runs_leave_a_log(micro):
-    pytest.importorskip("tensorboard")
     assert run_all.run_all(profile="plugins:MICRO", algos="ppo", track=["tensorboard"], out=micro) == 0
     assert list((micro / "words-ppo-0").rglob("events.out.tfevents*"))
 
