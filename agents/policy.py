@@ -366,7 +366,7 @@ class LanguageModelPolicy(Policy):
         quantization: Literal["4bit", "8bit"] | None = None,
         gguf_file: str | None = None,
         **arguments: Any,
-    ) -> LanguageModelPolicy:
+    ) -> Self:
         """Load a language model, and heads and decoding where they lie beside it.
 
         Called on `LanguageModelPolicy` itself it makes a `CausalLMPolicy` or a `Seq2SeqPolicy`, as the model's config

@@ -343,7 +343,7 @@ class BeamSearch(Sampler):
             limit = int(self._limits[row])
             least = min(max(self.decoding.min_new_tokens - int(self._prefix[row]), 0), limit)
             groups.setdefault((limit, least, len(text[1]) if seq2seq else 0), []).append((row, text))
-        found = {}
+        found: dict[int, list[int]] = {}
         for (limit, least, _), members in groups.items():
             rows, texts = zip(*members, strict=True)
             written = self._generate([text[0] for text in texts] if seq2seq else texts, texts, limit, least)
@@ -351,7 +351,7 @@ class BeamSearch(Sampler):
         return found
 
     def _generate(self, contexts: Any, texts: Any, limit: int, least: int) -> list[list[int]]:
-        model, device = self.model, self.model.device
+        model: Any = self.model
         if limit < 1:
             return [[] for _ in texts]
         seq2seq = model.config.is_encoder_decoder
@@ -370,7 +370,7 @@ class BeamSearch(Sampler):
         try:
             with self._autocast:
                 written = model.generate(
-                    **{name: torch.from_numpy(array).to(device) for name, array in inputs.items()},
+                    **{name: torch.from_numpy(array).to(model.device) for name, array in inputs.items()},
                     num_beams=self.decoding.num_beams,
                     do_sample=False,
                     max_new_tokens=limit,

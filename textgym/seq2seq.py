@@ -81,7 +81,7 @@ class Seq2SeqCache(PaddedCache):
     """Prompts and new tokens that are read and then continued, a token at a time.
 
     New tokens of all rows end in the same column. A decoder with an embedding of positions (BART's and its kin's) takes
-    the column for the position; it is given each row's own. The others know distances between tokens alone.
+    the column for the position; it is given each row's own. The others (T5's) know distances between tokens alone.
 
     Args:
         model: A sequence-to-sequence language model.
@@ -97,7 +97,8 @@ class Seq2SeqCache(PaddedCache):
         super().__init__(model, [np.concatenate([start, new]) for _, new in texts], steps)
         self._prompts = [torch.from_numpy(prompt) for prompt, _ in texts]
         self._embedding: Any = None
-        if (self._positions < self._width).any():  # else columns are positions
+        self._ragged = bool((self._positions < self._width).any())
+        if self._ragged:  # else columns are positions
             _check_positions(model)
             self._embedding = getattr(model.get_decoder(), "embed_positions", None)
         self._table: Tensor | None = None
@@ -115,7 +116,10 @@ class Seq2SeqCache(PaddedCache):
         def place(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # What it gives for a column is what belongs to that position, and no position is beyond the last column.
             columns = output.reshape(-1, ids.shape[1], output.shape[-1])[0]
-            self._table = columns if self._table is None else torch.cat([self._table, columns])
+            if self._table is None:
+                self._table = columns
+            elif len(self._table) < self._width:
+                self._table = torch.cat([self._table, columns])
             return self._table[positions]
 
         hook = None if self._embedding is None else self._embedding.register_forward_hook(place)
@@ -140,6 +144,12 @@ class Seq2SeqCache(PaddedCache):
         self._prompt_mask = self._prompt_mask[order]
         # Of the encoder's states only the shape is still looked at: their keys and values are in the cache.
         self._states = self._states[: len(order)]
+        if self._ragged and len(order):
+            # The text that took the most columns may be gone; a decoder may have no more of them than positions.
+            unused = int((self._width - self._positions).min())
+            self._width, self._mask = self._width - unused, self._mask[:, unused:]
+            for layer in self._cache.self_attention_cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
 
 
 _CHECKED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -62,10 +62,18 @@ def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) 
         ValueError: There is none.
     """
     from transformers import AutoTokenizer  # imports torch
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    kind: Any = AutoTokenizer
     try:
-        options = {} if gguf_file is None else {"gguf_file": gguf_file}
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options)
+        if gguf_file is None:
+            # One that says it is no more than its file: AutoTokenizer would make it one of the model's family.
+            declared = get_tokenizer_config(str(path)).get("tokenizer_class")
+            if declared in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+                kind = PreTrainedTokenizerFast
+            tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
+        else:
+            tokenizer = kind.from_pretrained(str(path), gguf_file=gguf_file, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}"

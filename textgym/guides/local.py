@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from textgym.decoding import Decoding
 
+# Most tokens of a guide that stand for one of the environment's.
+_MOST_TOKENS_FOR_ONE = 16
 # Models by where they came from, while any guide holds them. Their weights never change, so guides share them.
 _LOADED: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 
@@ -147,7 +149,11 @@ class LocalGuide:
             # As one text: the prefix is part of what the model reads.
             begun = [_encode_context(own, request.prompt + request.prefix) for request in requests]
             contexts = [(ids, []) for ids in begun]
-        room = [positions - len(ids) for ids in begun]
+        # A model without an end of positions can also go on without end to write what is no text, such as padding.
+        room = [
+            min(positions - len(ids), _MOST_TOKENS_FOR_ONE * request.max_new_tokens)
+            for ids, request in zip(begun, requests, strict=True)
+        ]
         # One token of the environment may be several of the guide's. A text that turns out too short is written again
         # with twice the tokens; it begins with the same ones, since they hang on the request's seed alone.
         limits = [int(min(max(1, request.max_new_tokens), left)) for request, left in zip(requests, room, strict=True)]
