@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -37,8 +39,9 @@ def add_lora(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[s
         raise ValueError(f"lora must be None for a model that has adapters already: {str(path)!r}")
     model.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    transposed = any(isinstance(layer, Conv1D) for layer in model.modules())
     try:
-        config = LoraConfig(**{"task_type": kind, **options})
+        config = LoraConfig(**{"task_type": kind, "fan_in_fan_out": transposed, **options})
     except TypeError as error:
         raise ValueError(f"lora must hold arguments of peft.LoraConfig, got {dict(options)}: {error}") from error
     with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None):
@@ -47,12 +50,22 @@ def add_lora(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[s
     train_adapters(model)
 
 
-def train_adapters(model: PreTrainedModel) -> None:
-    """Let a model's adapters be trained, in float32 where they had a half precision."""
+def train_adapters(model: PreTrainedModel, file: str | os.PathLike | None = None) -> None:
+    """Let a model's adapters be trained, in float32 where the model has a half precision.
+
+    Args:
+        model: The model.
+        file: Where the adapters were loaded from, if anywhere, to be read again without rounding.
+    """
+    from peft import set_peft_model_state_dict
+
     model.set_adapter(model.active_adapters())
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+    if file is not None:
+        weights = {name.removeprefix("base_model.model."): weight for name, weight in load_file(file).items()}
+        set_peft_model_state_dict(model, weights)
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

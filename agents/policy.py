@@ -405,7 +405,7 @@ class LanguageModelPolicy(Policy):
         if lora is not None:
             add_lora(model, path, lora)
         elif has_adapters(model):
-            train_adapters(model)
+            train_adapters(model, file_beside(path, "adapter_model.safetensors"))
         elif quantization is not None:
             raise ValueError(f"quantization={quantization!r} needs lora: quantised weights cannot be trained")
         if tokenizer is None:

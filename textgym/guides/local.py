@@ -1,4 +1,4 @@
-"""A causal language model of transformers as a guide, in this process."""
+"""A language model of transformers as a guide, in this process."""
 
 from __future__ import annotations
 
