@@ -363,7 +363,7 @@ class LanguageModelPolicy(Policy):
         handoff_prob: float | None = None,
         compile: bool | None = None,
         lora: Mapping[str, Any] | None = None,
-        quantization: Literal["4bit", "8bit"] | None = None,
+        quantization: Literal["4bit"] | None = None,
         gguf_file: str | None = None,
         **arguments: Any,
     ) -> Self:
@@ -384,8 +384,8 @@ class LanguageModelPolicy(Policy):
             compile: Whether to compile the model's layers; None: as saved with the policy, else not.
             lora: Gives the model adapters and freezes the rest; arguments of `peft.LoraConfig`, such as
                 ``{"r": 8, "lora_alpha": 64}``.
-            quantization: Keep the model's linear layers in "4bit" or "8bit", by bitsandbytes; such a model is trained
-                by adapters only. None: as saved with the policy, else not.
+            quantization: "4bit" keeps the model's linear layers in 4 bits, by bitsandbytes; such a model is trained by
+                adapters only. None: as saved with the policy, else not.
             gguf_file: A GGUF file at `path`, to be read instead; the policy is saved as any other.
             **arguments: None are allowed; they are a subclass's.
 

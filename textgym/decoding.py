@@ -585,7 +585,7 @@ def load_model(
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
-    quantization: Literal["4bit", "8bit"] | None = None,
+    quantization: Literal["4bit"] | None = None,
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """Load a language model for use without dropout, a causal or a sequence-to-sequence one as its config says.
@@ -595,8 +595,8 @@ def load_model(
             name.
         device: "auto" is CUDA where there is one, else CPU.
         dtype: Type of the weights; with `quantization`, of what is computed with them.
-        quantization: Keep the weights of linear layers in 4 bits (NF4, Dettmers et al. 2023, arXiv 2305.14314) or 8, by
-            bitsandbytes.
+        quantization: "4bit" keeps the weights of linear layers in 4 bits (NF4, Dettmers et al. 2023, arXiv 2305.14314),
+            by bitsandbytes.
         gguf_file: A GGUF file in that folder, to be read instead; its weights are unpacked.
 
     Raises:
@@ -627,6 +627,9 @@ def load_model(
         ) from error
     fuse_activations(model)
     if quantization is not None:
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):  # a layout of weights without gradients
+                layer.support_avx512bf16_for_cpu = False
         return model.eval()
     if target.type == "cpu":
         # Weights mapped from a file lie at odd addresses, where matrix products can round differently: a policy that
@@ -638,12 +641,10 @@ def load_model(
 
 
 def _quantization(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantization not in ("4bit", "8bit"):
-        raise ValueError(f'quantization must be None, "4bit" or "8bit", got {quantization!r}')
+    if quantization != "4bit":
+        raise ValueError(f'quantization must be None or "4bit", got {quantization!r}')
     if not is_bitsandbytes_available():
         raise ImportError('quantization needs bitsandbytes: pip install "textgym[quantization]"')
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
