@@ -9,6 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from agents.lora import has_adapters
+
 if TYPE_CHECKING:
     from agents.algorithm import Algorithm
 
@@ -18,8 +20,9 @@ def model_card(agent: Algorithm) -> ModelCard:
     env, policy = agent.env, agent.policy
     model: Any = getattr(policy, "model", None)
     seq2seq = model is not None and model.config.is_encoder_decoder
+    library = "textgym" if model is None else "peft" if has_adapters(model) else "transformers"
     data = ModelCardData(
-        library_name="textgym" if model is None else "transformers",
+        library_name=library,
         pipeline_tag="text2text-generation" if seq2seq else "text-generation",
         base_model=None if model is None else _hub_id(model.name_or_path),
         tags=["textgym", "reinforcement-learning", agent.name, env.task.name],
