@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from agents.gail import GAIL
     from agents.grpo import GRPO
     from agents.lols import D2LOLS, LOLS
-    from agents.policy import CausalLMPolicy, Policy
+    from agents.policy import CausalLMPolicy, LanguageModelPolicy, Policy, Seq2SeqPolicy
     from agents.ppo import PPO
     from agents.ppo_plus_plus import PPOPlusPlus
     from agents.reinforce import REINFORCE
@@ -38,7 +38,9 @@ _ALGORITHMS = {
 _HOMES = _ALGORITHMS | {
     "CausalLMPolicy": "policy",
     "EvaluationResult": "evaluation",
+    "LanguageModelPolicy": "policy",
     "Policy": "policy",
+    "Seq2SeqPolicy": "policy",
     "TabularPolicy": "tabular",
     "evaluate": "evaluation",
 }
@@ -57,8 +59,10 @@ __all__ = [
     "AggreVaTeD",
     "CausalLMPolicy",
     "EvaluationResult",
+    "LanguageModelPolicy",
     "PPOPlusPlus",
     "Policy",
+    "Seq2SeqPolicy",
     "TabularPolicy",
     "evaluate",
     "register",
