@@ -107,11 +107,7 @@ def warm_start(
         start_model=start,
         supervised=supervised,
         history=json.loads((folder / "history.json").read_text(encoding="utf-8")),
-        fingerprints={
-            **data,
-            "tokenizer": tokenizer,
-            **{name: fingerprint_of(model) for name, model in weights.items()},
-        },
+        fingerprints={**data, "tokenizer": tokenizer, **weights},
     )
 
 
