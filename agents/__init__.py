@@ -65,13 +65,39 @@ __all__ = [
     "Seq2SeqPolicy",
     "TabularPolicy",
     "evaluate",
+    "register",
 ]
+
+
+_registered: dict[str, type] = {}
+
+
+def register(algorithm: type) -> type:
+    """Add an algorithm of your own to `ALGORITHMS`, under its `name`; benchmarks can then run it. Also a decorator.
+
+    Args:
+        algorithm: A class with the attribute `name` that can be imported where its module says, and is made and used as
+            those here are (a subclass of `agents.algorithm.Algorithm` is).
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: It has no name, or that of another.
+    """
+    name = getattr(algorithm, "name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"algorithm must have a string as its attribute name, got {name!r}")
+    if (other := __getattr__("ALGORITHMS").get(name, algorithm)) is not algorithm:
+        raise ValueError(f"algorithm must have a name of its own, got {name!r}, which is that of {other.__qualname__}")
+    _registered[name] = algorithm
+    return algorithm
 
 
 def __getattr__(name: str) -> Any:
     if name == "ALGORITHMS":
         classes = [__getattr__(algorithm) for algorithm in _ALGORITHMS]
-        return {algorithm.name: algorithm for algorithm in classes}
+        return {algorithm.name: algorithm for algorithm in classes} | _registered
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"agents.{_HOMES[name]}"), name)

@@ -31,6 +31,7 @@ from textgym.seeding import hash64
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
+TRAINING = "training"  # the folder of a checkpoint that holds what only training needs
 Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 
 
@@ -319,21 +320,23 @@ class Algorithm(ABC):
         return {}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint: the policy as a model folder with its card, and beside it everything that `load` needs.
+        """Write a checkpoint: the policy as a model folder, its card, and in ``training`` what else `load` needs.
 
         It is written under a temporary name and then renamed, so that a folder of this name is always whole.
         """
         with replaced_folder(Path(path)) as folder:
             self.policy.save_pretrained(folder)
+            training = folder / TRAINING
+            training.mkdir()
             for name, model in self.models().items():
-                save_file(self._own_weights(model), folder / f"{name}.safetensors")
-            torch.save(_plain(self.training_state()), folder / "training.pt")
+                save_file(self._own_weights(model), training / f"{name}.safetensors")
+            torch.save(_plain(self.training_state()), training / "state.pt")
             description = {
                 "algorithm": self.name,
                 "hyperparameters": _plain(self.hyperparameters),
                 "frozen": [name for name, weight in self.policy.named_parameters() if not weight.requires_grad],
             }
-            (folder / "algorithm.json").write_text(json.dumps(description, indent=2))
+            (training / "algorithm.json").write_text(json.dumps(description, indent=2))
             model_card(self).save(folder / "README.md")
 
     def _own_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -369,9 +372,9 @@ class Algorithm(ABC):
         Raises:
             ValueError: `path` is no checkpoint of this algorithm.
         """
-        folder = Path(path)
+        folder, training = Path(path), Path(path) / TRAINING
         try:
-            description = json.loads((folder / "algorithm.json").read_text())
+            description = json.loads((training / "algorithm.json").read_text())
         except FileNotFoundError as error:
             raise ValueError(f"path must be a folder written by {cls.__name__}.save, got {str(path)!r}") from error
         if description["algorithm"] != cls.name:
@@ -385,12 +388,12 @@ class Algorithm(ABC):
             policy.get_parameter(name).requires_grad_(False)
         algorithm = cls(policy, env, **hyperparameters)
         for name, model in algorithm.models().items():
-            weights = load_file(folder / f"{name}.safetensors", device=str(algorithm.policy.device))
+            weights = load_file(training / f"{name}.safetensors", device=str(algorithm.policy.device))
             if weights.keys() != algorithm._own_weights(model).keys():
                 raise ValueError(f"path holds another {name} than that of {str(path)!r} as it is loaded")
             model.load_state_dict(weights, strict=False)
         # Only tensors and plain values: nothing in the file can run code.
-        algorithm.load_training_state(torch.load(folder / "training.pt", map_location="cpu", weights_only=True))
+        algorithm.load_training_state(torch.load(training / "state.pt", map_location="cpu", weights_only=True))
         return algorithm
 
 

@@ -506,13 +506,21 @@ def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding, weights: Tensor
         ids = scores.topk(min(decoding.top_k, scores.shape[-1])).indices.sort(-1).values
         scores = scores.gather(1, ids)
     if decoding.top_p < 1:
-        scores = _nucleus(scores, decoding.top_p)
+        scores = nucleus(scores, decoding.top_p)
     chosen = _inverse_cdf(_weights(scores)[0], uniforms)
     return chosen if ids is None else ids.gather(1, chosen[:, None]).squeeze(1)
 
 
-def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """Set the scores outside each row's nucleus to -inf; (n, k) to (n, k)."""
+def nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Set the scores outside each row's nucleus to -inf.
+
+    Args:
+        scores: (n, k) float32 logits.
+        top_p: Probability that a nucleus reaches.
+
+    Returns:
+        (n, k).
+    """
     normalizers = scores.logsumexp(-1, keepdim=True)
 
     def lowest_score(ranked: Tensor, normalizers: Tensor) -> Tensor:
