@@ -320,7 +320,7 @@ class Algorithm(ABC):
         return {}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint: the policy as a model folder with its card, and in ``training`` what else `load` needs.
+        """Write a checkpoint: the policy as a model folder, its card, and in ``training`` what else `load` needs.
 
         It is written under a temporary name and then renamed, so that a folder of this name is always whole.
         """

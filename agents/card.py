@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from agents.lora import has_adapters
+from agents.policy import LanguageModelPolicy
 
 if TYPE_CHECKING:
     from agents.algorithm import Algorithm
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def model_card(agent: Algorithm) -> ModelCard:
     """Write the card from what an algorithm knows; paths of this machine are not in it."""
     env, policy = agent.env, agent.policy
-    model: Any = getattr(policy, "model", None)
+    model = policy.model if isinstance(policy, LanguageModelPolicy) else None
     seq2seq = model is not None and model.config.is_encoder_decoder
     library = "textgym" if model is None else "peft" if has_adapters(model) else "transformers"
     data = ModelCardData(
@@ -55,7 +56,7 @@ def model_card(agent: Algorithm) -> ModelCard:
         "Trained with textgym. Scores are those of the last look at validation prompts.\n\n| | |\n|---|---|\n"
         + "\n".join(lines)
         + f"\n\n`{use}` reads the policy with its heads, decoding and tokenizer; `{type(agent).__name__}.load(folder, "
-        "env)` continues the training. All hyperparameters are in `algorithm.json`"
+        "env)` continues the training. All hyperparameters are in `training/algorithm.json`"
         + ("" if model is None else f"; transformers opens the folder as a `{type(model).__name__}`")
         + ".\n"
     )
@@ -65,9 +66,9 @@ def _is_score(name: str) -> bool:
     return name.startswith(("eval/reward", "eval/length", "validation_"))
 
 
-def _hub_id(name: str) -> str | None:
+def _hub_id(name: str | None) -> str | None:
     try:
-        validate_repo_id(name)
+        validate_repo_id(name or "")
     except HFValidationError:
         return None
-    return name or None
+    return name

@@ -37,7 +37,7 @@ def test_a_checkpoint_is_opened_by_transformers_and_described_by_its_card(make_e
     assert agent.env.data.fingerprint in rows["Data"]
     assert rows["eval/reward"] == f"{agent.history[1]['eval/reward']:.4f}"
     assert rows["Reward"] == "letters"
-    described = json.loads((tmp_path / "run" / "algorithm.json").read_text())
+    described = json.loads((tmp_path / "run" / "training" / "algorithm.json").read_text())
     assert described["algorithm"] == "ppo"
 
 

@@ -142,7 +142,7 @@ def test_training_moves_only_adapters_and_heads_and_resumes_exactly(base, make_e
 
     part = make().learn(total_episodes=24)
     part.save(tmp_path / "checkpoint")
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint").iterdir()}
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint" / "training").iterdir()}
     assert max(sizes[name] for name in ("reference.safetensors", "critic.safetensors")) < 60_000
     resumed = PPO.load(tmp_path / "checkpoint", part.env, device="cpu").learn(total_episodes=16)
     assert numbers(resumed.history) == numbers(whole.history)

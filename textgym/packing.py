@@ -515,8 +515,7 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     usual = decoder.__dict__.get("forward")
     decoder.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
     try:
-        logits = model(**inputs, use_cache=False).logits
-        return logits.squeeze(0)  # the gradient of logits[0] would be a copy of them all
+        return model(**inputs, use_cache=False).logits.squeeze(0)  # the gradient of [0] is a copy of them all
     finally:
         if usual is None:
             del decoder.forward
