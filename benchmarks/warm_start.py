@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from agents.evaluation import make_env
-from agents.policy import CausalLMPolicy
+from agents.policy import CausalLMPolicy, LanguageModelPolicy
 from agents.supervised import SL
 from benchmarks.profiles import LanguageModel, TaskProfile
 from benchmarks.results import write_text
@@ -31,22 +31,24 @@ Report = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The models of a task, as folders with safetensors weights and tokenizer.
+    """The models of a task, with safetensors weights and tokenizer.
 
     Attributes:
-        start_model: The language model before it has learned the task.
-        supervised: The supervised policy at its best validation loss; frozen, it is also the guide.
+        start_model: Folder or hub id of the language model before it has learned the task.
+        supervised: Folder of the supervised policy at its best validation loss; frozen, it is also the guide.
         history: The history of supervised learning.
         fingerprints: Of the data they learned from, their tokenizer and their weights.
     """
 
-    start_model: Path
+    start_model: str
     supervised: Path
     history: list[dict[str, Any]]
     fingerprints: dict[str, str]
 
 
-def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, report: Report) -> WarmStart:
+def warm_start(
+    profile: TaskProfile, source: str, base: str | None, seed: int, report: Report, dtype: str = "float32"
+) -> WarmStart:
     """Build the models of a task, or find them in the cache.
 
     They are kept by a fingerprint of everything that makes them: data, tokenizer, base, hyperparameters, versions.
@@ -57,23 +59,26 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
         base: Hub id or folder of the start model; None trains one from scratch on the task's text.
         seed: Seed of weights and batches.
         report: Is told what is happening.
+        dtype: What models compute products of matrices in while they learn, "float32" or "auto".
 
     Raises:
         ValueError: `base` is not a causal language model with safetensors weights.
     """
     report("loading data", 0)
     env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=base, **profile.env)
-    loaded = None if base is None else load_model(base, device="cpu")
+    loaded, shape = None if base is None else load_model(base, device="cpu"), profile.language_model
     tokenizer = _digest(json.dumps(env.tokenizer.get_vocab(), sort_keys=True).encode())
     data = {split: env.task.split(split, env.source).fingerprint for split in ("train", "validation")}
     recipe = {
         "task": env.task.name,
         "data": data,
         "tokenizer": tokenizer,
-        "start_model": asdict(profile.language_model) if loaded is None else fingerprint_of(loaded),
+        "start_model": fingerprint_of(loaded) if loaded is not None else shape and asdict(shape),
         "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
+        "policy": dict(profile.policy),
         "supervised": dict(profile.supervised),
         "seed": seed,
+        "dtype": dtype,
         "versions": {name: version(name) for name in ("textgym", "torch", "transformers")},
     }
     key = _digest(json.dumps(recipe, sort_keys=True).encode())
@@ -83,23 +88,33 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             made = Path(name) / "made"
             made.mkdir()
-            start_model, supervised = made / "start_model", made / "supervised"
-            model = initial_model(env, profile.language_model, seed) if loaded is None else loaded
-            CausalLMPolicy(model, env.tokenizer).save_pretrained(start_model)
-            if loaded is None:
-                training = {"loss_on": "text", **profile.language_model.training}
-                learn(start_model, env, training, seed, start_model, partial(report, "start model"))
-            history = learn(start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"))
+            start = str(made / "start_model") if base is None else base
+            if base is None:
+                assert shape is not None
+                CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start)
+                policy = load_policy(start, dtype)
+                training = {"loss_on": "text", **shape.training}
+                learn(policy, env, training, seed, Path(start), partial(report, "start model"))
+            policy = load_policy(start, dtype, **profile.policy)
+            history = learn(policy, env, profile.supervised, seed, made / "supervised", partial(report, "supervised"))
             write_text(made / "recipe.json", json.dumps(recipe, indent=2))
             write_text(made / "history.json", json.dumps(history))
             made.rename(folder)
-    models = {name: folder / name for name in ("start_model", "supervised")}
+    start, supervised = str(folder / "start_model") if base is None else base, folder / "supervised"
+    models: dict[str, str | Path] = {"start_model": start, "supervised": supervised}
     weights = {name: fingerprint_of(load_model(path, device="cpu")) for name, path in models.items()}
     return WarmStart(
-        **models,
+        start_model=start,
+        supervised=supervised,
         history=json.loads((folder / "history.json").read_text(encoding="utf-8")),
         fingerprints={**data, "tokenizer": tokenizer, **weights},
     )
+
+
+def load_policy(path: str | Path, dtype: str, **arguments: Any) -> LanguageModelPolicy:
+    """Load a policy that computes products of matrices in `dtype`, "float32" or "auto"."""
+    how: Any = torch.float32 if dtype == "float32" else "auto"
+    return LanguageModelPolicy.from_pretrained(path, dtype=how, **arguments)
 
 
 def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTrainedModel:
@@ -120,11 +135,16 @@ def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTr
 
 
 def learn(
-    model: Path, env: TextVectorEnv, arguments: Mapping[str, Any], seed: int, out: Path, report: Callable[[float], None]
+    policy: LanguageModelPolicy,
+    env: TextVectorEnv,
+    arguments: Mapping[str, Any],
+    seed: int,
+    out: Path,
+    report: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """Train a model on the references of `env`, write it, at its best validation loss, to `out`; return the history."""
+    """Train a policy on the references of `env`, write it, at its best validation loss, and return the history."""
     report(0)
-    algorithm = SL(CausalLMPolicy.from_pretrained(model), env, seed=seed, **arguments)
+    algorithm = SL(policy, env, seed=seed, **arguments)
 
     def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
         report(algorithm.num_episodes / algorithm.total_texts)

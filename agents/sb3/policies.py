@@ -201,7 +201,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         # Only the plain kernel of attention has a second derivative.
         plain = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else contextlib.nullcontext()
         with plain:
-            states = model._read(texts.input_ids, texts.attention_mask, texts.columns, rows, entries)[2]
+            states = model._read(texts.input_ids, texts.attention_mask, rows, texts.columns[rows, entries])
         spread = states.new_zeros(*texts.columns.shape, states.shape[1]).index_put((rows, entries), states)
         return texts.of_each(spread)
 
