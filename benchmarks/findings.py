@@ -122,16 +122,19 @@ class Findings:
 
     def claims(self) -> str:
         """For each claim where it holds, and what on each task speaks for and against it."""
-        parts = []
+        parts = [
+            "A row is above another where its whole interval of test reward, over seeds, is above the other's. Its "
+            "perplexity is higher where the whole interval of their ratio is above 1."
+        ]
         tasks = self.analysis.runs.tasks
         for row, baseline, fluent in CLAIMS:
             judged = {task: self.claim(task, row, baseline, fluent) for task in tasks}
             where = [task for task, (holds, _) in judged.items() if holds]
-            wanted = f"`{row}` above `{baseline}`{', perplexity no higher' if fluent else ''}"
-            outcome = "holds" if len(where) >= TASKS_NEEDED else f"does not hold, which takes {TASKS_NEEDED} tasks"
-            on = f"on {tables.listed(where)}" if where else "on none"
+            claim = f"`{row}` above `{baseline}`{', its perplexity no higher' if fluent else ''}"
+            outcome = "holds" if len(where) >= TASKS_NEEDED else f"does not hold on {TASKS_NEEDED} tasks"
+            found = f"on {tables.listed(where)}" if where else "on none"
             lines = [f"- {task}: {sentence}" for task, (_, sentence) in judged.items()]
-            parts.append("\n".join([f"**{wanted}: {outcome} ({on} of {len(tasks)}).**", "", *lines]))
+            parts.append("\n".join([f"**{claim}: {outcome}** ({found} of {len(tasks)}).", "", *lines]))
         return "\n\n".join(parts)
 
     def claim(self, task: str, row: str, baseline: str, fluent: bool) -> tuple[bool, str]:

@@ -197,7 +197,7 @@ def coverage(seeds: int) -> float:
     """
     rng = np.random.default_rng(0)
     result = stats.bootstrap(
-        (rng.normal(size=(4_000, seeds)),), _iqm, axis=1, n_resamples=2_000, batch=100, method="percentile", rng=rng
+        (rng.normal(size=(4_000, seeds)),), _iqm, axis=1, n_resamples=1_000, batch=100, method="percentile", rng=rng
     )
     interval = result.confidence_interval
     return float(((interval.low <= 0) & (interval.high >= 0)).mean())

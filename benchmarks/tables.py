@@ -324,7 +324,7 @@ def number(value: float, spec: str | None = None) -> str:
     """Three digits or so, or as `spec` says; a dash where there is no number."""
     if not np.isfinite(value):
         return "-"
-    return f"{value:{spec or ('.1f' if abs(value) >= 100 else '.2f' if abs(value) >= 10 else '.3f')}}"
+    return f"{value:z{spec or ('.1f' if abs(value) >= 100 else '.2f' if abs(value) >= 10 else '.3f')}}"
 
 
 def listed(items: Iterable[str]) -> str:

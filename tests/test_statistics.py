@@ -54,12 +54,12 @@ def test_the_probability_of_improvement_is_the_mean_mann_whitney_statistic(tasks
 @given(TASKS)
 @settings(max_examples=30, deadline=None)
 def test_a_performance_profile_falls_from_one_to_none_and_its_area_is_the_mean(tasks):
-    thresholds = np.linspace(-4, 4, 801)
+    thresholds = np.arange(-4, 4.25, 0.25)  # exact, as scores are
     profile = performance_profile(tasks, thresholds)
     shares = np.array([level.value for level in profile])
     assert (shares[0], shares[-1]) == (1, 0)
     assert (np.diff(shares) <= 1e-12).all()
-    assert -4 + shares[:-1].sum() * 0.01 == pytest.approx(np.mean([np.mean(task) for task in tasks]))
+    assert -4 + shares[:-1].sum() * 0.25 == pytest.approx(np.mean([np.mean(task) for task in tasks]))
     assert all(-1e-12 <= level.low <= level.high <= 1 + 1e-12 for level in profile)
 
 
@@ -74,7 +74,9 @@ def test_intervals_are_those_of_every_possible_resample():
     scores = np.array([0.1, 0.2, 0.7])
     means = np.array([scores[[i, j, k]].mean() for i in range(3) for j in range(3) for k in range(3)])
     interval = interquartile_mean([scores])
-    assert (interval.low, interval.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+    assert (interval.low, interval.high) == pytest.approx(
+        np.quantile(means, [0.025, 0.975], method="inverted_cdf"), abs=0.02
+    )
 
 
 def test_intervals_of_few_seeds_are_too_narrow_and_we_know_how_much():
@@ -83,7 +85,7 @@ def test_intervals_of_few_seeds_are_too_narrow_and_we_know_how_much():
     assert coverage(2) == pytest.approx(1 / 2, abs=0.03)
     assert coverage(3) == pytest.approx(1 - 2 / 2**3, abs=0.03)
     assert coverage(5) == pytest.approx(0.91, abs=0.03)
-    assert coverage(30) == pytest.approx(0.94, abs=0.02)
+    assert coverage(12) == pytest.approx(0.93, abs=0.02)
 
 
 def test_more_tasks_make_the_intervals_of_few_seeds_better():
