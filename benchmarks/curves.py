@@ -147,10 +147,16 @@ def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
-        grid[0, column].set_title(f"{task}: {CURVES[curve]}", fontsize=11)
+        grid[0, column].set_title(_literal(f"{task}: {CURVES[curve]}"), fontsize=11)
     names = [algo for algo in algos if algo in legend]
-    picture.legend([legend[name] for name in names], names, loc="outside right upper", frameon=False)
+    labels = [_literal(name) for name in names]
+    picture.legend([legend[name] for name in names], labels, loc="outside right upper", frameon=False)
     save(picture, path)
+
+
+def _literal(text: str) -> str:
+    """Text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
 
 
 def _points(record: Record, length: int) -> dict[str, np.ndarray]:

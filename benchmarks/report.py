@@ -72,7 +72,7 @@ def _page(analysis: Analysis, drawn: list[Line], name: str) -> str:
         "runs": str(len(runs.records)),
         "test prompts": ", ".join(f"{_prompts(runs, task)} {task}" for task in runs.tasks),
         "computing": f"{sum(record['seconds'] for record in runs.records) / 3600:.1f} hours",
-        "finished": max(record["finished"] for record in runs.records),
+        "finished": max(record["finished"] for record in runs.records)[:16].replace("T", " "),
     }
     baselines = [algo for algo in BASELINES if algo in runs.algos][-1:]
     return Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
@@ -122,7 +122,7 @@ def _matrix(analysis: Analysis) -> str:
         found = analysis.improvement.get((first, second))
         if found is None:
             return f"<td {column}></td>"
-        hue, share = "better" if found.value > 0.5 else "worse", abs(found.value - 0.5) * 130
+        hue, share = "better" if found.value > 0.5 else "worse", abs(found.value - 0.5) * 90
         title = html.escape(f"P({first} above {second}) = {found:.2f}")
         return (
             f'<td {column} data-value="{found.value:.4f}"{" class=sure" if text.endswith("*") else ""} '
@@ -149,12 +149,12 @@ def _matrix(analysis: Analysis) -> str:
 
 
 def _rollouts(task: str, algo: str, group: list[Record]) -> str:
-    """A few training episodes of which the policy wrote only a part, of the first seed."""
+    """Training episodes of which the policy wrote only a part: two of the first seed."""
     return "".join(
         f'<article data-task="{html.escape(task)}" data-algo="{html.escape(algo)}">'
         f"<h4>{html.escape(f'{task}, {algo}, {_opening(rollout)}')} <b>{rollout['reward']:.3f}</b></h4>"
         f"<p><span class=prompt>{html.escape(rollout['prompt'])}</span>{_segments(rollout['segments'])}</p></article>"
-        for rollout in group[0]["rollouts"]
+        for rollout in group[0]["rollouts"][:2]
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +16,9 @@ from benchmarks.statistics import Interval, coverage
 
 # Metrics that show what a reward was bought with; keys of a run's metrics.
 FLUENCY = {"perplexity": "perplexity", "distinct_2": "distinct-2"}
-NAMES = ("task", "algorithm", "baseline")  # columns of names; all others are numbers or a word about numbers
 OVER_SEEDS = "95% percentile bootstrap intervals over seeds"
 Cell = str | Interval
+Scales = Mapping[str, tuple[float, float]]  # the least and the greatest value of a column with bars
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Table:
         note: What its numbers are.
         columns: Headers; a first one "task" makes groups of rows on the page.
         rows: Cells, text or an interval.
+        names: How many columns of names it begins with.
         formats: How the intervals of a column are written; ".3f" where it is not named.
         bars: Columns whose intervals are also drawn on the page, with the value that a line marks there, if any.
     """
@@ -38,6 +39,7 @@ class Table:
     note: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    names: int = 2
     formats: Mapping[str, str] = field(default_factory=dict)
     bars: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -48,7 +50,7 @@ class Table:
             return heading
         lines = [list(self.columns), *(self._texts(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
-        named = [column in NAMES for column in self.columns]
+        named = [column < self.names for column in range(len(self.columns))]
 
         def row(cells: Sequence[str]) -> str:
             padded = (
@@ -65,43 +67,48 @@ class Table:
         if not self.rows:
             return f"<p class=note>{html.escape(self.note)}</p>"
         grouped = self.columns[0] == "task"
-        columns = self.columns[grouped:]
+        columns, names = self.columns[grouped:], self.names - grouped
         head = "".join(
-            f"<th scope=col{' class=name' if column in NAMES else ''} aria-sort=none>"
-            f"<button>{html.escape(column)}</button></th>"
-            for column in columns
+            f"<th scope=col{' class=name' if place < names else ''} aria-sort=none>"
+            f"<button>{html.escape(column).replace('-', '&#8209;')}</button></th>"  # no break at a hyphen
+            for place, column in enumerate(columns)
         )
         bodies = []
         for task, group in itertools.groupby(self.rows, key=lambda row: row[0] if grouped else None):
             rows = [row[grouped:] for row in group]
-            scales = {column: _scale(rows, columns.index(column), mark) for column, mark in self.bars.items()}
             title = (
                 f"<tr class=task><th colspan={len(columns)} scope=rowgroup>{html.escape(str(task))}</th></tr>\n"
                 if grouped
                 else ""
             )
-            body = "".join(self._row(columns, row, scales) for row in rows)
+            body = "".join(self._row(columns, row, names, scales) for scales, row in self._scaled(columns, rows))
             bodies.append(f"<tbody{_attribute('task', task)}>{title}{body}</tbody>")
         return (
             f"<figure class=table><figcaption>{html.escape(self.note)}</figcaption><div class=scroll tabindex=0>"
             f"<table><thead><tr>{head}</tr></thead>\n{''.join(bodies)}</table></div></figure>"
         )
 
-    def _row(self, columns: Sequence[str], row: Sequence[Cell], scales: Mapping[str, tuple[float, float]]) -> str:
+    def _scaled(
+        self, columns: Sequence[str], rows: Sequence[Sequence[Cell]]
+    ) -> Iterator[tuple[Scales, Sequence[Cell]]]:
+        """Each row with the scales of its bars, which rows that are shown together share."""
+        together: dict[Cell | None, list[Sequence[Cell]]] = {}
+        for row in rows:
+            baseline = row[columns.index("baseline")] if "baseline" in columns else None
+            together.setdefault(baseline, []).append(row)
+        for group in together.values():
+            scales = {column: _scale(group, columns.index(column), mark) for column, mark in self.bars.items()}
+            yield from ((scales, row) for row in group)
+
+    def _row(self, columns: Sequence[str], row: Sequence[Cell], names: int, scales: Scales) -> str:
         texts = self._texts(row, columns)
-        attributes = "".join(
-            _attribute({"algorithm": "algo", "baseline": "baseline"}[column], text)
-            for column, text in zip(columns, texts, strict=True)
-            if column in NAMES
-        )
-        cells = []
-        for column, cell, text in zip(columns, row, texts, strict=True):
-            if column == "algorithm":
-                cells.append(f"<th scope=row class=name>{html.escape(text)}</th>")
-                continue
+        named = dict(zip(columns[:names], texts, strict=False))
+        cells = [f"<th scope=row class=name>{html.escape(texts[0])}</th>"]
+        cells += [f"<td class=name>{html.escape(text)}</td>" for text in texts[1:names]]
+        for column, cell, text in list(zip(columns, row, texts, strict=True))[names:]:
             bar = _bar(cell, scales[column], self.bars[column]) if column in scales else ""
-            name = " class=name" if column in NAMES else ""
-            cells.append(f"<td{name}{_attribute('value', _number_in(text))}>{html.escape(text)}{bar}</td>")
+            cells.append(f"<td{_attribute('value', _number_in(text))}>{html.escape(text)}{bar}</td>")
+        attributes = _attribute("algo", named.get("algorithm")) + _attribute("baseline", named.get("baseline"))
         return f"<tr{attributes}>{''.join(cells)}</tr>\n"
 
     def _texts(self, row: Sequence[Cell], columns: Sequence[str] | None = None) -> list[str]:
@@ -116,7 +123,7 @@ def results(analysis: Analysis) -> Table:
     runs = analysis.runs
     handed_off = any(_hands_off(record) for record in runs.records)
     normalised = bool(analysis.scales)
-    rows = []
+    rows: list[list[Cell]] = []
     for task, algo, group in runs.groups():
         score = analysis.reward(task, algo)
         zero, one = analysis.scales.get(task, (np.nan, np.nan))
@@ -221,6 +228,7 @@ def aggregate(analysis: Analysis) -> Table:
         note,
         ["algorithm", "normalised score", *better, "runs"],
         rows,
+        names=1,
         formats={"normalised score": ".2f"} | dict.fromkeys(better, ".2f"),
         bars={"normalised score": 0.0} | dict.fromkeys(better, 0.5),
     )
@@ -243,6 +251,7 @@ def improvement(analysis: Analysis) -> Table:
         f"the tasks that both ran on. * marks where the interval (these are {OVER_SEEDS}) leaves out one half.",
         ["algorithm", *algos],
         [[first, *(cell(first, second) for second in algos)] for first in algos],
+        names=1,
     )
 
 
@@ -280,12 +289,13 @@ def comparisons(analysis: Analysis, baselines: Sequence[str] | None = None) -> T
     return Table(
         "Paired comparisons",
         "Difference in test reward on the same prompts with the same seeds, with a 95% paired bootstrap interval over "
-        "prompts: it speaks of these very policies on other prompts, not of other training seeds. Within seeds: in how "
-        "many of them the same interval of that seed alone lies above and below zero. Perplexity under the start model "
-        "and distinct-2 as ratios of means over seeds, with intervals over seeds. Each interval is for itself: of many "
-        "comparisons one in twenty would show a difference where there is none.",
+        "prompts: it speaks of these very policies on other prompts, not of other training seeds. Seeds above and "
+        "below: in how many of them the same interval, of that seed alone, lies above and below zero. Perplexity and "
+        "distinct-2: ratios of geometric means over seeds, with intervals over seeds. Each interval is for itself: of "
+        "many rows that are alike, one in twenty would be told apart.",
         ["task", "algorithm", "baseline", "difference", "verdict", "seeds above / below", *ratios],
         rows,
+        names=3,
         formats={"difference": "+.3f"} | dict.fromkeys(ratios, ".2f"),
         bars={"difference": 0.0},
     )
@@ -373,7 +383,7 @@ def _bar(cell: Cell, scale: tuple[float, float], mark: float | None) -> str:
     """An interval as a line with a dot, on the scale of its column."""
     low, high = scale
     if not isinstance(cell, Interval) or high <= low:
-        return ""
+        return "<span class=bar></span>"
 
     def place(value: float) -> str:
         return f"{100 * (value - low) / (high - low):.1f}%"

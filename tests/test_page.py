@@ -64,7 +64,7 @@ def attacked(tmp_path_factory):
     for place, algo in enumerate(("sl", "best-of-4", "ppo", "ppo++")):
         for seed in range(2):
             made = record(algo, seed, name=ATTACK, text=ATTACK, prompts=20)
-            append_result(folder, made | {"algo": f"{algo} {ATTACK}", "place": place, "profile": ATTACK})
+            append_result(folder, made | {"algo": f"{algo} {SCRIPT}", "place": place, "profile": ATTACK})
     return write_report(folder).page
 
 
@@ -163,7 +163,7 @@ def test_one_filter_holds_for_the_whole_page(page, report):
     assert page.run("return document.querySelector('#profile .plot').data.length") == 6
     assert page.visible("#task option") == ["imdb", "commongen"]
     assert [name.split()[0] for name in page.visible("#answers h4")] == ["sl", "ppo", "ppo++"]
-    assert {name.split()[1] for name in page.visible("section:last-of-type summary")} == {"sl", "ppo", "ppo++"}
+    assert {name.split()[1] for name in page.visible("section:last-of-type summary")} == {"sl,", "ppo,", "ppo++,"}
     assert page.run("return document.querySelector('#algos [data-name=gail]').ariaPressed") == "false"
     page.click("#algos .plain")
     assert len(page.visible("#answers h4")) == len(ROWS)
@@ -230,7 +230,7 @@ def test_texts_that_are_scripts_are_shown_as_text(page, attacked):
     assert page.visible("#answers p") == [ATTACK] * 4
     assert any(SCRIPT in text for text in page.visible("#episodes article p"))
     assert page.visible("section:first-of-type tr.task") == [ATTACK]
-    assert page.visible(".matrix tbody th") == [f"{algo} {ATTACK}" for algo in ("sl", "best-of-4", "ppo", "ppo++")]
+    assert page.visible(".matrix tbody th") == [f"{algo} {SCRIPT}" for algo in ("sl", "best-of-4", "ppo", "ppo++")]
     assert page.run("return document.querySelectorAll('img').length") == 0
     assert page.run("return document.scripts.length") == 3
     assert page.run("return document.querySelector('.panels .gtitle').textContent") == ATTACK

@@ -94,11 +94,13 @@ function sort(button) {
 }
 
 function plot(element, title, traces, x, y) {
-  const side = {gridcolor: colour("var(--line)"), zeroline: false, automargin: true, fixedrange: false};
+  const side = {gridcolor: colour("var(--line)"), zeroline: false, automargin: true, ticks: "outside", ticklen: 4,
+    tickcolor: "rgba(0,0,0,0)"};
+  const label = text => ({text, font: {size: 11}, standoff: 6});
   Plotly.react(element, traces, {
     title: {text: title, font: {size: 13}, x: 0.03, xanchor: "left", y: 0.95},
-    xaxis: {...side, title: {text: x, font: {size: 11}}}, yaxis: {...side, title: {text: y, font: {size: 11}}},
-    margin: {t: 40, r: 14, b: 44, l: 44}, hovermode: "closest", showlegend: false,
+    xaxis: {...side, title: label(x)}, yaxis: {...side, title: label(y)}, margin: {t: title ? 40 : 16, r: 14, b: 52, l: 52},
+    hovermode: "closest", showlegend: false,
     hoverlabel: {bgcolor: colour("var(--panel)"), bordercolor: colour("var(--line)"), namelength: -1,
       font: {color: colour("var(--ink)")}},
     font: {color: colour("var(--ink)"), size: 11, family: getComputedStyle(document.body).fontFamily},
