@@ -153,7 +153,7 @@ class Findings:
         higher = {"above": "higher", "below": "lower", "not told apart": "not told apart"}
         ratio = analysis.ratio(task, row, baseline, "perplexity")
         told = ratio and higher[ratio.against(1)]
-        sentences.append(f"perplexity {ratio:.2f} times that of {baseline}, {told}" if ratio else "perplexity unknown")
+        sentences.append(f"perplexity {ratio:.3f} times that of {baseline}, {told}" if ratio else "perplexity unknown")
         holds = verdict == "above" and (not fluent or told in ("lower", "not told apart"))
         return holds, "; ".join(sentences) + "."
 

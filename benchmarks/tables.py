@@ -198,7 +198,8 @@ def costs(analysis: Analysis) -> Table:
 
 def aggregate(analysis: Analysis) -> Table:
     """Normalised scores over all tasks, and the probability of improvement over the baselines."""
-    baselines = [algo for algo in BASELINES if algo in analysis.aggregate]
+    several = any(np.isfinite(score.low) for score in analysis.aggregate.values())
+    baselines = [algo for algo in BASELINES if several and algo in analysis.aggregate]
     rows = [
         [
             algo,
@@ -216,9 +217,13 @@ def aggregate(analysis: Analysis) -> Table:
     if analysis.scales:
         note = (
             f"Interquartile mean of the normalised test rewards of all runs on {listed(analysis.scales)}: on each "
-            f"task 0 is the mean of {ZERO} and 1 that of {ONE}, both taken as known. Intervals are {OVER_SEEDS}, which "
-            "are resampled within each task, as are those of the probability that a run scores above one of a baseline."
+            f"task 0 is the mean of {ZERO} and 1 that of {ONE}, both taken as known."
         )
+        if several:
+            note += (
+                f" Intervals are {OVER_SEEDS}, which are resampled within each task, as are those of the probability "
+                "that a run scores above one of a baseline."
+            )
         if left_out := [task for task in analysis.runs.tasks if task not in analysis.scales]:
             note += f" Without {listed(left_out)}, which lacks a run of {ZERO} or {ONE}, or a distance between them."
         if missing := [algo for algo in analysis.runs.algos if algo not in analysis.aggregate]:

@@ -113,6 +113,22 @@ def test_a_large_report_loads_and_draws_everything(page, report):
     assert page.run("return document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_what_no_run_has_is_not_shown(page, tmp_path):
+    for algo in ("sl", "ppo"):
+        append_result(tmp_path, record(algo, 0, prompts=20))
+    page.open(write_report(tmp_path).page)
+    headings = page.visible("h2")
+    assert "Training episodes with a guide" not in headings
+    assert page.visible("#profile") == page.visible(".matrix") == page.visible("#tasks button") == []
+    assert page.curves() == [["ppo"]]
+    sl = record("sl", 0, prompts=20)
+    (tmp_path / "results.jsonl").unlink()
+    append_result(tmp_path, sl)
+    page.open(write_report(tmp_path).page)
+    assert "Learning curves" not in page.visible("h2")
+    assert len(page.visible("#answers h4")) == 1
+
+
 def test_headers_sort_numbers_as_numbers_and_back(page, report):
     page.open(report)
     rows = "section:first-of-type tbody[data-task=imdb] tr:not(.task) th"

@@ -192,6 +192,7 @@ def test_one_seed_has_no_interval_and_is_compared_by_prompts(tmp_path):
     ]
     assert "one seed says nothing about others" in table
     assert cells(table, "Probability of improvement") == []
+    assert [*cells(table, "Across tasks")[0]] == ["algorithm", "normalised score", "runs"]
     assert all("[" in row["difference"] for row in cells(table, "Paired comparisons"))
     assert json.loads((tmp_path / "summary.json").read_text())["imdb"]["sl"]["ci_low"] is None
 

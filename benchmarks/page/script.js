@@ -166,6 +166,10 @@ function fill() {
       make("span", {className: data.authors.includes(author) ? author : "policy"}, written))))));
 }
 
+// What no run has.
+$("profile").hidden = !data.profiles;
+$("curves").hidden = !data.lines.length;
+$("episodes").hidden = !document.querySelector("#episodes article");
 chips("tasks");
 chips("algos");
 for (const button of all("thead button")) button.onclick = () => sort(button);
