@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from agents.gail import GAIL
     from agents.grpo import GRPO
     from agents.lols import D2LOLS, LOLS
-    from agents.policy import CausalLMPolicy, Policy
+    from agents.policy import CausalLMPolicy, LanguageModelPolicy, Policy, Seq2SeqPolicy
     from agents.ppo import PPO
     from agents.ppo_plus_plus import PPOPlusPlus
     from agents.reinforce import REINFORCE
@@ -38,7 +38,9 @@ _ALGORITHMS = {
 _HOMES = _ALGORITHMS | {
     "CausalLMPolicy": "policy",
     "EvaluationResult": "evaluation",
+    "LanguageModelPolicy": "policy",
     "Policy": "policy",
+    "Seq2SeqPolicy": "policy",
     "TabularPolicy": "tabular",
     "evaluate": "evaluation",
 }
@@ -57,17 +59,45 @@ __all__ = [
     "AggreVaTeD",
     "CausalLMPolicy",
     "EvaluationResult",
+    "LanguageModelPolicy",
     "PPOPlusPlus",
     "Policy",
+    "Seq2SeqPolicy",
     "TabularPolicy",
     "evaluate",
+    "register",
 ]
+
+
+_registered: dict[str, type] = {}
+
+
+def register(algorithm: type) -> type:
+    """Add an algorithm of your own to `ALGORITHMS`, under its `name`; benchmarks can then run it. Also a decorator.
+
+    Args:
+        algorithm: A class with the attribute `name` that can be imported where its module says, and is made and used as
+            those here are (a subclass of `agents.algorithm.Algorithm` is).
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: It has no name, or that of another.
+    """
+    name = getattr(algorithm, "name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"algorithm must have a string as its attribute name, got {name!r}")
+    if (other := __getattr__("ALGORITHMS").get(name, algorithm)) is not algorithm:
+        raise ValueError(f"algorithm must have a name of its own, got {name!r}, which is that of {other.__qualname__}")
+    _registered[name] = algorithm
+    return algorithm
 
 
 def __getattr__(name: str) -> Any:
     if name == "ALGORITHMS":
         classes = [__getattr__(algorithm) for algorithm in _ALGORITHMS]
-        return {algorithm.name: algorithm for algorithm in classes}
+        return {algorithm.name: algorithm for algorithm in classes} | _registered
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"agents.{_HOMES[name]}"), name)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from agents.card import model_card
 from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
-from agents.policy import CausalLMPolicy, Policy, replaced_folder
+from agents.policy import LanguageModelPolicy, Policy, replaced_folder
 from agents.rollout import Rollout, check_handoff, collect
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
@@ -30,6 +31,7 @@ from textgym.seeding import hash64
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
+TRAINING = "training"  # the folder of a checkpoint that holds what only training needs
 Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 
 
@@ -37,7 +39,7 @@ class Algorithm(ABC):
     """A policy, an environment, and a loop of iterations that improve the one on the other.
 
     Args:
-        policy: A `Policy`, or the hub id or path of a causal language model.
+        policy: A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence.
         env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
         episodes_per_iteration: Episodes (for supervised learning: reference texts) an iteration; a multiple of the
             rows of `env`.
@@ -85,7 +87,9 @@ class Algorithm(ABC):
         check("seed", seed, seed >= 0, "at least 0")
         self.accelerator = Accelerator(log_with=track, project_dir=output_dir)  # type: ignore[arg-type]
         device = self.accelerator.device if device == "auto" else torch.device(device)
-        self.policy = policy if isinstance(policy, Policy) else CausalLMPolicy.from_pretrained(policy, device=device)
+        if not isinstance(policy, Policy):
+            policy = LanguageModelPolicy.from_pretrained(policy, device=device)
+        self.policy = policy
         self.policy.to(device)
         if isinstance(env, str):
             env = make_env(env, num_envs=episodes_per_iteration, tokenizer=self.policy.tokenizer)
@@ -99,7 +103,13 @@ class Algorithm(ABC):
         if env.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise ValueError("env must be made with the policy's tokenizer: make_vec(..., tokenizer=policy.tokenizer)")
         check_handoff(env, self.policy)
+        if self.plays_episodes and (decoding or self.policy.decoding).num_beams > 1:
+            raise ValueError(
+                "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with "
+                "beams in evaluate(..., decoding=...) and generate"
+            )
         self.env = env
+        self.policy.prompt_columns = env.max_prompt_tokens
         self.trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.episodes_per_iteration = episodes_per_iteration
         self.decoding = decoding
@@ -310,21 +320,34 @@ class Algorithm(ABC):
         return {}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint: the policy as a model folder, and beside it everything that `load` needs.
+        """Write a checkpoint: the policy as a model folder with its card, and in ``training`` what else `load` needs.
 
         It is written under a temporary name and then renamed, so that a folder of this name is always whole.
         """
         with replaced_folder(Path(path)) as folder:
             self.policy.save_pretrained(folder)
+            training = folder / TRAINING
+            training.mkdir()
             for name, model in self.models().items():
-                save_model(model, str(folder / f"{name}.safetensors"))
-            torch.save(_plain(self.training_state()), folder / "training.pt")
+                save_file(self._own_weights(model), training / f"{name}.safetensors")
+            torch.save(_plain(self.training_state()), training / "state.pt")
             description = {
                 "algorithm": self.name,
                 "hyperparameters": _plain(self.hyperparameters),
                 "frozen": [name for name, weight in self.policy.named_parameters() if not weight.requires_grad],
             }
-            (folder / "algorithm.json").write_text(json.dumps(description, indent=2))
+            (training / "algorithm.json").write_text(json.dumps(description, indent=2))
+            model_card(self).save(folder / "README.md")
+
+    def _own_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The weights of a model beside the policy, each once, without the frozen ones that are the policy's too."""
+        seen = {weight.data_ptr() for weight in self.policy.parameters() if not weight.requires_grad}
+        own = {}
+        for name, weight in model.state_dict().items():
+            if weight.data_ptr() not in seen:
+                seen.add(weight.data_ptr())
+                own[name] = weight.contiguous()
+        return own
 
     @classmethod
     def load(
@@ -332,7 +355,7 @@ class Algorithm(ABC):
         path: str | os.PathLike,
         env: TextVectorEnv | str,
         *,
-        policy_class: type[Policy] = CausalLMPolicy,
+        policy_class: type[Policy] = LanguageModelPolicy,
         policy_arguments: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Self:
@@ -349,9 +372,9 @@ class Algorithm(ABC):
         Raises:
             ValueError: `path` is no checkpoint of this algorithm.
         """
-        folder = Path(path)
+        folder, training = Path(path), Path(path) / TRAINING
         try:
-            description = json.loads((folder / "algorithm.json").read_text())
+            description = json.loads((training / "algorithm.json").read_text())
         except FileNotFoundError as error:
             raise ValueError(f"path must be a folder written by {cls.__name__}.save, got {str(path)!r}") from error
         if description["algorithm"] != cls.name:
@@ -365,9 +388,12 @@ class Algorithm(ABC):
             policy.get_parameter(name).requires_grad_(False)
         algorithm = cls(policy, env, **hyperparameters)
         for name, model in algorithm.models().items():
-            load_model(model, folder / f"{name}.safetensors", device=str(algorithm.policy.device))
+            weights = load_file(training / f"{name}.safetensors", device=str(algorithm.policy.device))
+            if weights.keys() != algorithm._own_weights(model).keys():
+                raise ValueError(f"path holds another {name} than that of {str(path)!r} as it is loaded")
+            model.load_state_dict(weights, strict=False)
         # Only tensors and plain values: nothing in the file can run code.
-        algorithm.load_training_state(torch.load(folder / "training.pt", map_location="cpu", weights_only=True))
+        algorithm.load_training_state(torch.load(training / "state.pt", map_location="cpu", weights_only=True))
         return algorithm
 
 

@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from agents.policy import CausalLMPolicy, Policy
+from agents.policy import LanguageModelPolicy, Policy
 from agents.rollout import Rollout, collect
 from textgym.decoding import Decoding, load_model
 from textgym.guidance import Guidance
@@ -204,8 +204,12 @@ def evaluate(
     if "perplexity" in (metrics or ()) and start_model is None:
         raise ValueError("metrics can hold 'perplexity' only where start_model is given")
     policy: Policy = agent if isinstance(agent, Policy) else agent.policy
-    if best_of > 1 and (decoding or policy.decoding).greedy:
-        raise ValueError(f"best_of must be 1 with greedy decoding, which writes one text only, got {best_of}")
+    judge = load_model(start_model) if isinstance(start_model, str | os.PathLike) else start_model
+    if judge is not None and judge.config.is_encoder_decoder:
+        raise ValueError(f"start_model must be a causal language model, got a {type(judge).__name__}")
+    how = decoding or policy.decoding
+    if best_of > 1 and (how.greedy or how.num_beams > 1):
+        raise ValueError(f"best_of must be 1 with greedy decoding or beams, which write one text only, got {best_of}")
     handoff = env_arguments.get("handoff", False) if isinstance(env, str) else env.handoff
     if handoff != policy.can_hand_off:
         raise ValueError(
@@ -253,8 +257,7 @@ def evaluate(
     }
     names = [name for name in (env.task.metrics if metrics is None else metrics) if name != "perplexity"]
     values = {name: float(METRICS[name](**texts)) for name in names}
-    if start_model is not None:
-        judge = load_model(start_model) if isinstance(start_model, str | os.PathLike) else start_model
+    if judge is not None:
         values["perplexity"] = perplexity(judge, prompt_ids, token_ids)
     return EvaluationResult(
         task=env.task.name,
@@ -263,7 +266,7 @@ def evaluate(
         fingerprint=env.data.fingerprint,
         reward_fingerprint=getattr(env.reward_function, "fingerprint", None),
         reward_accuracy=getattr(env.reward_function, "accuracy", None),
-        decoding=decoding or policy.decoding,
+        decoding=how,
         seed=seed,
         best_of=best_of,
         rewards=rollout.rewards[kept].cpu().numpy().astype(np.float64),
@@ -310,6 +313,7 @@ def main(
     num_prompts: int | None = None,
     num_envs: int = 64,
     greedy: bool = False,
+    num_beams: int = 1,
     seed: int = 0,
     best_of: int = 1,
     guide: str | None = None,
@@ -321,13 +325,14 @@ def main(
     """Evaluate a policy on every prompt of a split, and print the result as JSON.
 
     Args:
-        policy: Hub id or folder of a causal language model or of a checkpoint.
+        policy: Hub id or folder of a language model or of a checkpoint.
         env: Id of the environment.
         split: Split to evaluate on.
         source: "mini", "hub" or a folder.
         num_prompts: Use only so many prompts.
         num_envs: Rows played at a time.
         greedy: Always take the most probable token, instead of decoding as the policy does.
+        num_beams: More than 1 searches with so many beams, with the policy's `min_new_tokens`.
         seed: Seed of the sampling.
         best_of: Texts a prompt, of which the one with the highest reward is kept.
         guide: Hub id or folder of the guide, for a policy that can hand off.
@@ -338,7 +343,10 @@ def main(
     """
     import textgym  # noqa: F401  (registers the environments)
 
-    loaded = CausalLMPolicy.from_pretrained(policy, device=device)
+    loaded = LanguageModelPolicy.from_pretrained(policy, device=device)
+    decoding = Decoding(greedy=True) if greedy else None
+    if num_beams > 1:
+        decoding = Decoding(num_beams=num_beams, min_new_tokens=loaded.decoding.min_new_tokens, greedy=greedy)
     result = evaluate(
         loaded,
         env,
@@ -346,7 +354,7 @@ def main(
         source=source,
         num_prompts=num_prompts,
         num_envs=num_envs,
-        decoding=Decoding(greedy=True) if greedy else None,
+        decoding=decoding,
         seed=seed,
         best_of=best_of,
         start_model=start_model,

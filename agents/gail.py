@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ class GAIL(PPO):
             "discriminator_epochs": discriminator_epochs,
         }
         self.discriminator_epochs = discriminator_epochs
-        self.discriminator = copy.deepcopy(self.policy)  # what is frozen there is frozen here
+        self.discriminator = self.policy.copy()  # what is frozen there is frozen here
         self.discriminator_optimizer = torch.optim.Adam(
             [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad],
             lr=discriminator_learning_rate,
@@ -123,10 +122,12 @@ class GAIL(PPO):
 
     def log_odds_of(self, examples: list[Example]) -> torch.Tensor:
         """Log-odds of D for references."""
-        input_ids, attention_mask, _ = (
-            tensor.to(self.policy.device) for tensor in collate(examples, self.env.pad_token_id)
+        input_ids, attention_mask, columns = (
+            tensor.to(self.policy.device)
+            for tensor in collate(examples, self.env.pad_token_id, self.env.max_prompt_tokens)
         )
-        return self.discriminator.values(input_ids, attention_mask, attention_mask.sum(1, keepdim=True))[0].squeeze(1)
+        ends = columns.amax(1, keepdim=True) + 1
+        return self.discriminator.values(input_ids, attention_mask, ends)[0].squeeze(1)
 
     def models(self) -> dict[str, nn.Module]:
         """Add the discriminator."""

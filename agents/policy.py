@@ -1,18 +1,20 @@
-"""What an algorithm needs from whoever writes, and the causal language models of transformers as that."""
+"""What an algorithm needs from whoever writes, and the language models of transformers as that."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,9 +23,19 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
-from textgym.decoding import Decoding, Sampler, at_least_float32, check_positions, load_model, write
+from agents.lora import add_lora, has_adapters, merged, train_adapters, unwrapped
+from textgym import seq2seq
+from textgym.decoding import (
+    Decoding,
+    Sampler,
+    at_least_float32,
+    check_positions,
+    file_beside,
+    load_model,
+    sampler_class,
+    write,
+)
 from textgym.packing import (
     autocast,
     can_pack,
@@ -34,7 +46,7 @@ from textgym.packing import (
     head,
     read,
 )
-from textgym.tokenization import decode, pretrained_tokenizer
+from textgym.tokenization import decode, encode_prompts, pretrained_tokenizer
 
 HEADS_FILE = "heads.safetensors"
 POLICY_FILE = "policy.json"
@@ -71,11 +83,14 @@ class Policy(nn.Module, ABC):
         decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
         can_hand_off: Whether it has an action beyond the tokens, ``len(tokenizer)``, by which it asks the guide to
             finish. Environments made with ``handoff=True`` need such a policy, others one without.
+        prompt_columns: P, how many columns of an observation are the prompt's, for policies that read prompts apart
+            from what follows them; None for unknown. Algorithms set it to what their environment has.
     """
 
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
     can_hand_off: bool = False
+    prompt_columns: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +105,10 @@ class Policy(nn.Module, ABC):
         """Seed the draws of `predict`."""
         self._generator = np.random.default_rng(seed)
 
+    def copy(self) -> Self:
+        """A policy of its own that begins equal to this one, and shares the weights that are frozen."""
+        return copy.deepcopy(self, {id(weight): weight for weight in self.parameters() if not weight.requires_grad})
+
     def predict(
         self,
         observation: Mapping[str, np.ndarray],
@@ -103,18 +122,25 @@ class Policy(nn.Module, ABC):
             observation: "input_ids" and "attention_mask", each (P+T,) or batched (N, P+T); valid tokens of a row can
                 have padding on both sides. Rows without any token (idle rows) get EOS.
             state: What the last call returned as state, or None. It counts the tokens this policy has chosen in each
-                row's episode, for `decoding.min_new_tokens`.
+                row's episode, for `decoding.min_new_tokens`, where `prompt_columns` does not say what is new.
             episode_start: (N,) bool, rows whose episode has just begun.
             deterministic: Take the most probable action.
 
         Returns:
             Actions, int64 () or (N,), and the state for the next call.
+
+        Raises:
+            ValueError: `decoding` searches with beams, and `deterministic` is False.
         """
+        if self.decoding.num_beams > 1 and not deterministic:
+            raise ValueError("decoding must have num_beams=1 to predict single tokens, or pass deterministic=True")
         ids = np.asarray(observation["input_ids"])
         batched = {name: np.atleast_2d(np.asarray(array)) for name, array in observation.items()}
         written = np.zeros(len(batched["input_ids"]), np.int64) if state is None else np.asarray(state, np.int64)
         if episode_start is not None:
             written = np.where(episode_start, 0, written)
+        if self.prompt_columns is not None:
+            written = (batched["attention_mask"][:, self.prompt_columns :] != 0).sum(1)
         actions = np.full(len(written), self.tokenizer.eos_token_id, np.int64)
         greedy = Decoding(greedy=True, min_new_tokens=self.decoding.min_new_tokens)
         sampler = self.sampler(
@@ -219,9 +245,7 @@ class Policy(nn.Module, ABC):
         """
         if not prompts:
             return []
-        encoded = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-        if not all(encoded):
-            raise ValueError(f"prompts must have at least one token each, got {list(prompts)}")
+        encoded = [ids for _, ids in encode_prompts(self.tokenizer, [("", text, "") for text in prompts], sys.maxsize)]
         mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
         input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
         input_ids[mask] = np.concatenate(encoded)
@@ -245,18 +269,22 @@ class Policy(nn.Module, ABC):
         """Read what `save_pretrained` wrote."""
 
 
-class CausalLMPolicy(Policy):
-    """A causal language model of transformers with linear heads on its last hidden state.
+class LanguageModelPolicy(Policy):
+    """A language model of transformers with linear heads on its last hidden state.
 
     Two heads are critics, of what the policy and of what the guide would make of a state; they begin at zero. A third,
     optional one is the gate of the hand-off: with ``z = w h + b`` the policy hands off with probability sigmoid(z), and
     otherwise chooses a token as the language model does, so that ``log pi(token) = log p(token) + log sigmoid(-z)``.
     Dropout is always off: the module stays in evaluation mode, since probability ratios of two dropout masks would be
-    noise. Texts are read as packed tokens (`textgym.packing`): padding costs nothing, and rows of a batch that begin
-    with the same tokens share them.
+    noise.
+
+    This is the base of `CausalLMPolicy` and `Seq2SeqPolicy`; its `from_pretrained` makes whichever the model needs.
+
+    With adapters (LoRA) only these and the heads are trained, and what is copied elsewhere (the reference policy, a
+    critic of its own, a guide made of the model) shares the weights under them.
 
     Args:
-        model: The language model.
+        model: The language model, of transformers or in a `peft.PeftModel`.
         tokenizer: Its tokenizer.
         decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise. The hand-off is drawn
             before the token and knows no truncation.
@@ -265,13 +293,16 @@ class CausalLMPolicy(Policy):
         autocast: What products of matrices are computed in, whatever the type of the weights; "auto" is bfloat16 where
             the device computes fast in it, None the type of the weights. Heads, log-probabilities, losses and steps of
             the optimiser stay in float32.
-        compile: Whether to compile the model's layers with `torch.compile`. Compiling takes about a minute, and some
-            seconds in the next process.
+        compile: Whether to compile the layers of a causal model with `torch.compile`. Compiling takes about a minute,
+            and some seconds in the next process.
 
     Raises:
-        ValueError: The tokenizer has no EOS token, or more tokens than the model's vocabulary; a `handoff_prob` outside
-            of (0, 1); a wrong `autocast`.
+        ValueError: A model of the other kind; the tokenizer has no EOS token, or more tokens than the model's
+            vocabulary; a `handoff_prob` outside of (0, 1); a wrong `autocast`.
     """
+
+    encodes_prompts: ClassVar[bool]
+    quantization: str | None = None
 
     def __init__(
         self,
@@ -283,6 +314,12 @@ class CausalLMPolicy(Policy):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        model = unwrapped(model)
+        if model.config.is_encoder_decoder != self.encodes_prompts:
+            other = CausalLMPolicy if self.encodes_prompts else Seq2SeqPolicy
+            raise ValueError(
+                f"model is a {type(model).__name__}, which {type(self).__name__} cannot use: make it a {other.__name__}"
+            )
         rows, width = model.get_output_embeddings().weight.shape
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer must have an eos_token: it is the action that ends a text")
@@ -310,7 +347,7 @@ class CausalLMPolicy(Policy):
         self.decoding = decoding or Decoding()
         self.eval()
 
-    def train(self, mode: bool = True) -> CausalLMPolicy:
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: dropout is off in training too."""
         return super().train(False)
 
@@ -325,12 +362,18 @@ class CausalLMPolicy(Policy):
         dtype: torch.dtype | Literal["auto"] | None = None,
         handoff_prob: float | None = None,
         compile: bool | None = None,
+        lora: Mapping[str, Any] | None = None,
+        quantization: Literal["4bit"] | None = None,
+        gguf_file: str | None = None,
         **arguments: Any,
-    ) -> CausalLMPolicy:
+    ) -> Self:
         """Load a language model, and heads and decoding where they lie beside it.
 
+        Called on `LanguageModelPolicy` itself it makes a `CausalLMPolicy` or a `Seq2SeqPolicy`, as the model's config
+        says.
+
         Args:
-            path: Hub id or folder with safetensors weights.
+            path: Hub id or folder with safetensors weights, or with PEFT adapters, which are trained on.
             tokenizer: The tokenizer or where to find it; None: beside the model.
             decoding: None: the one saved with the policy, else plain sampling.
             device: "auto" is CUDA where there is one, else CPU.
@@ -339,36 +382,67 @@ class CausalLMPolicy(Policy):
                 autocast as saved with the policy, else float32.
             handoff_prob: Gives a policy that was saved without one the hand-off, with this probability to begin with.
             compile: Whether to compile the model's layers; None: as saved with the policy, else not.
+            lora: Gives the model adapters and freezes the rest; arguments of `peft.LoraConfig`, such as
+                ``{"r": 8, "lora_alpha": 64}``.
+            quantization: "4bit" keeps the model's linear layers in 4 bits, by bitsandbytes; such a model is trained by
+                adapters only. None: as saved with the policy, else not.
+            gguf_file: A GGUF file at `path`, to be read instead; the policy is saved as any other.
             **arguments: None are allowed; they are a subclass's.
 
         Raises:
-            ValueError: There is no model with safetensors weights or no tokenizer at `path`, or they do not fit.
+            ImportError: What adapters, quantised weights or GGUF files need is not installed.
+            ValueError: There is no model with safetensors weights or no tokenizer at `path`, or they do not fit; a
+                quantised model without adapters; adapters that were asked for where there are some.
         """
         if arguments:
             raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
-        file = _beside(path, POLICY_FILE)
+        file = file_beside(path, POLICY_FILE)
         settings = {} if file is None else json.loads(Path(file).read_text())
         saved_dtype = getattr(torch, settings.get("dtype", "float32"))
         weights = torch.float32 if dtype == "auto" else dtype or saved_dtype
-        model = load_model(path, device=device, dtype=weights)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer = pretrained_tokenizer(path if tokenizer is None else tokenizer)
+        quantization = settings.get("quantization") if quantization is None else quantization
+        model = load_model(path, device=device, dtype=weights, quantization=quantization, gguf_file=gguf_file)
+        if lora is not None:
+            add_lora(model, path, lora)
+        elif has_adapters(model):
+            train_adapters(model, file_beside(path, "adapter_model.safetensors"))
+        elif quantization is not None:
+            raise ValueError(f"quantization={quantization!r} needs lora: quantised weights cannot be trained")
+        if tokenizer is None:
+            tokenizer = pretrained_tokenizer(path, gguf_file)
+        elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = pretrained_tokenizer(tokenizer)
         if decoding is None and settings:
             decoding = Decoding(**settings["decoding"])
-        file = _beside(path, HEADS_FILE)
+        file = file_beside(path, HEADS_FILE)
         saved = {} if file is None else load_file(file, device=str(model.device))
         if "handoff.weight" in saved and handoff_prob is None:
             handoff_prob = 0.5  # of no consequence: the head is read below
         autocast: Any = settings.get("autocast") if dtype is None else "auto" if dtype == "auto" else None
         autocast = getattr(torch, autocast) if autocast not in (None, "auto") else autocast
         compile = settings.get("compile", False) if compile is None else compile
-        policy = cls(model, tokenizer, decoding, handoff_prob, autocast, compile)
+        kind: Any = cls
+        if cls is LanguageModelPolicy:
+            kind = Seq2SeqPolicy if model.config.is_encoder_decoder else CausalLMPolicy
+        policy = kind(model, tokenizer, decoding, handoff_prob, autocast, compile)
+        policy.prompt_columns, policy.quantization = settings.get("prompt_columns"), quantization
         if saved:
             policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
         return policy
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` open too, replacing what is there."""
+        """Write a folder that transformers' `AutoModel...` and `AutoTokenizer` open too, replacing what is there.
+
+        Of a model with adapters these alone are written, in PEFT's format, beside the name of the model they are for.
+
+        Raises:
+            ValueError: Adapters on a model that was made in memory, so that it cannot be found again.
+        """
+        if has_adapters(self.model) and not self.model.name_or_path:
+            raise ValueError(
+                "policy cannot be saved: its adapters are on a model that was loaded from nowhere; save that model "
+                "first, and load it from there with lora={...}"
+            )
         with replaced_folder(Path(folder)) as new:
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
@@ -378,6 +452,8 @@ class CausalLMPolicy(Policy):
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
                 "compile": self.compiled,
+                "prompt_columns": self.prompt_columns,
+                "quantization": self.quantization,
             }
             (new / POLICY_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -394,14 +470,16 @@ class CausalLMPolicy(Policy):
         """Begin to write a batch of texts (see `Policy.sampler`).
 
         Raises:
-            ValueError: A text could be longer than the model has positions.
+            ValueError: A text could be longer than the model has positions; a decoding with beams where values are
+                wanted or the policy can hand off.
         """
         self._compile()
-        return Sampler(
+        decoding = decoding or self.decoding
+        return sampler_class(decoding)(
             self.model,
             observation["input_ids"],
             observation["attention_mask"],
-            decoding=decoding or self.decoding,
+            decoding=decoding,
             seeds=seeds,
             eos_token_id=self.tokenizer.eos_token_id,
             prefix_lengths=prefix_lengths,
@@ -427,14 +505,15 @@ class CausalLMPolicy(Policy):
                 of a policy that has none; a text longer than the model has positions.
         """
         rows, entries = (columns >= 0).nonzero(as_tuple=True)
+        judged = columns[rows, entries]
         asked = None if handoffs is None else handoffs[rows, entries]
         if asked is not None and not self.can_hand_off and asked.any():
             raise ValueError("handoffs holds a hand-off, which this policy does not have: make it with handoff_prob")
-        columns_valid = attention_mask[rows, columns[rows, entries].clamp(max=attention_mask.shape[1] - 1)] != 0
-        if not (columns_valid if asked is None else columns_valid | asked).all():
+        at = judged.clamp(max=attention_mask.shape[1] - 1)
+        valid = attention_mask[rows, at] != 0
+        if not (valid if asked is None else valid | asked).all():
             raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
-        packed_ids, before, hidden = self._read(input_ids, attention_mask, columns, rows, entries)
-        tokens = packed_ids[rows, before.clamp(max=packed_ids.shape[1] - 1)]
+        hidden, tokens = self._read(input_ids, attention_mask, rows, judged), input_ids[rows, at]
         decided = None if states_only is None else (~states_only[rows, entries]).nonzero().squeeze(1)
         if decided is None or len(decided) == len(rows):
             log_probs, entropy = self._judge_tokens(hidden, tokens)
@@ -466,27 +545,13 @@ class CausalLMPolicy(Policy):
             ValueError: A column with no valid token before it; a text longer than the model has positions.
         """
         rows, entries = (columns >= 0).nonzero(as_tuple=True)
-        hidden = at_least_float32(self._read(input_ids, attention_mask, columns, rows, entries)[2])
+        hidden = at_least_float32(self._read(input_ids, attention_mask, rows, columns[rows, entries]))
         values, guide_values = (self.heads[name](hidden).squeeze(-1) for name in ("value", "guide_value"))
         return _spread(values, columns, rows, entries), _spread(guide_values, columns, rows, entries)
 
-    def _read(
-        self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, rows: Tensor, entries: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Texts moved to the left end, and for each entry the tokens before it and the hidden state after these.
-
-        Raises:
-            ValueError: A column with no valid token before it; a text longer than the model has positions.
-        """
-        valid = attention_mask.bool()
-        before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns[rows, entries]]
-        if not (before > 0).all():
-            raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
-        packed_ids = left_packed(input_ids, valid)
-        check_positions(self.model, int(valid.sum(1).max()))
-        self._compile()
-        with autocast(self.device, self._dtype):
-            return packed_ids, before, read(self.model, packed_ids, rows, before)
+    @abstractmethod
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The hidden states (n, d) after all valid tokens of `rows` (n,) in the columns before `columns` (n,)."""
 
     def _judge_tokens(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of tokens (n,) and entropies, given hidden states (n, d), some at a time."""
@@ -514,9 +579,16 @@ class CausalLMPolicy(Policy):
         for name, shift in (("value", of_policy), ("guide_value", of_guide)):
             self.heads[name].get_parameter("bias").add_(shift)
 
-    def without_handoff(self) -> CausalLMPolicy:
+    def merged(self) -> Self:
+        """The same policy with its adapters added to the weights of a copy of the model, for use without PEFT."""
+        twin = type(self)(merged(self.model), self.tokenizer, self.decoding, None, self.autocast, self.compiled)
+        twin.heads, twin.can_hand_off = copy.deepcopy(self.heads), self.can_hand_off
+        twin.prompt_columns = self.prompt_columns
+        return twin
+
+    def without_handoff(self) -> Self:
         """The same policy without the hand-off, to see what it writes alone; its weights are shared, not copied."""
-        alone = CausalLMPolicy(self.model, self.tokenizer, self.decoding, None, self.autocast, self.compiled)
+        alone = type(self)(self.model, self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         for name in alone.heads:
             alone.heads[name] = self.heads[name]
         return alone
@@ -539,9 +611,61 @@ class CausalLMPolicy(Policy):
     ) -> list[str]:
         """Continue texts (see `Policy.generate`); a policy that can hand off writes all of them itself."""
         alone = self.without_handoff() if self.can_hand_off else self
-        return super(CausalLMPolicy, alone).generate(
+        return super(LanguageModelPolicy, alone).generate(
             prompts, max_new_tokens=max_new_tokens, decoding=decoding, seed=seed
         )
+
+
+class CausalLMPolicy(LanguageModelPolicy):
+    """A causal language model of transformers as a policy; see `LanguageModelPolicy`.
+
+    Texts are read as packed tokens (`textgym.packing`): padding costs nothing, and rows of a batch that begin with the
+    same tokens share them.
+    """
+
+    encodes_prompts = False
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        valid = attention_mask.bool()
+        before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns]
+        if not (before > 0).all():
+            raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
+        check_positions(self.model, int(valid.sum(1).max()))
+        self._compile()
+        with autocast(self.device, self._dtype):
+            return read(self.model, left_packed(input_ids, valid), rows, before)
+
+
+class Seq2SeqPolicy(LanguageModelPolicy):
+    """A sequence-to-sequence language model of transformers as a policy; see `LanguageModelPolicy`.
+
+    The prompt is read by the encoder, once for all rows of a batch that have the same; the decoder writes the new
+    tokens. Where the one ends and the others begin is told by `prompt_columns` (to `sampler` by the lengths of
+    prefixes).
+    """
+
+    encodes_prompts = True
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        if self.prompt_columns is None:
+            raise ValueError(
+                "prompt_columns must be set before texts can be judged, since the prompt is read apart from them: "
+                "policy.prompt_columns = env.max_prompt_tokens (algorithms do that)"
+            )
+        prompt, new = (
+            (input_ids[:, part], attention_mask[:, part].bool())
+            for part in (slice(self.prompt_columns), slice(self.prompt_columns, None))
+        )
+        lengths = prompt[1].sum(1)
+        if not (lengths[rows] > 0).all() or not (columns >= self.prompt_columns).all():
+            raise ValueError(
+                f"columns must hold -1 or columns from {self.prompt_columns} (prompt_columns) on, in rows with a prompt"
+            )
+        before = torch.nn.functional.pad(new[1].cumsum(1), (1, 0))[rows, columns - self.prompt_columns]
+        longest = len(seq2seq.decoder_start(self.model)) + new[1].sum(1).max()
+        check_positions(self.model, int(max(lengths.max(), longest)))
+        with autocast(self.device, self._dtype):
+            return seq2seq.read(self.model, left_packed(*prompt), lengths.clamp(min=1), left_packed(*new), rows, before)
 
 
 @contextlib.contextmanager
@@ -589,7 +713,8 @@ class _LogProbAndEntropy(torch.autograd.Function):
             total = log_probs.add_(entropy[:, None]).mul_(probs).mul_(-of_entropy[:, None])
         if of_log_prob is not None:
             of_log_prob = of_log_prob[:, None]
-            total = probs * -of_log_prob if total is None else total.addcmul_(probs, of_log_prob, value=-1)
+            # Nobody reads the probabilities after this: their memory is that of the gradient.
+            total = probs.mul_(-of_log_prob) if total is None else total.addcmul_(probs, of_log_prob, value=-1)
             total.scatter_add_(1, tokens[:, None], of_log_prob)
         return total, None
 
@@ -602,17 +727,3 @@ def left_packed(input_ids: Tensor, valid: Tensor) -> Tensor:
 def _spread(values: Tensor, columns: Tensor, rows: Tensor, entries: Tensor) -> Tensor:
     """Put one value for each entry of `columns` that is not -1 back into its place, zero elsewhere."""
     return values.new_zeros(columns.shape).index_put((rows, entries), values)
-
-
-def _beside(path: str | os.PathLike, name: str) -> str | None:
-    """Where a file that may lie beside a model is, if it is there."""
-    try:
-        return cached_file(
-            path,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # what is wrong with the path is said when the model is loaded
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from abc import abstractmethod
@@ -73,7 +72,8 @@ class Credit:
 class PolicyGradient(Algorithm):
     """Base class of the algorithms that maximise ``E[r(x, y)] - kl_coef KL(pi || pi_ref)`` by gradient steps.
 
-    The reference policy is a frozen copy of the starting policy. Every iteration plays `episodes_per_iteration`
+    The reference policy is a frozen copy of the starting policy, of which weights that are not trained are shared (with
+    adapters: all but these). Every iteration plays `episodes_per_iteration`
     episodes, gives credit to the policy's decisions (`credit`) and goes over them `n_epochs` times, minibatch by
     minibatch (`loss`). The objective is the same whoever else wrote in an episode: a guide's tokens carry no penalty
     and no gradient.
@@ -84,7 +84,7 @@ class PolicyGradient(Algorithm):
     which a new top-k set could deny it.
 
     Args:
-        policy: A `Policy`, or the hub id or path of a causal language model.
+        policy: A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence.
         env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
         episodes_per_iteration: Episodes an iteration, a multiple of the rows of `env`.
         minibatch_size: Episodes a gradient step.
@@ -197,7 +197,7 @@ class PolicyGradient(Algorithm):
         self.learning_rate, self.lr_schedule, self.schedule_episodes = learning_rate, lr_schedule, schedule_episodes
         self.kl_coef, self.kl_penalty, self.kl_target = kl_coef, kl_penalty, kl_target
         self.target_coef, self.target_kl, self.max_grad_norm = target_coef, target_kl, max_grad_norm
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self.reference = self.policy.copy().requires_grad_(False)
         self._optimizer = torch.optim.Adam(self.trainable, lr=learning_rate, eps=1e-5, fused=True)
 
     @property

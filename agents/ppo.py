@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -189,7 +188,7 @@ class PPO(PolicyGradient):
         self.vf_coef, self.ent_coef = vf_coef, ent_coef
         self.critic = self.policy
         if critic == "separate":
-            self.critic = copy.deepcopy(self.policy)
+            self.critic = self.policy.copy()
             parameters = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
             self.optimizer.add_param_group({"params": parameters})
             self.trainable += parameters

@@ -39,27 +39,35 @@ def encode_example(
     return Example(prompt_ids, [*ids, tokenizer.eos_token_id][:max_new_tokens])
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pad examples to one batch.
+def collate(
+    examples: Sequence[Example], pad_token_id: int, prompt_columns: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lay examples out as an environment does: contexts end, and targets begin, in the same column.
+
+    Args:
+        examples: B examples.
+        pad_token_id: Stands where no token is.
+        prompt_columns: Columns for the contexts; None for those of the longest.
 
     Returns:
         Input ids (B, S), attention mask (B, S) and the columns (B, A) of the targets (-1: none), int64 each.
     """
-    width, longest = max(map(len, examples)), max(len(example.target) for example in examples)
-    input_ids = np.full((len(examples), width), pad_token_id)
-    attention_mask = np.zeros((len(examples), width), np.int64)
+    longest = max(len(example.target) for example in examples)
+    before = max(len(example.context) for example in examples) if prompt_columns is None else prompt_columns
+    input_ids = np.full((len(examples), before + longest), pad_token_id)
+    attention_mask = np.zeros((len(examples), before + longest), np.int64)
     columns = np.full((len(examples), longest), -1)
     for row, (context, target) in enumerate(examples):
-        end = len(context) + len(target)
-        input_ids[row, :end] = context + target
-        attention_mask[row, :end] = 1
-        columns[row, : len(target)] = np.arange(len(context), end)
+        where = slice(before - len(context), before + len(target))
+        input_ids[row, where] = context + target
+        attention_mask[row, where] = 1
+        columns[row, : len(target)] = np.arange(before, before + len(target))
     return torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(columns)
 
 
 def supervised_loss(policy: Policy, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
     """Negative log-likelihood a target token, in nats, averaged over the targets of all examples."""
-    batch = [tensor.to(policy.device) for tensor in collate(examples, pad_token_id)]
+    batch = [tensor.to(policy.device) for tensor in collate(examples, pad_token_id, policy.prompt_columns)]
     return -policy.evaluate(*batch).log_probs.sum() / (batch[2] >= 0).sum()
 
 
@@ -72,10 +80,10 @@ class SL(Algorithm):
     text, a timestep one token of it that is learned.
 
     Args:
-        policy: A `Policy`, or the hub id or path of a causal language model.
+        policy: A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence.
         env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
         loss_on: "completion" learns the references of the rows that the task says to imitate, given their prompts.
-            "text" learns prompts and references of all rows as a language model does.
+            "text" learns prompts and references of all rows as a causal language model does.
         n_epochs: Passes over the references in the whole schedule; a fraction is fine.
         episodes_per_iteration: Texts between two looks at the validation loss.
         minibatch_size: Texts a gradient step.
@@ -148,6 +156,10 @@ class SL(Algorithm):
             track=track,
             hyperparameters=hyperparameters,
         )
+        if loss_on == "text" and getattr(self.policy, "encodes_prompts", False):
+            raise ValueError(
+                'loss_on must be "completion" for a sequence-to-sequence policy, which reads prompts and writes none'
+            )
         self.loss_on, self.n_epochs, self.minibatch_size = loss_on, n_epochs, minibatch_size
         self.learning_rate, self.warmup, self.patience = learning_rate, warmup, patience
         self.max_grad_norm = max_grad_norm
@@ -209,7 +221,7 @@ class SL(Algorithm):
     def _learn(self, done: Callable[[], float], callback: Callback | None, progress_bar: bool) -> Self:
         super()._learn(done, callback, progress_bar)
         if self.finished and self.best_state is not None:
-            self.policy.load_state_dict(self.best_state)
+            self.policy.load_state_dict(self.best_state, strict=False)
         return self
 
     def iterate(self) -> dict[str, Any]:
@@ -235,7 +247,11 @@ class SL(Algorithm):
 
         validation_loss = self.validation_loss()
         if -validation_loss > self.best_score:
-            self.best_state = {name: value.clone() for name, value in self.policy.state_dict().items()}
+            self.best_state = {
+                name: weight.detach().clone()
+                for name, weight in self.policy.named_parameters()
+                if weight.requires_grad  # what is frozen never changes
+            }
             self.iterations_since_best = 0
         else:
             self.iterations_since_best += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,22 +11,29 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from datetime import datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from benchmarks.schedule import Work
 
 
 def run_all(
     profile: str = "quick",
     tasks: str | None = None,
     algos: str | None = None,
+    algo: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seeds: int = 1,
     source: str | None = None,
     base: str | None = None,
     dtype: Literal["float32", "auto"] = "float32",
     compile: bool = False,
+    jobs: int = 1,
+    track: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    dry_run: bool = False,
     name: str | None = None,
     out: Path | None = None,
 ) -> int:
@@ -34,28 +42,45 @@ def run_all(
     Results go to a folder, one JSON line a finished run; the same folder again continues where it stopped.
 
     Args:
-        profile: "quick" (mini data, minutes), "small" (real data, hours) or "options" (PPO with one option changed).
+        profile: "quick" (mini data, minutes), "small" (real data, hours), "paper" (the published models and settings,
+            GPUs), "options" (PPO with one option changed), or package.module:NAME of a `Profile` of your own.
         tasks: Names of tasks, separated by commas; by default all of the profile's.
-        algos: Names of the profile's rows, separated by commas, or "all" of them; by default the profile's choice,
-            "sl,ppo,ppo++".
+        algos: Names of the profile's rows, or of algorithms in `agents.ALGORITHMS`, separated by commas; or "all" of
+            the profile's rows; by default the profile's choice ("sl,ppo,ppo++", for "small" more).
+        algo: An algorithm of your own, or of Stable-Baselines3, that is compared too: package.module:Class, or
+            package.module:ROW of a `benchmarks.profiles.Row`. Can be given several times.
         seeds: Number of training seeds, 0 to seeds - 1.
         source: "mini", "hub" or a folder; by default the profile's.
-        base: Hub id or folder of the start model; by default one is trained from scratch on each task's text.
+        base: Hub id or folder of the start model; by default the profile's, or one is trained from scratch on each
+            task's text.
         dtype: What policies and guides compute products of matrices in: "float32", or "auto" for bfloat16 where the
             machine is fast in it (weights, losses and optimiser stay in float32).
         compile: Compile the policies with torch.compile.
+        jobs: Runs at a time, each a process with its share of the processors.
+        track: A tracker of Accelerate that runs report to ("tensorboard", "wandb", ...). Can be given several times.
+        dry_run: Print what would be run, and what it would cost, and run nothing.
         name: Results go to runs/NAME; by default the profile's name and the time.
         out: Results go to this folder instead.
 
     Returns:
         0, or 1 if a run failed.
     """
-    from benchmarks.profiles import load_profile
+    from benchmarks.profiles import load_profile, row_of
 
     console = Console()
     chosen = load_profile(profile)
+    own = dict(row_of(given) for given in algo)
+    if algos is not None:
+        from agents import ALGORITHMS
+
+        wanted = {part.strip() for part in algos.split(",")} - set(chosen.rows)
+        own |= dict(row_of(ALGORITHMS[name]) for name in ALGORITHMS if name in wanted)
+    default = list(chosen.default)
+    if own:
+        chosen = chosen.with_rows(own)
     task_names = _names("tasks", tasks, list(chosen.tasks), list(chosen.tasks))
-    row_names = _names("algos", algos, chosen.rows, list(chosen.default))
+    row_names = _names("algos", algos, chosen.rows, default)
+    row_names += [name for name in own if name not in row_names]
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
 
@@ -63,13 +88,17 @@ def run_all(
         from transformers.utils.logging import disable_progress_bar
 
         import textgym  # noqa: F401  (registers the environments)
+        from benchmarks import cost, schedule
         from benchmarks.report import write_report
         from benchmarks.runner import Benchmark, Run
 
     disable_progress_bar()  # one display is enough
     folder = out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    benchmark = Benchmark(chosen, source, base, folder, dtype, compile)
+    benchmark = Benchmark(chosen, source, base, folder, dtype, compile, track)
     runs = [Run(task, algo, seed) for task in task_names for seed in range(seeds) for algo in row_names]
+    if dry_run:
+        console.print(cost.table(benchmark, runs))
+        return 0
 
     columns = (
         TextColumn("{task.description}"),
@@ -82,25 +111,26 @@ def run_all(
     with Progress(*columns, console=console) as progress:
         done = sum(run in benchmark.finished for run in runs)
         overall = progress.add_task("all runs", total=len(runs), completed=done, status=f"{done} of {len(runs)} done")
-        current = progress.add_task("", total=1.0, status="")
+        bars: dict[Work, TaskID] = {}
 
-        def started(run: Run) -> None:
+        def started(work: Work) -> None:
+            bars[work] = progress.add_task(str(work), total=1.0, status="")
             if not console.is_terminal:  # where no bar is drawn
-                console.print(f"{run}: started", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"{work}: started", markup=False, highlight=False, soft_wrap=True)
 
-        def report(run: Run, what: str, share: float) -> None:
-            progress.update(current, description=str(run), completed=share, status=what)
+        def report(work: Work, what: str, share: float) -> None:
+            progress.update(bars[work], completed=share, status=what)
 
-        def finished(run: Run, outcome: str) -> None:
-            console.print(f"{run}: {outcome}", markup=False, highlight=False, soft_wrap=True)
-            progress.advance(overall)
-            progress.update(overall, status=f"{int(progress.tasks[overall].completed)} of {len(runs)} done")
-            progress.reset(current)
+        def finished(work: Work, outcome: str) -> None:
+            console.print(f"{work}: {outcome}", markup=False, highlight=False, soft_wrap=True)
+            progress.remove_task(bars.pop(work))
+            if work.run is not None:
+                progress.advance(overall)
+            progress.update(overall, status=f"{int(progress.tasks[0].completed)} of {len(runs)} done")
 
-        failed = benchmark.run_all(runs, started, report, finished)
-        progress.remove_task(current)
-    for run, trace in failed.items():
-        console.print(f"{run} failed:\n{trace}", markup=False, highlight=False, soft_wrap=True)
+        failed = schedule.run_all(benchmark, runs, jobs=jobs, started=started, report=report, finished=finished)
+    for work, trace in failed.items():
+        console.print(f"{work} failed:\n{trace}", markup=False, highlight=False, soft_wrap=True)
     if benchmark.finished:
         files = write_report(folder)
         print(files.table)
@@ -129,6 +159,7 @@ def main() -> None:
     from textgym.process import keep_freed_memory
 
     keep_freed_memory()
+    sys.path.append(os.getcwd())  # where --algo and --profile find modules of the user's
     try:
         sys.exit(tyro.cli(run_all))
     except ValueError as error:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-import traceback
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -18,13 +17,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from agents import ALGORITHMS, SL, CausalLMPolicy, EvaluationResult, Policy, evaluate
-from agents.algorithm import Algorithm
+from agents import SL, CausalLMPolicy, EvaluationResult, Policy, evaluate
+from agents.algorithm import TRAINING, Algorithm
 from agents.evaluation import make_env
-from benchmarks.profiles import Profile, Row, TaskProfile
-from benchmarks.results import Record, append_result, read_results, write_text
+from agents.rollout import Rollout
+from benchmarks.profiles import Profile, Row, TaskProfile, accepted, algorithm_class
+from benchmarks.results import Record, read_results, write_text
 from benchmarks.warm_start import Report, WarmStart, warm_start
 from textgym.decoding import Decoding
+from textgym.engine import TextVectorEnv
 from textgym.guides.base import Author
 from textgym.guides.local import LocalGuide
 from textgym.tokenization import decode
@@ -54,6 +55,10 @@ class Benchmark:
         out: The results folder. A run that finished there is not run again.
         dtype: What policies and guides compute products of matrices in, "float32" or "auto".
         compile: Whether policies are compiled.
+        track: Names of Accelerate's trackers that runs report to.
+
+    Attributes:
+        finished: The runs that have a record.
 
     Raises:
         ValueError: A row of the profile names an algorithm that there is not, or `out` holds runs with another profile,
@@ -68,17 +73,19 @@ class Benchmark:
         out: Path,
         dtype: Literal["float32", "auto"] = "float32",
         compile: bool = False,
+        track: Sequence[str] = (),
     ) -> None:
-        self.dtype, self.compile = dtype, compile
+        self.dtype, self.compile, self.track = dtype, compile, list(track) or None
         self.profile, self.source, self.base, self.out = profile, source or profile.source, base, out
         self._warm_starts: dict[str, WarmStart] = {}
-        for name, row in ((name, row) for task in profile.tasks.values() for name, row in task.rows.items()):
-            if row.algorithm not in ALGORITHMS:
-                raise ValueError(f"algorithm of row {name!r} must be one of {[*ALGORITHMS]}, got {row.algorithm!r}")
+        for algorithm in dict.fromkeys(row.algorithm for task in profile.tasks.values() for row in task.rows.values()):
+            algorithm_class(algorithm)
         self.finished: set[Run] = set()
+        self._fingerprints: dict[str, dict[str, str]] = {}  # of the warm starts of finished runs
         for record in read_results(out):
             run = Run(record["task"], record["algo"], record["seed"])
             self.finished.add(run)
+            self._fingerprints[run.task] = record["fingerprints"]
             if run.task in profile.tasks and run.algo in profile.rows:
                 for key, value in self.settings(run).items():
                     if record.get(key) != value:
@@ -95,13 +102,14 @@ class Benchmark:
             "best_of": row.best_of,
             "env": {**task.env, **row.env},
             "decoding": task.decoding,
+            "test_decoding": task.decoding if task.test_decoding is None else task.test_decoding,
             "guide_decoding": task.guide_decoding,
             "test_prompts": task.test_prompts,
-            "start_model": asdict(task.language_model) if self.base is None else self.base,
+            "start_model": self.base_of(task) or (task.language_model and asdict(task.language_model)),
             "supervised": task.supervised,
         }
         if row.algorithm != SL.name:
-            hyperparameters |= {"policy": row.policy, "episodes": task.episodes, **task.rl, **row.arguments}
+            hyperparameters |= {"policy": row.policy, "episodes": task.episodes, **self.arguments(run)}
         settings = {
             "profile": self.profile.name,
             "source": self.source,
@@ -112,56 +120,37 @@ class Benchmark:
         }
         return json.loads(json.dumps(settings))  # as it will be read: tuples become lists
 
+    def base_of(self, task: TaskProfile) -> str | None:
+        """Hub id or folder of a task's start model; None where one is trained from scratch."""
+        return self.base or task.base
+
+    def arguments(self, run: Run) -> dict[str, Any]:
+        """Arguments of a run's algorithm: those that all of the task share, and its own."""
+        task, row = self.profile.tasks[run.task], self.row(run)
+        shared: Mapping[str, Any] = task.rl
+        if ":" in row.algorithm:  # one from outside need not have all the options of ours
+            shared = accepted(algorithm_class(row.algorithm), shared)
+        return {**shared, **row.arguments}
+
     def row(self, run: Run) -> Row:
         """What a run is of."""
         return self.profile.tasks[run.task].rows[run.algo]
 
-    def run_all(
-        self,
-        runs: Sequence[Run],
-        started: Callable[[Run], None],
-        report: Callable[[Run, str, float], None],
-        finished: Callable[[Run, str], None],
-    ) -> dict[Run, str]:
-        """Do the runs that are not finished; one that fails does not stop the others.
-
-        Args:
-            runs: What to do, in order.
-            started: Is told about the beginning of a run.
-            report: Is told, for a run, what is happening and how much of it is done.
-            finished: Is told about the end of a run.
-
-        Returns:
-            The tracebacks of the runs that failed; they are also in ``<out>/<run>/traceback.txt``.
-        """
-        failed = {}
-        for run in runs:
-            if run in self.finished:
-                continue
-            started(run)
-            try:
-                record = self.run(run, partial(report, run))
-                append_result(self.out, record)
-                self.finished.add(run)
-                finished(run, f"test reward {record['final_reward']:.3f}")
-            except Exception:
-                failed[run] = traceback.format_exc()
-                folder = self.folder(run)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / "traceback.txt", failed[run])
-                finished(run, "failed")
-        return failed
-
     def folder(self, run: Run) -> Path:
         """Where a run's checkpoints go."""
         return self.out / f"{run.task}-{run.algo}-{run.seed}"
+
+    def forget_training(self, run: Run) -> None:
+        """Keep of a finished run's checkpoints the policies, not what it would need to go on."""
+        for checkpoint in ("last", "best"):
+            shutil.rmtree(self.folder(run) / checkpoint / TRAINING, ignore_errors=True)
 
     def run(self, run: Run, report: Report) -> Record:
         """Train, evaluate, and say everything about it."""
         task, row = self.profile.tasks[run.task], self.row(run)
         start = self.warm_start(run.task, report)
         training_seed, evaluation_seed = spread(run.seed)
-        decoding = Decoding(**task.decoding)
+        decoding = Decoding(**self.settings(run)["hyperparameters"]["test_decoding"])
         algorithm = self.train(run, start, training_seed, report)
         policy = self.policy(start.supervised, decoding) if algorithm is None else algorithm.policy
 
@@ -185,7 +174,10 @@ class Benchmark:
         report("evaluation", 0)
         result = judge(policy)
         best = self.folder(run) / "best"
-        best_reward = judge(self.policy(best, decoding)).reward if best.is_dir() else result.reward
+        best_reward = result.reward
+        if best.is_dir():
+            reads = isinstance(policy, CausalLMPolicy)
+            best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best)).reward
         history = start.history if algorithm is None else algorithm.history
         return {
             **run._asdict(),
@@ -222,7 +214,7 @@ class Benchmark:
             "device": str(policy.device),
             "training_seed": training_seed,
             "samples": samples(result, policy.tokenizer),
-            "rollouts": [] if algorithm is None else rollouts(algorithm),
+            "rollouts": rollouts(getattr(algorithm, "last_rollout", None), policy.tokenizer),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -238,10 +230,22 @@ class Benchmark:
         return {"guide": guide, **task.env, **row.env}
 
     def warm_start(self, task: str, report: Report) -> WarmStart:
-        """The models of a task, made once."""
+        """The models of a task, made once.
+
+        Raises:
+            ValueError: Finished runs began with other models.
+        """
         if task not in self._warm_starts:
             # The same for every row and seed: runs differ in what they do with it.
-            self._warm_starts[task] = warm_start(self.profile.tasks[task], self.source, self.base, 0, report)
+            profile = self.profile.tasks[task]
+            start = warm_start(profile, self.source, self.base_of(profile), 0, report, self.dtype)
+            before = self._fingerprints.get(task, {})
+            if wrong := [name for name, value in start.fingerprints.items() if before.get(name, value) != value]:
+                raise ValueError(
+                    f"out must be a new folder, or one with runs from the same warm start: in {self.out}, runs on "
+                    f"{task} have other {wrong}"
+                )
+            self._warm_starts[task] = start
         return self._warm_starts[task]
 
     def train(self, run: Run, start: WarmStart, seed: int, report: Report) -> Algorithm | None:
@@ -256,20 +260,37 @@ class Benchmark:
             tokenizer=start.supervised,
             **self.guided_env(task, row, start),
         )
-        algorithm: Algorithm = ALGORITHMS[row.algorithm](
-            self.policy(start.supervised, Decoding(**task.decoding), **row.policy),
-            env,
-            seed=seed,
-            output_dir=self.folder(run),
-            **{**task.rl, **row.arguments},
-        )
+        algorithm = self.begin(run, start, env, seed)
 
         def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
             report(f"reward {algorithm.history[-1]['reward']:.3f}", algorithm.num_episodes / task.episodes)
 
-        report("training", 0)
-        algorithm.learn(total_episodes=task.episodes, callback=callback)
+        report("training", algorithm.num_episodes / task.episodes)
+        if algorithm.num_episodes < task.episodes:
+            algorithm.learn(total_episodes=task.episodes - algorithm.num_episodes, callback=callback)
         return algorithm
+
+    def begin(self, run: Run, start: WarmStart, env: TextVectorEnv, seed: int) -> Algorithm:
+        """Make a run's algorithm, or go on from its last checkpoint.
+
+        Raises:
+            ValueError: The checkpoint was made with other settings, or from another warm start.
+        """
+        task, row, folder = self.profile.tasks[run.task], self.row(run), self.folder(run)
+        algorithm: Any = algorithm_class(row.algorithm)
+        settings = {**self.settings(run), "fingerprints": start.fingerprints}
+        if issubclass(algorithm, Algorithm) and (folder / "last" / TRAINING).is_dir():
+            begun = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            if begun != settings:
+                wrong = [name for name in settings if begun.get(name) != settings[name]]
+                raise ValueError(f"out must be a new folder, or one with runs of the same {wrong}: see {folder}")
+            return algorithm.load(folder / "last", env, output_dir=folder, track=self.track)
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that had no checkpoint yet, or cannot go on
+        folder.mkdir(parents=True)
+        write_text(folder / "settings.json", json.dumps(settings, indent=2))
+        policy = self.policy(start.supervised, Decoding(**task.decoding), **row.policy)
+        arguments = {"seed": seed, "output_dir": folder, "track": self.track, **self.arguments(run)}
+        return algorithm(policy, env, **arguments)
 
 
 def spread(seed: int) -> tuple[int, int]:
@@ -296,9 +317,10 @@ def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> lis
     ]
 
 
-def rollouts(algorithm: Algorithm) -> list[dict[str, Any]]:
-    """A few of the last training episodes in which not all is the policy's."""
-    rollout = algorithm.last_rollout
+def rollouts(rollout: Rollout | None, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """A few of the last training episodes in which not all is the policy's; none where these are not known."""
+    if rollout is None:
+        return []
     written = rollout.authors != Author.NONE
     ids = rollout.input_ids[:, rollout.prompt_columns :]
     chosen = np.flatnonzero((written & ~rollout.body).any(1).cpu().numpy())[:SAMPLES]
@@ -308,7 +330,7 @@ def rollouts(algorithm: Algorithm) -> list[dict[str, Any]]:
             "prefix_length": int(rollout.prefix_length[row]),
             "reward": float(rollout.rewards[row]),
             "segments": segments(
-                ids[row][written[row]].tolist(), rollout.authors[row][written[row]].tolist(), algorithm.policy.tokenizer
+                ids[row][written[row]].tolist(), rollout.authors[row][written[row]].tolist(), tokenizer
             ),
         }
         for row in chosen

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,10 @@ def contests(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Iterator[Con
         yield Contest(f"step{suffix}", "tokens/s", ours_step, plain_step, "full logits float32", settings)
 
 
-def measure(rounds: int) -> Iterator[dict[str, Any]]:
+def measure(rounds: int, sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Figures as of `benchmarks.throughput.run`, with "sweep" and "x"."""
-    for sweep, points in SWEEPS.items():
-        for point in points:
+    for sweep in sweeps:
+        for point in SWEEPS[sweep]:
             (x,) = (
                 point.values() if len(point) == 1 else (sum(p.numel() for p in language_model(**point).parameters()),)
             )
@@ -98,6 +99,9 @@ def draw(figures: list[dict[str, Any]], path: Path) -> None:
             plain = lines[kind]
             axis.plot(*_points(plain, "reference_value"), "s--", color="0.5", label="plain, float32", markersize=4)
             axis.set(xscale="log", yscale="log", xlabel=sweep)
+            sizes = [entry["x"] for entry in plain]
+            axis.set_xticks(sizes, [f"{x / 1e6:.3g}M" if x >= 1e6 else f"{x:,}" for x in sizes])
+            axis.minorticks_off()
             axis.grid(alpha=0.3, which="both")
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"{title}, tokens/s")
@@ -109,19 +113,27 @@ def _points(entries: list[dict[str, Any]], value: str) -> tuple[list[float], lis
     return [entry["x"] for entry in entries], [entry[value] for entry in entries]
 
 
-def main(rounds: int = 3, out: Path = Path("docs/scaling.png")) -> None:
+def main(rounds: int = 3, sweep: str | None = None, out: Path = Path("docs/scaling.png")) -> None:
     """Measure sampling and gradient steps over texts, new tokens, vocabulary and parameters, and draw them.
 
     Args:
         rounds: Runs of each, after one that does not count; the median is taken.
+        sweep: Measure only this one ("texts", "new tokens", "vocabulary" or "parameters"), and draw the others with the
+            figures that are there.
         out: The picture; the figures go beside it, as JSON.
+
+    Raises:
+        ValueError: `sweep` is none of these.
     """
+    if sweep is not None and sweep not in SWEEPS:
+        raise ValueError(f"sweep must be one of {[*SWEEPS]}, got {sweep!r}")
     figure(1, 1)  # without matplotlib it ends here, not after all that was measured
-    figures = []
-    for entry in measure(rounds):
+    path = out.with_suffix(".json")
+    figures = [] if sweep is None else [entry for entry in json.loads(path.read_text()) if entry["sweep"] != sweep]
+    for entry in measure(rounds, [*SWEEPS] if sweep is None else [sweep]):
         figures.append(entry)
         print(f"{entry['sweep']} {entry['x']}, {entry['name']}: {entry['ratio']:.2f} times as fast", flush=True)
-    write(out.with_suffix(".json"), dump(figures))
+    write(path, dump(figures))
     draw(figures, out)
     print(out)
 

@@ -46,7 +46,9 @@ class WarmStart:
     fingerprints: dict[str, str]
 
 
-def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, report: Report) -> WarmStart:
+def warm_start(
+    profile: TaskProfile, source: str, base: str | None, seed: int, report: Report, dtype: str = "float32"
+) -> WarmStart:
     """Build the models of a task, or find them in the cache.
 
     They are kept by a fingerprint of everything that makes them: data, tokenizer, base, hyperparameters, versions.
@@ -57,23 +59,25 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
         base: Hub id or folder of the start model; None trains one from scratch on the task's text.
         seed: Seed of weights and batches.
         report: Is told what is happening.
+        dtype: What models compute products of matrices in while they learn, "float32" or "auto".
 
     Raises:
         ValueError: `base` is not a causal language model with safetensors weights.
     """
     report("loading data", 0)
     env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=base, **profile.env)
-    loaded = None if base is None else load_model(base, device="cpu")
+    loaded, shape = None if base is None else load_model(base, device="cpu"), profile.language_model
     tokenizer = _digest(json.dumps(env.tokenizer.get_vocab(), sort_keys=True).encode())
     data = {split: env.task.split(split, env.source).fingerprint for split in ("train", "validation")}
     recipe = {
         "task": env.task.name,
         "data": data,
         "tokenizer": tokenizer,
-        "start_model": asdict(profile.language_model) if loaded is None else fingerprint_of(loaded),
+        "start_model": fingerprint_of(loaded) if loaded is not None else shape and asdict(shape),
         "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
         "supervised": dict(profile.supervised),
         "seed": seed,
+        "dtype": dtype,
         "versions": {name: version(name) for name in ("textgym", "torch", "transformers")},
     }
     key = _digest(json.dumps(recipe, sort_keys=True).encode())
@@ -84,12 +88,16 @@ def warm_start(profile: TaskProfile, source: str, base: str | None, seed: int, r
             made = Path(name) / "made"
             made.mkdir()
             start_model, supervised = made / "start_model", made / "supervised"
-            model = initial_model(env, profile.language_model, seed) if loaded is None else loaded
-            CausalLMPolicy(model, env.tokenizer).save_pretrained(start_model)
-            if loaded is None:
-                training = {"loss_on": "text", **profile.language_model.training}
-                learn(start_model, env, training, seed, start_model, partial(report, "start model"))
-            history = learn(start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"))
+            if loaded is not None:
+                CausalLMPolicy(loaded, env.tokenizer).save_pretrained(start_model)
+            else:
+                assert shape is not None
+                CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start_model)
+                training = {"loss_on": "text", **shape.training}
+                learn(start_model, env, training, seed, start_model, partial(report, "start model"), dtype)
+            history = learn(
+                start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"), dtype
+            )
             write_text(made / "recipe.json", json.dumps(recipe, indent=2))
             write_text(made / "history.json", json.dumps(history))
             made.rename(folder)
@@ -120,11 +128,18 @@ def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTr
 
 
 def learn(
-    model: Path, env: TextVectorEnv, arguments: Mapping[str, Any], seed: int, out: Path, report: Callable[[float], None]
+    model: Path,
+    env: TextVectorEnv,
+    arguments: Mapping[str, Any],
+    seed: int,
+    out: Path,
+    report: Callable[[float], None],
+    dtype: str,
 ) -> list[dict[str, Any]]:
     """Train a model on the references of `env`, write it, at its best validation loss, to `out`; return the history."""
     report(0)
-    algorithm = SL(CausalLMPolicy.from_pretrained(model), env, seed=seed, **arguments)
+    policy = CausalLMPolicy.from_pretrained(model, dtype=torch.float32 if dtype == "float32" else "auto")
+    algorithm = SL(policy, env, seed=seed, **arguments)
 
     def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
         report(algorithm.num_episodes / algorithm.total_texts)

@@ -43,7 +43,7 @@ def make_agent(name, make_env, make_policy, **arguments):
     name, own = VARIANTS.get(name, (name, {}))
     policy, env = make_policy(), make_env(8, guide="references" if name == "dr-po" else GUIDE, handoff=handoff)
     if handoff:
-        policy = CausalLMPolicy(policy.model, policy.tokenizer, handoff_prob=0.2)
+        policy = type(policy)(policy.model, policy.tokenizer, handoff_prob=0.2)
     return ALGORITHMS[name](policy, env, episodes_per_iteration=16, **own, **arguments)
 
 

@@ -145,13 +145,13 @@ def test_another_vocabulary_stops_at_the_end_of_the_models_positions():
 
 
 def test_wrong_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match="model must be a hub id, a path or a causal language model"):
+    with pytest.raises(ValueError, match="model must be a hub id, a path or a language model"):
         LocalGuide(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="batch_size must be an int >= 1, got 0"):
         LocalGuide("gpt2", batch_size=0)
     with pytest.raises(ValueError, match="dtype must be None"):
         LocalGuide("gpt2", dtype="bf16")
-    with pytest.raises(ValueError, match="must be a hub id or a folder of a causal language model"):
+    with pytest.raises(ValueError, match="must be a hub id or a folder of a causal or sequence"):
         LocalGuide(tmp_path / "nothing").complete(requests(), WORDS)
     with pytest.raises(ValueError, match="the tokenizer has 99 tokens"):
         LocalGuide(tiny_model()).complete(requests(), tiny_tokenizer(99))

@@ -12,26 +12,10 @@ import stable_baselines3
 import torch
 from conftest import ENV_ID, HORIZON, PROMPT_TOKENS
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import PPO
+from agents.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from textgym.decoding import Decoding
-
-
-class TheirPolicy(ActorCriticPolicy):
-    """Our network behind Stable-Baselines3's interface; set `network` after construction."""
-
-    def _build(self, lr_schedule):
-        self.unused = torch.nn.Linear(1, 1)
-        self.optimizer = torch.optim.Adam(self.unused.parameters())
-
-    def evaluate_actions(self, obs, actions):
-        ids, mask = obs["input_ids"].long(), obs["attention_mask"].long()
-        rows, columns = torch.arange(len(ids)), PROMPT_TOKENS + mask[:, PROMPT_TOKENS:].sum(1)
-        ids[rows, columns], mask[rows, columns] = actions, 1
-        now = self.network.evaluate(ids, mask, columns[:, None])
-        return now.values, now.log_probs.squeeze(1), now.entropy.squeeze(1)
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda", "clip_range"), [(1.0, 0.95, 0.2), (0.9, 0.5, 0.02)])
@@ -65,10 +49,11 @@ def test_one_update_of_stable_baselines3_is_one_of_ours(gamma, gae_lambda, clip_
     noise = 0.1 * torch.randn(rows, HORIZON, generator=torch.Generator().manual_seed(0))
     credit = replace(credit, log_probs=credit.log_probs + noise)
 
-    env = DummyVecEnv([lambda: gym.make(ENV_ID, tokenizer=policy.tokenizer)] * rows)
+    network = copy.deepcopy(policy)
     theirs = stable_baselines3.PPO(
-        TheirPolicy,
-        env,
+        CausalLMActorCriticPolicy,
+        TextVecEnv(gym.make_vec(ENV_ID, num_envs=rows, tokenizer=policy.tokenizer)),
+        policy_kwargs={"model": network},
         n_steps=HORIZON,
         batch_size=rows * HORIZON,
         normalize_advantage=False,
@@ -76,9 +61,6 @@ def test_one_update_of_stable_baselines3_is_one_of_ours(gamma, gae_lambda, clip_
         **hyperparameters,
     )
     theirs.set_logger(configure(None, []))
-    network = copy.deepcopy(policy)
-    theirs.policy.network = network
-    theirs.policy.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, eps=1e-5)
     buffer, rewards = theirs.rollout_buffer, rollout.rewards.numpy()
     written = np.arange(PROMPT_TOKENS + HORIZON)
     for step in range(HORIZON):

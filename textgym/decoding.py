@@ -1,22 +1,34 @@
-"""Sampling from causal language models of transformers: one cached pass per token over the rows still being written."""
+"""Sampling from language models of transformers: one cached pass per token over the rows still being written."""
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file, is_bitsandbytes_available, is_gguf_available, is_peft_available
 
 from textgym.packing import Autocast, PackedCache, PaddedCache, can_pack, fuse_activations, head
 from textgym.seeding import uniform
+from textgym.seq2seq import Seq2SeqCache, decoder_start
 
 # A nucleus is looked for among this many most probable tokens; all are ranked only for rows where it is wider.
 _NUCLEUS_GUESS = 256
@@ -37,9 +49,11 @@ class Decoding:
             sampling, Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"); at least one token.
         min_new_tokens: EOS cannot be chosen before the text has that many new tokens, a prefix counted.
         greedy: Always choose the most probable token.
+        num_beams: More than 1 searches for a probable text with so many beams instead of drawing one (see
+            `BeamSearch`): for evaluations, `generate` and guides. What is learned from must be sampled.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, or beams together with what only drawing knows.
     """
 
     temperature: float = 1.0
@@ -47,6 +61,7 @@ class Decoding:
     top_p: float = 1.0
     min_new_tokens: int = 0
     greedy: bool = False
+    num_beams: int = 1
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
@@ -59,6 +74,13 @@ class Decoding:
                 raise ValueError(f"Decoding.{name} must be an int >= 0, got {value!r}")
         if not isinstance(self.greedy, bool):
             raise ValueError(f"Decoding.greedy must be True or False, got {self.greedy!r}")
+        if isinstance(self.num_beams, bool) or not isinstance(self.num_beams, int) or self.num_beams < 1:
+            raise ValueError(f"Decoding.num_beams must be an int >= 1, got {self.num_beams!r}")
+        if self.num_beams > 1 and (self.temperature, self.top_k, self.top_p, self.greedy) != (1, 0, 1, False):
+            raise ValueError(
+                f"Decoding.num_beams must be 1 with temperature, top_k, top_p or greedy, got {self.num_beams}: beams "
+                "search among all tokens, and draw none"
+            )
 
 
 def _is_number(value: Any) -> bool:
@@ -73,6 +95,8 @@ class Sample(NamedTuple):
         log_probs: (n,) float32, log-probabilities under the untruncated distribution at temperature 1, whatever the
             decoding: the probability ratios of policy gradients are ratios of the policy's own distribution.
         values: (n,) float32, values of the states in which the tokens were chosen; None without a value head.
+
+    Tokens of a `BeamSearch` have NaN for log-probabilities.
     """
 
     tokens: Tensor
@@ -88,7 +112,7 @@ class Sampler:
     Equal prompts are read once.
 
     Args:
-        model: A causal language model.
+        model: A language model; a sequence-to-sequence one reads the prompt in its encoder.
         input_ids: (N, S) integers; valid tokens of a row may have padding on both sides (an observation).
         attention_mask: (N, S), nonzero where `input_ids` is valid.
         decoding: How tokens are chosen.
@@ -143,13 +167,21 @@ class Sampler:
                 raise ValueError(f"{name} must have one entry for each of {len(ids)} rows, got shape {array.shape}")
         prefix = np.broadcast_to(per_row["prefix_lengths"], len(ids))
         remaining = np.broadcast_to(per_row["max_new_tokens"], len(ids)) - prefix
-        lengths = valid.sum(1)
-        check_positions(model, int((lengths + remaining).max(initial=0)))
+        lengths, texts = valid.sum(1), [row[here] for row, here in zip(ids, valid, strict=True)]
+        self._cache_class: Any = PackedCache if can_pack(model) else PaddedCache
+        if model.config.is_encoder_decoder:
+            lengths = lengths - prefix
+            texts = [(text[:prompt], text[prompt:]) for text, prompt in zip(texts, lengths, strict=True)]
+            self._cache_class = Seq2SeqCache
+            new = len(decoder_start(model)) + (prefix + remaining).max(initial=0)
+            check_positions(model, max(lengths.max(initial=0), new))
+        else:
+            check_positions(model, (lengths + remaining).max(initial=0))
 
         self.model, self.decoding, self.eos_token_id = model, decoding, eos_token_id
         self.value_head, self.handoff_head, self.vocab_size = value_head, handoff_head, vocab_size
-        self.rows = np.flatnonzero(lengths)
-        self._texts = [ids[row, valid[row]] for row in self.rows]
+        self.rows = np.flatnonzero(lengths > 0)
+        self._texts = [texts[row] for row in self.rows]
         self._steps, self._step = max(int(remaining.max(initial=0)), 0), 0
         counters = prefix[self.rows, None] + np.arange(self._steps)
         row_seeds = per_row["seeds"][self.rows, None]
@@ -160,7 +192,6 @@ class Sampler:
         self._eos_banned = None
         if decoding.min_new_tokens > 0:
             self._eos_banned = torch.from_numpy(counters < decoding.min_new_tokens).to(model.device)
-        self._cache_class = PackedCache if can_pack(model) else PaddedCache
         self._autocast = Autocast(model, dtype)
         self._cache: Any = None
         self._last: Any = None
@@ -172,10 +203,7 @@ class Sampler:
         Raises:
             ValueError: No row is left, or every text already has `max_new_tokens` tokens.
         """
-        if not len(self.rows):
-            raise ValueError("Sampler.sample() needs a row to write, and all rows have left the batch")
-        if self._step == self._steps:
-            raise ValueError(f"Sampler.sample() was called more than max_new_tokens (here {self._steps}) times")
+        self._check_asked()
         with self._autocast:
             if self._cache is None:
                 # Only now, because rows may leave before anything is read.
@@ -209,6 +237,13 @@ class Sampler:
         self._step += 1
         return Sample(tokens, log_probs, values)
 
+    def _check_asked(self) -> None:
+        name = type(self).__name__
+        if not len(self.rows):
+            raise ValueError(f"{name}.sample() needs a row to write, and all rows have left the batch")
+        if self._step == self._steps:
+            raise ValueError(f"{name}.sample() was called more than max_new_tokens (here {self._steps}) times")
+
     def keep(self, mask: np.ndarray) -> None:
         """Let rows leave the batch; the last rows that stay move into their places.
 
@@ -233,6 +268,123 @@ class Sampler:
         else:
             self._last = self._last[device_order]
             self._cache.keep(device_order, torch.from_numpy(moved).to(device_order.device))
+
+
+class BeamSearch(Sampler):
+    """Beam search, told a token at a time: whole texts are found when the first tokens are asked for.
+
+    The search is `generate` of transformers: it ends when `num_beams` texts are finished or the limit is reached, and
+    keeps the text whose log-probability, divided by its length, is the highest. Settings of generation that a model
+    brings along are not used.
+
+    Args:
+        model: As for `Sampler`, as are the arguments not named here.
+        input_ids: (N, S) integers.
+        attention_mask: (N, S), nonzero where `input_ids` is valid.
+        decoding: Its `num_beams` and `min_new_tokens` are used.
+        prefix_lengths: (N,) new tokens that `input_ids` already holds; None for none.
+        max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
+        **arguments: As for `Sampler`.
+
+    Raises:
+        ValueError: A value head or a head for hand-offs, which do not take part in a search; or as for `Sampler`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Any,
+        attention_mask: Any,
+        *,
+        decoding: Decoding,
+        prefix_lengths: Any = None,
+        max_new_tokens: int | Sequence[int] | np.ndarray,
+        **arguments: Any,
+    ) -> None:
+        if arguments.get("value_head") is not None or arguments.get("handoff_head") is not None:
+            raise ValueError(
+                "num_beams must be 1 where values are recorded or a policy can hand off: a search with beams is for "
+                "evaluations and for generate, what is learned from must be sampled"
+            )
+        super().__init__(
+            model,
+            input_ids,
+            attention_mask,
+            decoding=decoding,
+            prefix_lengths=prefix_lengths,
+            max_new_tokens=max_new_tokens,
+            **arguments,
+        )
+        count = len(on_host(input_ids))
+        self._prefix = np.broadcast_to(0 if prefix_lengths is None else np.asarray(prefix_lengths), count)
+        self._limits = np.broadcast_to(np.asarray(max_new_tokens), count) - self._prefix
+        self._found: dict[int, list[int]] | None = None
+
+    def sample(self) -> Sample:
+        """The next token of every row in `rows` (EOS after its text is over).
+
+        Raises:
+            ValueError: No row is left, or every text already has `max_new_tokens` tokens.
+        """
+        self._check_asked()
+        if self._found is None:
+            self._found = self._search()
+        texts = [self._found[row] for row in self.rows.tolist()]
+        tokens = [text[self._step] if self._step < len(text) else self.eos_token_id for text in texts]
+        self._step += 1
+        unknown = torch.full((len(texts),), math.nan, device=self.model.device)
+        return Sample(torch.tensor(tokens, device=self.model.device), unknown, None)
+
+    def _search(self) -> dict[int, list[int]]:
+        """What to write in each of `rows`; rows that have as much to write are searched together."""
+        seq2seq = self.model.config.is_encoder_decoder
+        groups: dict[tuple[int, int, int], list[tuple[int, Any]]] = {}
+        for row, text in zip(self.rows.tolist(), self._texts, strict=True):
+            limit = int(self._limits[row])
+            least = min(max(self.decoding.min_new_tokens - int(self._prefix[row]), 0), limit)
+            groups.setdefault((limit, least, len(text[1]) if seq2seq else 0), []).append((row, text))
+        found: dict[int, list[int]] = {}
+        for (limit, least, _), members in groups.items():
+            rows, texts = zip(*members, strict=True)
+            written = self._generate([text[0] for text in texts] if seq2seq else texts, texts, limit, least)
+            found |= dict(zip(rows, written, strict=True))
+        return found
+
+    def _generate(self, contexts: Any, texts: Any, limit: int, least: int) -> list[list[int]]:
+        model: Any = self.model
+        if limit < 1:
+            return [[] for _ in texts]
+        seq2seq = model.config.is_encoder_decoder
+        width = max(map(len, contexts))
+        ids, mask = np.zeros((2, len(contexts), width), np.int64)
+        for row, context in enumerate(contexts):
+            where = slice(len(context)) if seq2seq else slice(width - len(context), None)
+            ids[row, where], mask[row, where] = context, 1
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if seq2seq:
+            start = decoder_start(model)
+            inputs["decoder_input_ids"] = np.array([[*start, *new] for _, new in texts], np.int64)
+        eos = self.eos_token_id if self.eos_token_id >= 0 else None
+        rows_beyond = range(self.vocab_size or sys.maxsize, model.get_output_embeddings().weight.shape[0])
+        usual, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            with self._autocast:
+                written = model.generate(
+                    **{name: torch.from_numpy(array).to(model.device) for name, array in inputs.items()},
+                    num_beams=self.decoding.num_beams,
+                    do_sample=False,
+                    max_new_tokens=limit,
+                    min_new_tokens=least,
+                    eos_token_id=eos,
+                    pad_token_id=0 if eos is None else eos,
+                    decoder_start_token_id=start[0] if seq2seq else None,
+                    suppress_tokens=list(rows_beyond) or None,
+                )
+        finally:
+            model.generation_config = usual
+        before = inputs["decoder_input_ids" if seq2seq else "input_ids"].shape[1]
+        lines = written[:, before:].tolist()
+        return [line[: line.index(eos) + 1] if eos in line else line for line in lines]
 
 
 def generate(
@@ -281,7 +433,7 @@ def generate(
     order = np.argsort(lengths, kind="stable")[::-1]
     for start in range(0, len(ids), batch_size or max(len(ids), 1)):
         batch = order[start : start + (batch_size or len(ids))]
-        sampler = Sampler(
+        sampler = sampler_class(decoding)(
             model,
             ids[batch],
             valid[batch],
@@ -296,6 +448,11 @@ def generate(
         for row, text in zip(batch, write(sampler, remaining[batch], eos_token_id), strict=True):
             texts[row] = text
     return texts
+
+
+def sampler_class(decoding: Decoding) -> type[Sampler]:
+    """What writes texts as a decoding says."""
+    return BeamSearch if decoding.num_beams > 1 else Sampler
 
 
 def write(sampler: Any, limits: np.ndarray, eos_token_id: int) -> list[list[int]]:
@@ -331,7 +488,12 @@ def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding, weights: Tensor
 
     Returns:
         (n,) int64.
+
+    Raises:
+        ValueError: A decoding with beams, which are no choice of one token.
     """
+    if decoding.num_beams > 1:
+        raise ValueError(f"Decoding.num_beams must be 1 where single tokens are chosen, got {decoding.num_beams}")
     if decoding.greedy:
         return scores.argmax(-1)
     if weights is not None and decoding.temperature == 1 and not decoding.top_k and decoding.top_p == 1:
@@ -344,13 +506,21 @@ def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding, weights: Tensor
         ids = scores.topk(min(decoding.top_k, scores.shape[-1])).indices.sort(-1).values
         scores = scores.gather(1, ids)
     if decoding.top_p < 1:
-        scores = _nucleus(scores, decoding.top_p)
+        scores = nucleus(scores, decoding.top_p)
     chosen = _inverse_cdf(_weights(scores)[0], uniforms)
     return chosen if ids is None else ids.gather(1, chosen[:, None]).squeeze(1)
 
 
-def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """Set the scores outside each row's nucleus to -inf; (n, k) to (n, k)."""
+def nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Set the scores outside each row's nucleus to -inf.
+
+    Args:
+        scores: (n, k) float32 logits.
+        top_p: Probability that a nucleus reaches.
+
+    Returns:
+        (n, k).
+    """
     normalizers = scores.logsumexp(-1, keepdim=True)
 
     def lowest_score(ranked: Tensor, normalizers: Tensor) -> Tensor:
@@ -411,36 +581,64 @@ def check_positions(model: PreTrainedModel, length: int) -> None:
     """
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and length > positions:
+        which = "prompt or new tokens" if model.config.is_encoder_decoder else "prompt and new tokens together"
         raise ValueError(
-            f"prompt and new tokens together can be {length} tokens long, but {type(model).__name__} has "
-            f"{positions} positions: lower max_prompt_tokens or max_new_tokens"
+            f"{which} can be {length} tokens long, but {type(model).__name__} has {positions} positions: lower "
+            "max_prompt_tokens or max_new_tokens"
         )
 
 
 def load_model(
-    path: str | os.PathLike, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+    quantization: Literal["4bit"] | None = None,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model for use without dropout.
+    """Load a language model for use without dropout, a causal or a sequence-to-sequence one as its config says.
 
     Args:
-        path: Hub id or folder with safetensors weights.
+        path: Hub id or folder with safetensors weights, or with PEFT adapters, which are put on the model that they
+            name.
         device: "auto" is CUDA where there is one, else CPU.
-        dtype: Type of the weights.
+        dtype: Type of the weights; with `quantization`, of what is computed with them.
+        quantization: "4bit" keeps the weights of linear layers in 4 bits (NF4, Dettmers et al. 2023, arXiv 2305.14314),
+            by bitsandbytes.
+        gguf_file: A GGUF file in that folder, to be read instead; its weights are unpacked.
 
     Raises:
+        ImportError: What adapters, quantised weights or GGUF files need is not installed.
         ValueError: There is no such model, or it has no safetensors weights.
     """
+    target = resolve_device(device)
+    adapters = file_beside(path, "adapter_config.json")
+    if adapters is not None and not is_peft_available():
+        raise ImportError(f'the adapters in {str(path)!r} need peft: pip install "textgym[peft]"')
+    if gguf_file is not None and not is_gguf_available():
+        raise ImportError('gguf_file needs gguf: pip install "textgym[gguf]"')
+    base, arguments = path, {"trust_remote_code": False, **({} if gguf_file is None else {"gguf_file": gguf_file})}
+    if adapters is not None and file_beside(path, "config.json") is None:
+        base = json.loads(Path(adapters).read_text())["base_model_name_or_path"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(str(base), **arguments)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        if gguf_file is None:
+            arguments["use_safetensors"] = True
+        if quantization is not None:
+            arguments |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": target}}
+        model = kind.from_pretrained(str(path), dtype=dtype, **arguments)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model {str(path)!r} must be a hub id or a folder of a causal language model with safetensors weights: "
-            f"{error}"
+            f"model {str(path)!r} must be a hub id or a folder of a causal or sequence-to-sequence language model with "
+            f"safetensors weights: {error}"
         ) from error
     fuse_activations(model)
-    target = resolve_device(device)
+    if quantization is not None:
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):  # a layout of weights without gradients
+                layer.support_avx512bf16_for_cpu = False
+        return model.eval()
     if target.type == "cpu":
         # Weights mapped from a file lie at odd addresses, where matrix products can round differently: a policy that
         # was saved and loaded would not be the same to the last bit.
@@ -448,6 +646,33 @@ def load_model(
             parameter.data = parameter.data.clone()
     module: Any = model.eval()  # transformers wraps `to` in a way that type checkers misread
     return module.to(target)
+
+
+def _quantization(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization != "4bit":
+        raise ValueError(f'quantization must be None or "4bit", got {quantization!r}')
+    if not is_bitsandbytes_available():
+        raise ImportError('quantization needs bitsandbytes: pip install "textgym[quantization]"')
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def file_beside(path: str | os.PathLike, name: str) -> str | None:
+    """Where a file that may lie beside a model is, if it is there.
+
+    Args:
+        path: Hub id or folder of the model.
+        name: The file's name.
+    """
+    try:
+        return cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # what is wrong with the path is said when the model is loaded
+        return None
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

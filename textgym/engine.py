@@ -18,6 +18,7 @@ from textgym.guidance import Guidance
 from textgym.guides.base import Author, Completion, Guide, GuideRequest, load_guide
 from textgym.rewards import check_reward, load_reward, split_parts
 from textgym.rewards.base import RewardFunction
+from textgym.spec import WithSpec
 from textgym.task import SPLITS, Split, SplitName, Task
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ HANDOFF_LENGTH, RESTART_SEED, HANDOFF_SEED, NO_BODY = range(5, 9)
 RESET_OPTIONS = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "group_size")
 
 
-class TextVectorEnv(VectorEnv):
+class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     """Token-level text generation for N rows, as arrays.
 
     Every row is an episode ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end.
@@ -58,10 +59,12 @@ class TextVectorEnv(VectorEnv):
         reward: None for the task's own, the name of one of the task's rewards, the hub id or path of a
             sequence-classification model, or a callable (see `textgym.rewards.base.RewardFunction`).
         guide: "references" (which restarts only, from references that the task says to imitate), the hub id or path of
-            a causal language model, a `textgym.guides.Guide` or a function on a list of `GuideRequest`.
+            a language model, a `textgym.guides.Guide` or a function on a list of `GuideRequest`.
         guidance: When the guide takes part: a `Guidance` or a mapping of its fields.
         handoff: Whether there is an extra action, the last one, by which the policy asks the guide to finish.
         handoff_cost: Subtracted from the reward for every token of a guide's completion.
+        min_new_tokens: Tokens, prefix counted, before which `action_masks` leaves EOS out.
+        banned_tokens: Token ids that `action_masks` leaves out.
         order: "random" draws samples uniformly, "sequential" visits every sample of the split once over all rows.
         render_mode: "ansi", "human" or None.
         parking: Whether a row that finished or waits for the guide is parked (it neither terminates nor reads actions)
@@ -96,6 +99,8 @@ class TextVectorEnv(VectorEnv):
         guidance: Guidance | Mapping[str, Any] | None = None,
         handoff: bool = False,
         handoff_cost: float = 0.0,
+        min_new_tokens: int = 0,
+        banned_tokens: Sequence[int] = (),
         order: Literal["random", "sequential"] = "random",
         render_mode: str | None = None,
         parking: bool = False,
@@ -124,6 +129,10 @@ class TextVectorEnv(VectorEnv):
         ):
             raise ValueError(f"handoff_cost must be a finite number >= 0, got {handoff_cost!r}")
         self.handoff_cost = float(handoff_cost)
+        horizon = self.max_new_tokens
+        if not (_is_int(min_new_tokens) and 0 <= min_new_tokens <= horizon):
+            raise ValueError(f"min_new_tokens must be an int in [0, {horizon}], got {min_new_tokens!r}")
+        self.min_new_tokens = int(min_new_tokens)
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError as error:
@@ -147,6 +156,9 @@ class TextVectorEnv(VectorEnv):
         pad = self.tokenizer.pad_token_id
         # Without a padding token EOS fills the gaps; what is padding is told by the mask, never by the id.
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self.banned_tokens = tuple(banned_tokens)
+        if not all(_is_int(token) and 0 <= token < self.vocab_size for token in self.banned_tokens):
+            raise ValueError(f"banned_tokens must be token ids in [0, {self.vocab_size}), got {banned_tokens!r}")
         if self.handoff and not (self.guide and self.guide.can_hand_off):
             raise ValueError(f"handoff=True needs a guide that can complete a text, got guide={guide!r}")
 
@@ -289,7 +301,7 @@ class TextVectorEnv(VectorEnv):
         return mask
 
     def _check_group(self, group_size: Any, mask: np.ndarray) -> None:
-        if isinstance(group_size, bool) or not isinstance(group_size, int | np.integer) or group_size < 1:
+        if not _is_int(group_size) or group_size < 1:
             raise ValueError(f"options['group_size'] must be an int >= 1, got {group_size!r}")
         if self.num_envs % group_size:
             raise ValueError(f"options['group_size'] must divide num_envs={self.num_envs}, got {group_size}")
@@ -704,6 +716,40 @@ class TextVectorEnv(VectorEnv):
         self._add(infos, "guide_tokens", mask, (self._authors[rows] == Author.GUIDE).sum(1))
         return infos
 
+    def action_masks(self) -> np.ndarray:
+        """Which actions are allowed now, for libraries that mask those that are not; `step` takes every action.
+
+        Left out are EOS while a text has fewer than `min_new_tokens`, the `banned_tokens`, and what the reward's
+        `allowed_tokens` leaves out, where it has that method (see `textgym.rewards.base.RewardFunction`). A row that
+        reads no action is allowed all.
+
+        Returns:
+            bool (N, actions).
+
+        Raises:
+            ValueError: Nothing would be left to a row.
+        """
+        from textgym.tokenization import decode
+
+        masks = np.ones((self.num_envs, self.vocab_size + self.handoff), bool)
+        rows = np.flatnonzero(self._active)
+        masks[rows[:, None], list(self.banned_tokens)] = False
+        masks[rows[self._length[rows] < self.min_new_tokens], self.eos_token_id] = False
+        allowed_tokens = getattr(self.reward_function, "allowed_tokens", None)
+        if allowed_tokens is not None and len(rows):
+            masks[rows, : self.vocab_size] &= allowed_tokens(
+                prompts=self._prompts[rows].tolist(),
+                completions=decode(self.tokenizer, [self._tokens(row) for row in rows.tolist()]),
+                references=self._references[rows].tolist(),
+                tokenizer=self.tokenizer,
+            )
+        if not masks.any(1).all():
+            raise ValueError(
+                f"action_masks has no action for rows {np.flatnonzero(~masks.any(1)).tolist()}: min_new_tokens="
+                f"{self.min_new_tokens}, banned_tokens and the reward's allowed_tokens leave out all"
+            )
+        return masks
+
     # What the outside sees
 
     def _observation(self) -> dict[str, np.ndarray]:
@@ -790,9 +836,13 @@ class TextVectorEnv(VectorEnv):
 
 def _positive(name: str, value: Any, default: int | None = None) -> int:
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    if not _is_int(value) or value < 1:
         raise ValueError(f"{name} must be an int >= 1, got {value!r}")
     return int(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:

@@ -13,13 +13,14 @@ from textgym.engine import TextVectorEnv
 from textgym.guidance import Guidance
 from textgym.guides.base import Guide
 from textgym.rewards.base import RewardFunction
+from textgym.spec import WithSpec
 from textgym.task import Split, Task
 
 VECTOR_ONLY = ("num_envs", "parking", "autoreset_mode", "copy")
 VECTOR_ONLY_OPTIONS = ("reset_mask", "group_size")
 
 
-class TextEnv(gym.Env):
+class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
     """Token-level text generation, one episode at a time.
 
     An episode is ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end. The
@@ -82,7 +83,7 @@ class TextEnv(gym.Env):
         if self._engine._row_keys is None and seed is None:
             seed = int(self.np_random.integers(2**31))
         observation, infos = self._engine.reset(seed=seed, options=options)
-        return _first(observation), _first_info(infos)
+        return _first(observation), row_info(infos, 0)
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Write one token, or ask the guide to finish (see `TextVectorEnv.step`).
@@ -98,7 +99,11 @@ class TextEnv(gym.Env):
             gymnasium.error.ResetNeeded: The episode is over, or never began.
         """
         observation, rewards, terminations, _, infos = self._engine.step(np.asarray(action).reshape(1))
-        return _first(observation), float(rewards[0]), bool(terminations[0]), False, _first_info(infos)
+        return _first(observation), float(rewards[0]), bool(terminations[0]), False, row_info(infos, 0)
+
+    def action_masks(self) -> np.ndarray:
+        """Which actions are allowed now, bool (actions,) (see `TextVectorEnv.action_masks`)."""
+        return self._engine.action_masks()[0]
 
     def render(self) -> str | None:
         """Show prompt and text, each author in a colour of its own: as a string ("ansi") or printed ("human")."""
@@ -140,14 +145,15 @@ def _first(observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: value[0] for key, value in observation.items()}
 
 
-def _first_info(infos: Mapping[str, Any]) -> dict[str, Any]:
+def row_info(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """What the infos of a vector environment say of one row, as the single environment says it."""
     info: dict[str, Any] = {}
     for key, value in infos.items():
-        if key.startswith("_"):
+        if key.startswith("_") or not infos[f"_{key}"][row]:
             continue
         if isinstance(value, dict):
-            info[key] = _first_info(value)
+            info[key] = row_info(value, row)
         else:
-            first: Any = value[0]
-            info[key] = first.item() if isinstance(first, np.generic) else first
+            own: Any = value[row]
+            info[key] = own.item() if isinstance(own, np.generic) else own
     return info

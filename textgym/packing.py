@@ -507,12 +507,16 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     The head is the model's own (some cap or scale their logits after the output embedding), so the model runs, with
     the states in the place of what its decoder would return.
     """
+    ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs = {"decoder_input_ids": ids, "encoder_outputs": (states[None],)}
     decoder = model.get_decoder()
     usual = decoder.__dict__.get("forward")
     decoder.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
     try:
-        ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
-        return model(input_ids=ids, use_cache=False).logits[0]
+        logits = model(**inputs, use_cache=False).logits
+        return logits.squeeze(0)  # the gradient of logits[0] would be a copy of them all
     finally:
         if usual is None:
             del decoder.forward
@@ -526,7 +530,8 @@ _CAN_PACK: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether packed tokens give a model's own hidden states: it is tried, once, on two short texts."""
     if model not in _CAN_PACK:
-        _CAN_PACK[model] = bool(getattr(model, "_supports_attention_backend", False)) and _packs(model)
+        supported = getattr(model, "_supports_attention_backend", False) and not model.config.is_encoder_decoder
+        _CAN_PACK[model] = bool(supported) and _packs(model)
     return _CAN_PACK[model]
 
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -51,19 +51,29 @@ def load_tokenizer(
     return loaded
 
 
-def pretrained_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
         path: Hub id or folder.
+        gguf_file: The GGUF file there that holds the model and its tokenizer, where it is one.
 
     Raises:
         ValueError: There is none.
     """
     from transformers import AutoTokenizer  # imports torch
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    kind: Any = AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        if gguf_file is None:
+            # One that says it is no more than its file: AutoTokenizer would make it one of the model's family.
+            declared = get_tokenizer_config(str(path)).get("tokenizer_class")
+            if declared in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+                kind = PreTrainedTokenizerFast
+            tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
+        else:
+            tokenizer = kind.from_pretrained(str(path), gguf_file=gguf_file, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}"
@@ -132,7 +142,9 @@ def encode_prompts(
 ) -> list[tuple[str, list[int]]]:
     """Encode prompts, dropping tokens of the body where one is too long.
 
-    Each prompt is encoded whole, so that truncation never changes how the rest is split into tokens.
+    Each prompt is encoded whole, so that truncation never changes how the rest is split into tokens, and with the
+    special tokens that the tokenizer puts around a text (Llama's and Gemma's BOS, T5's EOS), which models were trained
+    with.
 
     Args:
         tokenizer: The tokenizer.
@@ -149,15 +161,17 @@ def encode_prompts(
     if not tokenizer.is_fast:
         return [_encode_parts(tokenizer, parts, max_prompt_tokens, truncation_side) for parts in prompts]
     texts = ["".join(parts) for parts in prompts]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
     result = []
-    for (before, body, _), text, ids, offsets in zip(
-        prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    for (before, body, _), text, ids, offsets, special in zip(
+        prompts, texts, *(encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask")), strict=True
     ):
+        if all(special):
+            raise ValueError(f"a prompt must have at least one token, got {text!r}")
         excess = len(ids) - max_prompt_tokens
         if excess > 0:
             start, end = len(before), len(before) + len(body)
-            inside = [i for i, (low, high) in enumerate(offsets) if low >= start and high <= end]
+            inside = [i for i, (low, high) in enumerate(offsets) if low >= start and high <= end and not special[i]]
             if len(inside) < excess:
                 raise _too_long(max_prompt_tokens, len(ids) - len(inside), text)
             if truncation_side == "right":
@@ -168,8 +182,6 @@ def encode_prompts(
                 keep = (start, offsets[last][1])
             ids = ids[:first] + ids[last + 1 :]
             text = text[: keep[0]] + text[keep[1] :]
-        if not ids:
-            raise ValueError(f"a prompt must have at least one token, got {text!r}")
         result.append((text, ids))
     return result
 
@@ -179,8 +191,14 @@ def _encode_parts(
 ) -> tuple[str, list[int]]:
     """For tokenizers that do not tell which characters a token covers: each part is encoded on its own."""
     before, body, after = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts)
+    if not before + body + after:
+        raise ValueError(f"a prompt must have at least one token, got {''.join(parts)!r}")
+    letter = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    ids, special = letter["input_ids"], letter["special_tokens_mask"]
+    before = ids[: special.index(0)] + before
+    after = after + ids[len(ids) - special[::-1].index(0) :]
     room = max_prompt_tokens - len(before) - len(after)
-    if room < 0 or not before + body + after:
+    if room < 0:
         raise _too_long(max_prompt_tokens, len(before) + len(after), "".join(parts))
     if len(body) > room:
         body = body[:room] if truncation_side == "right" else body[len(body) - room :]

@@ -16,17 +16,24 @@ HANDOFF_PROB = 0.02  # of a token, to begin with: most texts of 50 tokens are ha
 
 
 def suite(
-    *, iterations: int, beta: float, aggrevated_beta: float, critic: Mapping[str, Any] | None = None
+    *,
+    iterations: int,
+    beta: float,
+    aggrevated_beta: float,
+    d2lols_tau: int | None = None,
+    critic: Mapping[str, Any] | None = None,
 ) -> dict[str, Row]:
     """Make the rows of a task.
 
     Args:
-        iterations: Iterations of a run; D2LOLS imitates for the first 40% of them (published: 20 to 40%).
+        iterations: Iterations of a run.
         beta: Share of episodes with a prefix.
         aggrevated_beta: Share of AggreVaTeD's episodes with a body.
+        d2lols_tau: Iterations in which D2LOLS imitates; None for the first 40% (published: 20 to 40%).
         critic: Arguments that only algorithms with a critic share.
     """
     critic = critic or {}
+    d2lols_tau = round(0.4 * iterations) if d2lols_tau is None else d2lols_tau
     return {
         "sl": Row("sl"),
         "best-of-4": Row("sl", best_of=4),
@@ -35,7 +42,7 @@ def suite(
         "dr-po": Row("dr-po", {**critic, "beta": beta}, env={"guide": "references"}),
         "aggrevated": Row("aggrevated", {**critic, "beta": aggrevated_beta}),
         "lols": Row("lols", {**critic, "tau": 0.8, "beta": 0.8}),
-        "d2lols": Row("d2lols", {**critic, "tau": round(0.4 * iterations), "beta": 0.8}),
+        "d2lols": Row("d2lols", {**critic, "tau": d2lols_tau, "beta": 0.8}),
         "gail": Row("gail", critic),
         "reinforce": Row("reinforce", {**critic, "n_epochs": 1, "minibatch_size": None}),
         "rloo": Row("rloo", {**GROUP, "n_epochs": 1}),

@@ -117,7 +117,7 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
 
     Args:
         guide: None; "references" for the dataset's own reference texts; any other string is the hub id or path of a
-            causal language model; a `Guide`; or a function on a list of `GuideRequest`.
+            language model; a `Guide`; or a function on a list of `GuideRequest`.
 
     Raises:
         ValueError: Anything else.
@@ -135,6 +135,6 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
     if callable(guide):
         return CallableGuide(guide)
     raise ValueError(
-        "guide must be None, 'references', the hub id or path of a causal language model, a Guide "
+        "guide must be None, 'references', the hub id or path of a language model, a Guide "
         f"or a function on a list of GuideRequest, got {type(guide).__name__}: {guide!r}"
     )

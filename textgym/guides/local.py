@@ -1,4 +1,4 @@
-"""A causal language model of transformers as a guide, in this process."""
+"""A language model of transformers as a guide, in this process."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from textgym.decoding import Decoding
 
+# Most tokens of a guide that stand for one of the environment's.
+_MOST_TOKENS_FOR_ONE = 16
 # Models by where they came from, while any guide holds them. Their weights never change, so guides share them.
 _LOADED: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 
@@ -33,8 +35,9 @@ class LocalGuide:
     it has another one, the guide reads and writes text.
 
     Args:
-        model: Hub id or folder of a causal language model with safetensors weights, loaded when the first text is
-            completed; or a model, of which the guide takes a copy.
+        model: Hub id or folder of a language model, causal or sequence-to-sequence, with safetensors weights, loaded
+            when the first text is completed; or a model, of which the guide takes a copy (but shares what is frozen in
+            it, such as the base of adapters).
         tokenizer: The guide's tokenizer, or where to find it. None: the one beside the model at a hub id or folder,
             the environment's for a model given as an object.
         decoding: How its tokens are chosen. None is the guide decoding that Chang et al. 2023 publish for IMDB, top-p
@@ -79,6 +82,7 @@ class LocalGuide:
         self._model: Any = None if self.path is not None else _frozen_copy(model, device)
         self._own_tokenizer: Any = None
         self._compared: tuple[Any, bool] = (None, False)
+        self._fingerprint: str | None = None
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
         """Continue every request.
@@ -111,12 +115,16 @@ class LocalGuide:
     def fingerprint(self) -> str:
         """16 hex digits that change when a weight or the decoding does."""
         self._load()
-        return fingerprint_of(self._model, self.decoding, *([] if self.dtype is None else [self.dtype]))
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(
+                self._model, self.decoding, *([] if self.dtype is None else [self.dtype])
+            )
+        return self._fingerprint
 
     def _complete_ids(
         self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
     ) -> list[Completion]:
-        contexts = [[*request.prompt_ids, *request.prefix_ids] for request in requests]
+        contexts = [(request.prompt_ids, request.prefix_ids) for request in requests]
         completions = []
         for ids in self._write(contexts, requests, [request.max_new_tokens for request in requests], own):
             finished = bool(ids) and ids[-1] == own.eos_token_id
@@ -129,9 +137,23 @@ class LocalGuide:
     def _complete_texts(
         self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
     ) -> list[Completion]:
-        contexts = [_encode_context(own, request.prompt + request.prefix) for request in requests]
-        positions = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        room = [np.inf if positions is None else positions - len(context) for context in contexts]
+        from textgym.seq2seq import decoder_start
+
+        positions = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None) or np.inf
+        if self._model.config.is_encoder_decoder:
+            prompts = own([request.prompt for request in requests], verbose=False)["input_ids"]
+            begun = own([request.prefix for request in requests], add_special_tokens=False, verbose=False)["input_ids"]
+            contexts = list(zip(prompts, begun, strict=True))
+            positions -= len(decoder_start(self._model))
+        else:
+            # As one text: the prefix is part of what the model reads.
+            begun = [_encode_context(own, request.prompt + request.prefix) for request in requests]
+            contexts = [(ids, []) for ids in begun]
+        # A model without an end of positions can also go on without end to write what is no text, such as padding.
+        room = [
+            min(positions - len(ids), _MOST_TOKENS_FOR_ONE * request.max_new_tokens)
+            for ids, request in zip(begun, requests, strict=True)
+        ]
         # One token of the environment may be several of the guide's. A text that turns out too short is written again
         # with twice the tokens; it begins with the same ones, since they hang on the request's seed alone.
         limits = [int(min(max(1, request.max_new_tokens), left)) for request, left in zip(requests, room, strict=True)]
@@ -147,7 +169,7 @@ class LocalGuide:
             again = []
             for i, ids in zip(waiting, written, strict=True):
                 finished = bool(ids) and ids[-1] == own.eos_token_id
-                text = _decode_continuation(own, contexts[i], ids)
+                text = _decode_continuation(own, begun[i], ids)
                 completions[i] = Completion(text=text, finished=finished)
                 length = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
                 if not finished and length < requests[i].max_new_tokens and limits[i] < room[i]:
@@ -158,19 +180,23 @@ class LocalGuide:
 
     def _write(
         self,
-        contexts: Sequence[Sequence[int]],
+        contexts: Sequence[tuple[Sequence[int], Sequence[int]]],
         requests: Sequence[GuideRequest],
         limits: Sequence[int],
         own: PreTrainedTokenizerBase,
     ) -> list[list[int]]:
+        """Continue contexts, pairs of a prompt and a prefix in the guide's tokens, by at most `limits` tokens each."""
         from textgym.decoding import Decoding, generate
         from textgym.packing import fast_dtype
 
-        lengths = np.array([len(context) for context in contexts])
-        mask = np.arange(lengths.max()) < lengths[:, None]
+        whole = [np.array([*prompt, *prefix], np.int64) for prompt, prefix in contexts]
+        mask = np.arange(max(map(len, whole))) < np.array([len(ids) for ids in whole])[:, None]
         input_ids = np.zeros(mask.shape, np.int64)
-        input_ids[mask] = np.concatenate([np.asarray(context, np.int64) for context in contexts])
-        prefix_lengths = np.array([len(request.prefix_ids) for request in requests])
+        input_ids[mask] = np.concatenate(whole)
+        if self._model.config.is_encoder_decoder:
+            prefix_lengths = np.array([len(prefix) for _, prefix in contexts])
+        else:  # which can be part of a text in other tokens
+            prefix_lengths = np.array([len(request.prefix_ids) for request in requests])
         return generate(
             self._model,
             input_ids,
@@ -239,11 +265,13 @@ def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
-            "model must be a hub id, a path or a causal language model of transformers, "
+            "model must be a hub id, a path or a language model of transformers, "
             f"got {type(model).__name__}: {str(model)[:200]}"
         )
-    frozen: Any = copy.deepcopy(model)
-    if device != "auto":
+    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    moves = device != "auto" and resolve_device(device) != model.device
+    frozen: Any = copy.deepcopy(model, {} if moves else shared)
+    if moves:
         frozen.to(resolve_device(device))
     fuse_activations(frozen)
     return frozen.eval().requires_grad_(False)

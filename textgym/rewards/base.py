@@ -13,7 +13,9 @@ Rewards = Sequence[float] | np.ndarray | Mapping[str, Sequence[float] | np.ndarr
 class RewardFunction(Protocol):
     """A function on batches of finished texts (keyword arguments as in TRL's reward functions).
 
-    It may also carry a ``fingerprint`` attribute (str) that says what it was trained on; results record it.
+    It may also carry a ``fingerprint`` attribute (str) that says what it was trained on; results record it. And it may
+    have a method ``allowed_tokens(*, prompts, completions, references, tokenizer)`` that says which tokens can still
+    lead to a good text: bool (N, tokens) for the N texts so far, which environments add to their action masks.
     """
 
     def __call__(

@@ -94,6 +94,8 @@ class IMDBEnv(TextEnv):
         model, a `textgym.guides.Guide`, or a function on a list of `textgym.guides.GuideRequest`.
         ``guidance``: a `textgym.Guidance`, or a mapping of its fields: when the guide takes part.
         ``handoff``: True adds the hand-off action. ``handoff_cost``: what each token of a guide's completion costs.
+        ``min_new_tokens``, ``banned_tokens``: what `action_masks` leaves out: the end before so many tokens, and these
+        token ids.
         ``order``: "random" (default) or "sequential", one visit to each sample of the split.
         ``render_mode``: "ansi", "human" or None.
 

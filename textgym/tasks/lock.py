@@ -353,10 +353,12 @@ class CombinationLockEnv(_WithLock, TextEnv):
         ``max_prompt_tokens``: P, by default 1. ``max_new_tokens``: None or H.
         ``reward``: None for the worth of the text; or as for every task, the hub id or path of a
         sequence-classification model; or a callable ``(prompts, completions, references) -> floats or named parts``.
-        ``guide``: "scripted" (default), None, "references", the hub id or path of a causal language model, a
+        ``guide``: "scripted" (default), None, "references", the hub id or path of a language model, a
         `textgym.guides.Guide`, or a function on a list of `textgym.guides.GuideRequest`.
         ``guidance``: a `textgym.Guidance`, or a mapping of its fields: when the guide takes part.
         ``handoff``: True adds the hand-off action. ``handoff_cost``: what each token of a guide's completion costs.
+        ``min_new_tokens``, ``banned_tokens``: what `action_masks` leaves out: the end before so many tokens, and these
+        token ids.
         ``order``: "random" (default) or "sequential", one visit to each sample of the split.
         ``render_mode``: "ansi", "human" or None.
 

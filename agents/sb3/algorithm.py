@@ -1,0 +1,426 @@
+"""Algorithms of Stable-Baselines3 behind the interface of those in `agents`."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import is_json_serializable
+from stable_baselines3.common.utils import obs_as_tensor, set_random_seed
+from stable_baselines3.common.vec_env import VecMonitor
+from torch import Tensor, nn
+
+from agents.algorithm import Algorithm, check
+from agents.policy import CausalLMPolicy, Evaluation, Policy, replaced_folder
+from agents.sb3.policies import CausalLMActorCriticPolicy, MaskableCausalLMActorCriticPolicy, evaluate_transitions
+from agents.sb3.vec_env import TextVecEnv
+from textgym.decoding import Decoding, Sample, Sampler
+from textgym.engine import TextVectorEnv
+from textgym.seeding import hash64
+from textgym.tokenization import pretrained_tokenizer
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+    from gymnasium import spaces
+    from transformers import PreTrainedTokenizerBase
+
+ZIP_FILE, CLASS_FILE = "model.zip", "sb3.json"
+# Rows of a rollout that the reference policy reads at a time.
+_ROWS_AT_ONCE = 16
+
+
+class KLPenalty(BaseCallback):
+    """Subtracts ``coef (log pi - log pi_ref)`` from every reward of a rollout, as the algorithms of `agents` do.
+
+    For PPO, A2C, TRPO and MaskablePPO with a `CausalLMActorCriticPolicy`:
+    ``model.learn(..., callback=KLPenalty(reference, 0.02))``.
+
+    Args:
+        reference: The policy to stay near; it must not change.
+        coef: Weight of the penalty.
+
+    Attributes:
+        kl_per_token: Mean of ``log pi - log pi_ref`` over the last rollout.
+    """
+
+    def __init__(self, reference: Policy, coef: float) -> None:
+        super().__init__()
+        check("coef", coef, coef >= 0, "at least 0")
+        self.reference, self.coef = reference, coef
+        self.kl_per_token = 0.0
+
+    def _on_step(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _on_rollout_end(self) -> None:
+        model = cast("OnPolicyAlgorithm", self.model)
+        buffer, device = model.rollout_buffer, self.reference.device
+        observations: Any = buffer.observations
+        log_probs = np.empty_like(buffer.log_probs)
+        # By rows, whose texts begin one another.
+        for rows in np.array_split(np.arange(buffer.n_envs), -(-buffer.n_envs // _ROWS_AT_ONCE)):
+            obs = {
+                name: torch.as_tensor(array[:, rows], device=device).flatten(0, 1)
+                for name, array in observations.items()
+            }
+            actions = torch.as_tensor(buffer.actions[:, rows], device=device).flatten()
+            judged = evaluate_transitions(self.reference, obs, actions).log_probs
+            log_probs[:, rows] = judged.view(-1, len(rows)).cpu()
+        log_ratio = buffer.log_probs - log_probs
+        self.kl_per_token = float(log_ratio.mean())
+        buffer.rewards -= self.coef * log_ratio
+        assert model._last_obs is not None
+        assert model._last_episode_starts is not None
+        last_values = model.policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
+        buffer.compute_returns_and_advantage(last_values=last_values, dones=model._last_episode_starts)
+
+
+class _Episodes(BaseCallback):
+    """Keeps the infos of the episodes that ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.infos: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        self.infos += [info for info in self.locals["infos"] if "episode" in info]
+        return True
+
+
+class SB3Algorithm(Algorithm):
+    """An algorithm of Stable-Baselines3 that starts from a policy and is run, judged and saved like those of `agents`.
+
+    Subclasses name the algorithm; `of` makes one: ``SB3Algorithm.of(stable_baselines3.PPO)(policy, env, seed=0)``.
+
+    An actor-critic algorithm (PPO, A2C, TRPO, MaskablePPO) trains `policy` itself, as a `CausalLMActorCriticPolicy`.
+    Another one (DQN) trains the small networks of "MultiInputPolicy", which read token ids as magnitudes, and takes
+    only the tokenizer from `policy`. Training episodes come from an environment like `env`, but without parking. An
+    iteration is `episodes_per_iteration` times T steps, and so at least that many episodes.
+
+    Args:
+        policy: A `CausalLMPolicy`, or the hub id or path of a causal language model.
+        env: The id of an environment, or a `TextVectorEnv` made with ``parking=True`` by `gymnasium.make_vec`.
+        episodes_per_iteration: Episodes an iteration, a multiple of the rows of `env`. A rollout of an actor-critic
+            algorithm is at most an iteration.
+        minibatch_size: Episodes a gradient step, T steps each: the `batch_size` of an actor-critic algorithm that has
+            one.
+        n_epochs: Passes over a rollout, where the algorithm has such a thing.
+        learning_rate: Step size.
+        kl_coef: Weight of the KL penalty to the starting policy, a reward (see `KLPenalty`); of no effect where no
+            language model is trained.
+        seed: Seed of everything random.
+        device: "auto" or a torch device.
+        eval_every: Iterations between evaluations on validation prompts; 0 never evaluates.
+        eval_prompts: Validation prompts of such an evaluation.
+        eval_env: What to evaluate on (None: the validation split of `env`, with a guide only for hand-offs).
+        output_dir: Where the checkpoints ``last`` and ``best`` go.
+        track: Accelerate trackers.
+        **arguments: The algorithm's own, over what is said above (`batch_size`, `gamma`, `policy_kwargs`, ...).
+
+    Raises:
+        ValueError: An argument is wrong, or the algorithm takes no dictionaries as observations.
+
+    Attributes:
+        model: The algorithm of Stable-Baselines3.
+    """
+
+    name = "sb3"
+    sb3_class: ClassVar[type[BaseAlgorithm]]
+
+    def __init__(
+        self,
+        policy: CausalLMPolicy | str | os.PathLike,
+        env: TextVectorEnv | str,
+        *,
+        episodes_per_iteration: int = 64,
+        minibatch_size: int = 16,
+        n_epochs: int = 2,
+        learning_rate: float = 1e-4,
+        kl_coef: float = 0.02,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        eval_every: int = 0,
+        eval_prompts: int = 256,
+        eval_env: TextVectorEnv | None = None,
+        output_dir: str | os.PathLike | None = None,
+        track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None,
+        **arguments: Any,
+    ) -> None:
+        hyperparameters = {
+            key: value
+            for key, value in locals().items()
+            if key not in ("self", "policy", "env", "eval_env", "track", "arguments", "__class__")
+        }
+        check("minibatch_size", minibatch_size, minibatch_size >= 1, "at least 1")
+        check("n_epochs", n_epochs, n_epochs >= 1, "at least 1")
+        check("kl_coef", kl_coef, kl_coef >= 0, "at least 0")
+        own_policy = self.sb3_class.policy_aliases.get("MultiInputPolicy")
+        if own_policy is None:
+            raise ValueError(f"{self.name} must be an algorithm with a MultiInputPolicy, got {self.sb3_class}")
+        super().__init__(
+            policy,
+            env,
+            episodes_per_iteration=episodes_per_iteration,
+            decoding=None,
+            seed=seed,
+            device=device,
+            eval_every=eval_every,
+            eval_prompts=eval_prompts,
+            eval_env=eval_env,
+            output_dir=output_dir,
+            track=track,
+            hyperparameters={**hyperparameters, **arguments},
+        )
+        self.env = _without_parking(self.env)
+        self.steps = episodes_per_iteration * self.env.max_new_tokens
+        sb3_policy: Any = "MultiInputPolicy"
+        own: dict[str, Any] = {"learning_rate": learning_rate}
+        defaults = _parameters(self.sb3_class)
+        self._episodes = _Episodes()
+        self._callbacks: list[BaseCallback] = [self._episodes]
+        self._penalty: KLPenalty | None = None
+        if issubclass(own_policy, ActorCriticPolicy | MaskableActorCriticPolicy):
+            maskable = issubclass(own_policy, MaskableActorCriticPolicy)
+            sb3_policy = MaskableCausalLMActorCriticPolicy if maskable else CausalLMActorCriticPolicy
+            own |= {"n_epochs": n_epochs, "batch_size": minibatch_size * self.env.max_new_tokens}
+            own["n_steps"] = min(self.steps // self.env.num_envs, defaults["n_steps"])
+            if kl_coef:
+                self._penalty = KLPenalty(copy.deepcopy(self.policy).requires_grad_(False), kl_coef)
+                self._callbacks.append(self._penalty)
+            arguments["policy_kwargs"] = {
+                "model": self.policy,
+                "prompt_columns": self.env.max_prompt_tokens,
+                **arguments.get("policy_kwargs", {}),
+            }
+        self.model = _paced(self.sb3_class)(
+            sb3_policy,
+            VecMonitor(TextVecEnv(self.env)),
+            **{
+                **{name: value for name, value in own.items() if name in defaults},
+                "seed": int(hash64(seed)) >> 33,
+                "device": self.policy.device,
+                **arguments,
+            },
+        )
+        if sb3_policy == "MultiInputPolicy":
+            self.policy = SB3Policy(self.model, self.policy.tokenizer)
+        self._progress: Callable[[], float] = lambda: 0.0
+
+    @classmethod
+    def of(cls, sb3_class: type[BaseAlgorithm]) -> type[SB3Algorithm]:
+        """The subclass for an algorithm of Stable-Baselines3, or for one written like these.
+
+        Raises:
+            ValueError: `sb3_class` is no such class.
+        """
+        if not (isinstance(sb3_class, type) and issubclass(sb3_class, BaseAlgorithm)):
+            raise ValueError(f"sb3_class must be an algorithm class of Stable-Baselines3, got {sb3_class!r}")
+        name = f"{sb3_class.__module__.partition('.')[0]}:{sb3_class.__name__}"
+        return type(sb3_class.__name__, (cls,), {"sb3_class": sb3_class, "name": name, "__doc__": cls.__doc__})
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one of the policy in `model`."""
+        return self.model.policy.optimizer
+
+    def _learn(self, done: Callable[[], float], *arguments: Any) -> Self:
+        self._progress = done
+        return super()._learn(done, *arguments)
+
+    def iterate(self) -> dict[str, Any]:
+        """Let the algorithm take the steps of an iteration."""
+        self._episodes.infos.clear()
+        # Schedules go over all iterations, not over this call of `learn`.
+        self.model._current_progress_remaining = max(0.0, 1 - self._progress())
+        # Anew, because everything else in the process draws from the same generators.
+        set_random_seed(int(hash64(self.seed, self.iteration)) >> 33)
+        self.model.learn(self.steps, callback=self._callbacks, reset_num_timesteps=False)
+        infos = self._episodes.infos
+        guide_tokens = int(sum(info["guide_tokens"] for info in infos))
+        self.num_timesteps = self.model.num_timesteps
+        self.num_episodes += len(infos)
+        self.num_guide_tokens += guide_tokens
+
+        def mean(values: Iterable[Any]) -> float:
+            return float(np.mean([float(value) for value in values]))
+
+        record = {
+            "reward": mean(info["episode"]["r"] for info in infos),
+            **{
+                f"reward/{part}": mean(info["reward_parts"][part] for info in infos)
+                for part in infos[0]["reward_parts"]
+                if part != "reward"
+            },
+            "length": mean((info["authors"] >= 0).sum() for info in infos),
+            "stop_fraction": mean(info["finish_reason"] == "stop" for info in infos),
+            "handoff_fraction": mean(info["finish_reason"] == "handoff" for info in infos),
+            "policy_tokens": int(sum(info["policy_tokens"] for info in infos)),
+            "guide_tokens": guide_tokens,
+        }
+        if self._penalty is not None:
+            record["kl_per_token"] = self._penalty.kl_per_token
+            record["kl"] = record["kl_per_token"] * record["policy_tokens"] / len(infos)
+        said = self.model.logger.name_to_value
+        return record | {
+            name.removeprefix("train/"): float(said[name]) for name in sorted(said) if name.startswith("train/")
+        }
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a checkpoint (see `Algorithm.save`); arguments that are no plain data have to be given to `load`."""
+        usual = self.hyperparameters
+        self.hyperparameters = {key: value for key, value in usual.items() if is_json_serializable(value)}
+        try:
+            super().save(path)
+        finally:
+            self.hyperparameters = usual
+
+    def models(self) -> dict[str, nn.Module]:
+        """The reference policy of the KL penalty, beside the policy."""
+        reference = None if self._penalty is None else self._penalty.reference
+        return {**super().models(), **({} if reference is None else {"reference": reference})}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `training_state`, with new episodes in the place of those that were running.
+
+        Raises:
+            ValueError: The algorithm learns from a memory of transitions, which a checkpoint does not hold.
+        """
+        if not isinstance(self.policy, CausalLMPolicy):
+            raise ValueError(f"{self.name} cannot be resumed: its checkpoints do not hold the replay buffer")
+        super().load_training_state(state)
+        self.model.num_timesteps = self.num_timesteps
+        envs = self.model.get_env()
+        assert envs is not None
+        envs.unwrapped._reset_seeds()  # the environment goes on with its own
+
+
+class SB3Policy(Policy):
+    """An algorithm of Stable-Baselines3 as a policy that can be evaluated: it writes what `predict` chooses.
+
+    Args:
+        model: The algorithm.
+        tokenizer: The tokenizer whose ids are its actions.
+
+    Attributes:
+        model: The algorithm.
+    """
+
+    def __init__(self, model: BaseAlgorithm, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model, self.network, self.tokenizer = model, model.policy, tokenizer
+        self.decoding = Decoding(greedy=True)
+        self.can_hand_off = bool(cast("spaces.Discrete", model.action_space).n > len(tokenizer))
+
+    def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> Sampler:
+        """Begin to write a batch of texts; `predict` chooses their tokens, whatever decoding and seeds say."""
+        return cast("Sampler", _PredictSampler(self.model, observation))
+
+    def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:
+        """Not possible: `predict` gives no probabilities."""
+        raise NotImplementedError("an SB3Policy can only write: Stable-Baselines3's predict gives no probabilities")
+
+    def values(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Not possible: `predict` gives no values."""
+        raise NotImplementedError("an SB3Policy can only write: Stable-Baselines3's predict gives no values")
+
+    def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
+        """Not possible: there are no values."""
+        raise NotImplementedError("an SB3Policy can only write: it has no values to shift")
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write Stable-Baselines3's zip, the class of its algorithm, and the tokenizer into a folder."""
+        sb3_class = next(cls for cls in type(self.model).__mro__ if not cls.__dict__.get("_is_paced"))
+        with replaced_folder(Path(folder)) as new:
+            self.tokenizer.save_pretrained(new)
+            self.model.save(new / ZIP_FILE)
+            description = {"module": sb3_class.__module__, "class": sb3_class.__qualname__}
+            (new / CLASS_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, device: str | torch.device = "auto", **arguments: Any
+    ) -> SB3Policy:
+        """Read what `save_pretrained` wrote. Stable-Baselines3's zips hold pickles: only open those you trust.
+
+        Raises:
+            ValueError: `path` is no such folder, or there are arguments.
+        """
+        if arguments:
+            raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
+        try:
+            description = json.loads((Path(path) / CLASS_FILE).read_text())
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"path must be a folder written by SB3Policy.save_pretrained, got {str(path)!r}"
+            ) from error
+        sb3_class = getattr(importlib.import_module(description["module"]), description["class"])
+        return cls(sb3_class.load(Path(path) / ZIP_FILE, device=device), pretrained_tokenizer(path))
+
+
+class _PredictSampler:
+    """Writes as `textgym.decoding.Sampler` does, with the tokens that an algorithm of Stable-Baselines3 predicts."""
+
+    def __init__(self, model: BaseAlgorithm, observation: Mapping[str, Any]) -> None:
+        self.model = model
+        self._ids, self._mask = (np.array(observation[name]) for name in ("input_ids", "attention_mask"))
+        self.rows = np.flatnonzero(self._mask.any(1))
+
+    def sample(self) -> Sample:
+        """Choose the next token of every row in `rows`."""
+        ids, mask = self._ids[self.rows], self._mask[self.rows]
+        tokens, _ = self.model.predict({"input_ids": ids, "attention_mask": mask}, deterministic=True)
+        ends = mask.shape[1] - mask[:, ::-1].argmax(1)
+        self._ids[self.rows, ends], self._mask[self.rows, ends] = tokens, 1
+        chosen = torch.as_tensor(tokens, device=self.model.device)
+        return Sample(chosen, torch.zeros_like(chosen, dtype=torch.float32), None)
+
+    def keep(self, mask: np.ndarray) -> None:
+        """Let rows leave the batch."""
+        self.rows = self.rows[mask]
+
+
+def _paced(sb3_class: type[BaseAlgorithm]) -> type[BaseAlgorithm]:
+    """The algorithm, with a progress that `SB3Algorithm` sets instead of each call of `learn`."""
+    members = {"_is_paced": True, "_update_current_progress_remaining": lambda self, *_: None}
+    return type(sb3_class.__name__, (sb3_class,), members)
+
+
+def _parameters(cls: type) -> dict[str, Any]:
+    """Named parameters of the constructors of a class and its bases, with their defaults."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in base.__dict__:
+            found |= {
+                name: value.default for name, value in inspect.signature(base.__dict__["__init__"]).parameters.items()
+            }
+    return found
+
+
+def _without_parking(env: TextVectorEnv) -> TextVectorEnv:
+    """Make the same environment for algorithms that expect an answer at each step.
+
+    Raises:
+        ValueError: `env` was not made by `gymnasium.make_vec`, so how it was made is not known.
+    """
+    if env.spec is None:
+        raise ValueError("env must be made by gymnasium.make_vec: it is made again without parking")
+    arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
+    # What is loaded already is shared, not loaded again.
+    arguments |= {"guide": env.guide, "tokenizer": env.tokenizer, "reward": env.reward_function}
+    arguments |= {"parking": False, "copy": True}
+    return gym.make_vec(env.spec.id, num_envs=env.num_envs, **arguments).unwrapped  # type: ignore[return-value]

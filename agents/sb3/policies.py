@@ -1,0 +1,478 @@
+"""Language models as policies of Stable-Baselines3 and sb3-contrib."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch
+from gymnasium import spaces
+from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import logsigmoid, pad
+
+from agents.algorithm import check
+from agents.policy import CausalLMPolicy, Evaluation, Policy, left_packed
+from textgym.decoding import Decoding, Sample, Sampler, at_least_float32, choose, nucleus, on_host
+from textgym.packing import autocast, head
+
+Observation = Mapping[str, Tensor]
+
+# Rows that end at different times are read by different readers. With more of them it is quicker to read all again.
+_MOST_READERS = 8
+
+
+class CausalLMActorCriticPolicy(ActorCriticPolicy):
+    """A `CausalLMPolicy` as policy and critic of PPO, A2C and TRPO.
+
+    Actions, log-probabilities, entropies and values are those of the language model and its value head: sampling
+    follows ``model.decoding``, and log-probabilities are of the untruncated softmax at temperature 1, as everywhere in
+    `agents`. In an update, transitions of which one text begins another are read together, so that a large
+    `batch_size` costs little more than its episodes.
+
+    Args:
+        observation_space: The environment's.
+        action_space: The environment's.
+        lr_schedule: Learning rate by the share of training that remains.
+        model: The hub id or folder of a language model, a `CausalLMPolicy`, which is then trained itself, or a
+            `Portable`. What Stable-Baselines3 saves names the hub id or folder, or holds a `CausalLMPolicy` with its
+            weights, beside those it saves anyway.
+        prompt_columns: P, columns of an observation that are the prompt's (the environment's ``max_prompt_tokens``);
+            needed only where ``model.decoding`` has a `min_new_tokens`, which counts those after them.
+        optimizer_class: The optimiser.
+        optimizer_kwargs: Its arguments beside the learning rate; None for those of Stable-Baselines3.
+        use_sde: Always False; exploration noise is for continuous actions.
+
+    Raises:
+        ValueError: `model` does not fit the spaces, or `prompt_columns` is missing.
+
+    Attributes:
+        language_model: The `CausalLMPolicy`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Callable[[float], float],
+        *,
+        model: str | os.PathLike | CausalLMPolicy | Portable,
+        prompt_columns: int | None = None,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        use_sde: bool = False,
+    ) -> None:
+        if optimizer_kwargs is None:
+            optimizer_kwargs = {"eps": 1e-5} if optimizer_class is torch.optim.Adam else {}
+        # Not ActorCriticPolicy's, which builds networks of its own.
+        BasePolicy.__init__(
+            self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
+        )
+        check("use_sde", use_sde, not use_sde, "False with discrete actions")
+        self.prompt_columns = prompt_columns
+        self.language_model = Portable(model).policy
+        size = len(self.language_model.tokenizer) + self.language_model.can_hand_off
+        if not isinstance(action_space, spaces.Discrete) or action_space.n != size:
+            raise ValueError(
+                f"action_space must be Discrete({size}), the model's tokens and a hand-off where it has one, got "
+                f"{action_space}: make the environment with the model's tokenizer"
+            )
+        if not isinstance(observation_space, spaces.Dict) or {"input_ids", "attention_mask"} - {*observation_space}:
+            raise ValueError(f"observation_space must be that of a textgym environment, got {observation_space}")
+        if self.language_model.decoding.min_new_tokens and prompt_columns is None:
+            raise ValueError("prompt_columns must be given where the model's decoding has min_new_tokens")
+        self._readers: list[_Reader] = []
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Callable[[float], float]) -> None:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        arguments: Any = {"lr": lr_schedule(1), **self.optimizer_kwargs}
+        self.optimizer = self.optimizer_class(trained, **arguments)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "model": Portable(self.language_model),
+            "prompt_columns": self.prompt_columns,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
+
+    def forward(self, obs: Observation, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Choose actions.
+
+        Args:
+            obs: "input_ids" and "attention_mask", each (n, P+T).
+            deterministic: Take the most probable actions.
+
+        Returns:
+            Actions, int64 (n,), values (n, 1), and log-probabilities (n,).
+        """
+        sample = self._reader(obs, deterministic=True).sample() if deterministic else self._go_on(obs)
+        assert sample.values is not None
+        return sample.tokens, sample.values[:, None], sample.log_probs
+
+    def _predict(self, observation: Observation, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+        return self._reader(observation, deterministic).sample().tokens
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Begin an update or a rollout: what was read of running texts is forgotten."""
+        self._readers.clear()
+        super().set_training_mode(mode)
+
+    def _go_on(self, obs: Observation) -> Sample:
+        """Sample the next token of every row; the texts that go on from the last call cost one token each."""
+        arrays, everywhere = {name: on_host(array) for name, array in obs.items()}, np.arange(len(obs["input_ids"]))
+        self._readers = [reader for reader in self._readers if reader.go_on(arrays)]
+        rows = np.setdiff1d(everywhere, [row for reader in self._readers for row in reader.rows])
+        if len(rows) and len(self._readers) == _MOST_READERS:
+            self._readers, rows = [], everywhere
+        if len(rows):
+            self._readers.append(self._reader(arrays, rows=rows))
+        samples = [reader.sample() for reader in self._readers]
+        order = torch.from_numpy(np.concatenate([reader.rows for reader in self._readers]).argsort()).to(self.device)
+        return Sample(*(torch.cat(parts)[order] for parts in zip(*samples, strict=True)))
+
+    def _reader(self, obs: Mapping[str, Any], deterministic: bool = False, rows: np.ndarray | None = None) -> _Reader:
+        rows = np.arange(len(obs["input_ids"])) if rows is None else rows
+        written = self._written(obs)[rows]
+        obs = {name: on_host(array)[rows] for name, array in obs.items()}
+        room = obs["attention_mask"][:, ::-1].argmax(1)
+        sampler = self.language_model.sampler(
+            obs,
+            seeds=torch.randint(2**63 - 1, written.shape).numpy(),
+            prefix_lengths=written,
+            max_new_tokens=written + (1 if deterministic else np.maximum(room, 1)),
+            decoding=self._decoding(deterministic),
+        )
+        return _Reader(sampler, obs, rows)
+
+    def _written(self, obs: Mapping[str, Any]) -> np.ndarray:
+        """New tokens in observations, (n,); all zero where nothing hangs on their number."""
+        if self.prompt_columns is None:
+            return np.zeros(len(obs["input_ids"]), np.int64)
+        return (on_host(obs["attention_mask"])[:, self.prompt_columns :] != 0).sum(1)
+
+    def _decoding(self, deterministic: bool) -> Decoding:
+        decoding = self.language_model.decoding
+        return Decoding(greedy=True, min_new_tokens=decoding.min_new_tokens) if deterministic else decoding
+
+    def evaluate_actions(self, obs: Observation, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Judge actions that are already taken.
+
+        Args:
+            obs: "input_ids" and "attention_mask", each (n, P+T).
+            actions: (n,).
+
+        Returns:
+            Values (n, 1), log-probabilities (n,) and entropies (n,).
+        """
+        now = evaluate_transitions(self.language_model, obs, actions)
+        return now.values[:, None], now.log_probs, now.entropy
+
+    def predict_values(self, obs: Observation) -> Tensor:  # type: ignore[override]
+        """What the critic says of states: (n, 1)."""
+        texts = _Texts(obs["input_ids"], obs["attention_mask"])
+        values, _ = self.language_model.values(texts.input_ids, texts.attention_mask, texts.columns)
+        return texts.of_each(values)[:, None]
+
+    def get_distribution(self, obs: Observation) -> CategoricalDistribution:  # type: ignore[override]
+        """The distribution of the next action, which can be differentiated twice, as TRPO wants it."""
+        log_probs = self._log_probs(self._states(obs))
+        return CategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
+
+    def _states(self, obs: Observation, model: CausalLMPolicy | None = None) -> Tensor:
+        """Hidden states (n, d) of the language model, or of another, after texts."""
+        texts, model = _Texts(obs["input_ids"], obs["attention_mask"]), model or self.language_model
+        rows, entries = (texts.columns >= 0).nonzero(as_tuple=True)
+        # Only the plain kernel of attention has a second derivative.
+        plain = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else contextlib.nullcontext()
+        with plain:
+            states = model._read(texts.input_ids, texts.attention_mask, rows, texts.columns[rows, entries])
+        spread = states.new_zeros(*texts.columns.shape, states.shape[1]).index_put((rows, entries), states)
+        return texts.of_each(spread)
+
+    def _log_probs(self, states: Tensor, model: CausalLMPolicy | None = None) -> Tensor:
+        """Log-probabilities (n, actions) of all actions after hidden states."""
+        model = model or self.language_model
+        with autocast(model.device, model._dtype):
+            logits = head(model.model, states)
+        log_probs = at_least_float32(logits).log_softmax(-1)[:, : len(model.tokenizer)]
+        if not model.can_hand_off:
+            return log_probs
+        gate = model.heads["handoff"](at_least_float32(states))
+        return torch.cat([log_probs + logsigmoid(-gate), logsigmoid(gate)], 1)
+
+
+class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActorCriticPolicy):  # type: ignore[misc]
+    """`CausalLMActorCriticPolicy` for MaskablePPO, with the nucleus masks of NLPO.
+
+    Only actions that the environment's `action_masks` allows can be chosen; log-probabilities and entropies are those
+    of the distribution that is left. With `top_p` below 1 a second mask leaves only the nucleus of a masking policy, a
+    copy of the policy that is renewed every `mask_updates` updates: NLPO (Ramamurthy et al. 2022, arXiv 2210.01241,
+    section 4). Where the two masks together leave nothing, the environment's alone holds; the hand-off is never in a
+    nucleus and always stays.
+
+    Args:
+        *arguments: As for `CausalLMActorCriticPolicy`.
+        top_p: Probability that a nucleus holds, in (0, 1]; 1 masks nothing.
+        mask_updates: Updates (calls of ``train``) after which the masking policy is renewed.
+        **options: As for `CausalLMActorCriticPolicy`.
+
+    Raises:
+        ValueError: An argument is wrong.
+
+    Attributes:
+        masking_model: The masking policy; None where `top_p` is 1.
+    """
+
+    def __init__(self, *arguments: Any, top_p: float = 1.0, mask_updates: int = 20, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        check("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")
+        check("mask_updates", mask_updates, mask_updates >= 1, "at least 1")
+        self.top_p, self.mask_updates = top_p, mask_updates
+        self.masking_model: CausalLMPolicy | None = None
+        if top_p < 1:
+            self.masking_model = copy.deepcopy(self.language_model).requires_grad_(False)
+        self.updates_left: Tensor
+        self.register_buffer("updates_left", torch.tensor(mask_updates))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "top_p": self.top_p, "mask_updates": self.mask_updates}
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Count updates, which begin with True; renew the masking policy before rollouts, which begin with False."""
+        if mode:
+            self.updates_left -= 1
+        elif self.masking_model is not None and self.updates_left <= 0:
+            self.masking_model.load_state_dict(self.language_model.state_dict())
+            self.updates_left.fill_(self.mask_updates)
+        super().set_training_mode(mode)
+
+    def forward(  # type: ignore[override]
+        self, obs: Observation, deterministic: bool = False, action_masks: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose actions (see `CausalLMActorCriticPolicy.forward`).
+
+        Args:
+            obs: "input_ids" and "attention_mask", each (n, P+T).
+            deterministic: Take the most probable actions.
+            action_masks: bool (n, actions), True where allowed; None for all.
+        """
+        states = self._states(obs)
+        distribution = self._masked(obs, states, action_masks)
+        actions = self._choose(obs, distribution, deterministic)
+        values = self.language_model.heads["value"](at_least_float32(states))
+        return actions, values, distribution.log_prob(actions)
+
+    def _predict(self, observation: Observation, deterministic: bool = False, action_masks: Any = None) -> Tensor:  # type: ignore[override]
+        return self._choose(observation, self.get_distribution(observation, action_masks), deterministic)
+
+    def _choose(self, obs: Observation, distribution: MaskableCategoricalDistribution, deterministic: bool) -> Tensor:
+        decoding, eos = self._decoding(deterministic), self.language_model.tokenizer.eos_token_id
+        scores = distribution.distribution.logits.clone()
+        if decoding.min_new_tokens:
+            early = torch.from_numpy(self._written(obs) < decoding.min_new_tokens)
+            scores[early.to(scores.device), eos] = -torch.inf
+        return choose(scores, torch.rand(len(scores), dtype=torch.float64).to(scores.device), decoding)
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: Observation, actions: Tensor, action_masks: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Judge actions that are already taken (see `CausalLMActorCriticPolicy.evaluate_actions`).
+
+        Args:
+            obs: "input_ids" and "attention_mask", each (n, P+T).
+            actions: (n,).
+            action_masks: (n, actions), nonzero where allowed; None for all.
+        """
+        states = self._states(obs)
+        distribution = self._masked(obs, states, action_masks)
+        values = self.language_model.heads["value"](at_least_float32(states))
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: Observation, action_masks: Any = None) -> MaskableCategoricalDistribution:  # type: ignore[override]
+        """The distribution of the next action under the masks."""
+        return self._masked(obs, self._states(obs), action_masks)
+
+    def _masked(self, obs: Observation, states: Tensor, action_masks: Any) -> MaskableCategoricalDistribution:
+        log_probs = self._log_probs(states)
+        allowed = None if action_masks is None else torch.as_tensor(action_masks, device=log_probs.device) != 0
+        if self.masking_model is not None:
+            with torch.no_grad():
+                scores = self._log_probs(self._states(obs, self.masking_model), self.masking_model)
+            near = nucleus(scores, self.top_p).isfinite()
+            near[:, len(self.language_model.tokenizer) :] = True
+            both = near if allowed is None else near & allowed.view_as(near)
+            allowed = both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed.view_as(near))
+        distribution = MaskableCategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
+        distribution.apply_masking(allowed)
+        return distribution
+
+
+class _Reader:
+    """Rows of a rollout that were read together: from then on each costs one token a step.
+
+    Args:
+        sampler: Reads them.
+        obs: "input_ids" and "attention_mask", arrays (n, P+T).
+        rows: (n,), which rows of the rollout they are.
+    """
+
+    def __init__(self, sampler: Sampler, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        self.sampler, self._texts, self._rows = sampler, obs, rows
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(m,) those that are still read here, in the order of samples."""
+        return self._rows[self.sampler.rows]
+
+    def sample(self) -> Sample:
+        """Choose their next tokens."""
+        sample, rows = self.sampler.sample(), self.sampler.rows
+        ids, mask = self._texts["input_ids"], self._texts["attention_mask"]
+        ends = mask.shape[1] - mask[rows, ::-1].argmax(1)
+        fits = ends < mask.shape[1]
+        ids[rows[fits], ends[fits]], mask[rows[fits], ends[fits]] = sample.tokens.cpu().numpy()[fits], 1
+        return sample
+
+    def go_on(self, obs: Mapping[str, np.ndarray]) -> bool:
+        """Let the rows leave in which another text stands now; whether any stay."""
+        rows = self.rows
+        same = np.zeros(len(rows), bool)
+        if rows.max() < len(obs["input_ids"]):
+            mask, own = obs["attention_mask"][rows], self._texts["attention_mask"][self.sampler.rows]
+            other = (obs["input_ids"][rows] != self._texts["input_ids"][self.sampler.rows]) & (mask != 0)
+            same = (mask == own).all(1) & ~other.any(1)
+        self.sampler.keep(same)
+        return bool(same.any())
+
+
+class Portable:
+    """A language model that lies in Stable-Baselines3's zip as everything but its weights, which are there anyway.
+
+    Such a zip opens wherever these packages are installed, and is no larger than it has to be:
+    ``policy_kwargs={"model": Portable("my-model")}``.
+
+    Args:
+        model: The hub id or folder of a language model, or a `CausalLMPolicy`.
+
+    Attributes:
+        policy: The `CausalLMPolicy`.
+    """
+
+    def __init__(self, model: str | os.PathLike | CausalLMPolicy | Portable) -> None:
+        self.policy: CausalLMPolicy
+        if isinstance(model, Portable):
+            self.policy = model.policy
+        elif isinstance(model, CausalLMPolicy):
+            self.policy = model
+        else:  # on the CPU, because Stable-Baselines3 moves it to where it computes
+            self.policy = CausalLMPolicy.from_pretrained(model, device="cpu")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Portable:
+        return Portable(copy.deepcopy(self.policy, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        file = io.BytesIO()
+        _WithoutWeights(file).dump(self.policy)
+        return _read_portable, (file.getvalue(),)
+
+
+class _WithoutWeights(cloudpickle.Pickler):
+    """Pickles parameters as their shapes."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, nn.Parameter):
+            return _unwritten, (obj.shape, obj.dtype, obj.requires_grad)
+        if isinstance(obj, Tensor) and obj.device.type != "cpu":
+            return obj.cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return super().reducer_override(obj)
+
+
+def _read_portable(pickled: bytes) -> Portable:
+    return Portable(pickle.loads(pickled))
+
+
+def _unwritten(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad)
+
+
+class _Texts:
+    """Texts of which some begin others, as few rows in which each is a column.
+
+    Args:
+        input_ids: (n, S); valid tokens of a row can have padding on both sides.
+        attention_mask: (n, S), nonzero where valid.
+        actions: (n,) tokens that follow; None where only the texts are to be read.
+        is_token: (n,) bool, which of the actions are tokens; None for all.
+
+    Attributes:
+        input_ids: int64 (m, S+1), rows with m <= n different texts, which begin in the first column.
+        attention_mask: bool (m, S+1).
+        columns: int64 (m, k), the columns that follow the n texts, where their actions stand; -1 for none.
+    """
+
+    def __init__(
+        self, input_ids: Tensor, attention_mask: Tensor, actions: Tensor | None = None, is_token: Tensor | None = None
+    ) -> None:
+        valid = attention_mask != 0
+        ends = lengths = valid.sum(1)
+        ids, count = pad(left_packed(input_ids.long(), valid), (0, 1)), len(input_ids)
+        if actions is not None:
+            ids = ids.scatter(1, lengths[:, None], actions[:, None])
+            ends = lengths + (1 if is_token is None else is_token.long())
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        # In the order of `unique`, -1 first, the texts that begin another stand right before it.
+        different, which = ids.masked_fill(columns >= ends[:, None], -1).unique(dim=0, return_inverse=True)
+        begins_next = ((different[:-1] == different[1:]) | (different[:-1] < 0)).all(1)
+        last = pad(~begins_next, (0, 1), value=True)
+        self._row = (last.cumsum(0) - last.long())[which]
+        different = different[last]
+        self.attention_mask = different >= 0
+        self.input_ids = different.clamp(min=0)
+        order = self._row.argsort(stable=True)
+        sizes = self._row.bincount(minlength=len(different))
+        self._entry = torch.empty_like(order)
+        self._entry[order] = torch.arange(count, device=ids.device) - (sizes.cumsum(0) - sizes)[self._row[order]]
+        self.columns = torch.full((len(different), int(sizes.max())), -1, device=ids.device)
+        self.columns[self._row, self._entry] = lengths
+
+    def of_each(self, values: Tensor) -> Tensor:
+        """(m, k, ...), one a column, to (n, ...), one a text."""
+        return values[self._row, self._entry]
+
+    def to_columns(self, values: Tensor) -> Tensor:
+        """(n,), one a text, to (m, k), one a column, zero where there is none."""
+        return values.new_zeros(self.columns.shape).index_put((self._row, self._entry), values)
+
+
+def evaluate_transitions(policy: Policy, obs: Observation, actions: Tensor) -> Evaluation:
+    """Judge actions, each in a state of its own; states of which one begins another are read together.
+
+    Args:
+        policy: Who judges.
+        obs: "input_ids" and "attention_mask", each (n, P+T).
+        actions: int64 (n,), tokens, or hand-offs.
+
+    Returns:
+        As `Policy.evaluate`, each entry (n,).
+    """
+    handed = actions == len(policy.tokenizer)
+    texts = _Texts(obs["input_ids"], obs["attention_mask"], actions, ~handed)
+    handoffs = texts.to_columns(handed) if policy.can_hand_off else None
+    now = policy.evaluate(texts.input_ids, texts.attention_mask, texts.columns, handoffs)
+    return Evaluation(*(texts.of_each(part) for part in now))

@@ -1,0 +1,138 @@
+"""The vector environment of Stable-Baselines3 over the native one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.vec_env import VecEnv
+
+from textgym.engine import TextVectorEnv
+from textgym.env import row_info
+
+# Methods of a TextVectorEnv that return one entry a row.
+_ROW_METHODS = ("action_masks", "render")
+
+
+class TextVecEnv(VecEnv):
+    """A `TextVectorEnv` as a vector environment of Stable-Baselines3, which keeps its batching.
+
+    All rows take a step together, and rows that end on the same step are rewarded in one batch. Results are those of
+    a `DummyVecEnv` over as many single environments with the same seeds: an episode that ends is replaced by the next
+    one within the step, its last observation stands in ``info["terminal_observation"]``, and since no episode is ever
+    truncated, ``info["TimeLimit.truncated"]`` is False. `VecMonitor` adds ``info["episode"]``.
+
+    Args:
+        env: The environment.
+
+    Raises:
+        ValueError: `env` is not a `TextVectorEnv`, or one whose rows are not always live (``parking=True``,
+            ``order="sequential"``), that resets itself within a step, or that hands out views (``copy=False``).
+    """
+
+    def __init__(self, env: TextVectorEnv) -> None:
+        if not isinstance(env, TextVectorEnv):
+            raise ValueError(f"env must be a TextVectorEnv without wrappers, as of gymnasium.make_vec, got {env!r}")
+        for name, value, why in (
+            ("parking", False, "Stable-Baselines3 learns from every row of every step"),
+            ("order", "random", "the end of a sequential pass leaves rows idle, which Stable-Baselines3 does not know"),
+            ("copy", True, "Stable-Baselines3 stores an observation after the next step"),
+        ):
+            if getattr(env, name) != value:
+                raise ValueError(f"env must be made with {name}={value!r}, got {getattr(env, name)!r}: {why}")
+        if env.autoreset_mode == AutoresetMode.SAME_STEP:
+            raise ValueError("env must be made with autoreset_mode NEXT_STEP or DISABLED, got SAME_STEP")
+        self.env = env
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    def reset(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+        """Start an episode in every row, with the seeds of `seed` and the options of `set_options`."""
+        names = {name for options in self._options for name in options}
+        observation, infos = self.env.reset(
+            seed=None if all(seed is None for seed in self._seeds) else self._seeds,
+            options={name: [options.get(name) for options in self._options] for name in names},
+        )
+        self.reset_infos = [row_info(infos, row) for row in range(self.num_envs)]
+        self._reset_seeds()
+        self._reset_options()
+        return observation
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Take note of the next actions (N,)."""
+        self._actions = actions
+
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:  # type: ignore[override]
+        """Write one token in every row, and replace the episodes that ended.
+
+        Returns:
+            Observations, rewards (float32 (N,)), dones (bool (N,)) and one info a row.
+        """
+        observation, rewards, dones, _, infos = self.env.step(self._actions)
+        row_infos = [{**row_info(infos, row), "TimeLimit.truncated": False} for row in range(self.num_envs)]
+        if dones.any():
+            for row in np.flatnonzero(dones).tolist():
+                row_infos[row]["terminal_observation"] = {name: ids[row].copy() for name, ids in observation.items()}
+            observation, infos = self.env.reset(options={"reset_mask": dones})
+            for row in np.flatnonzero(dones).tolist():
+                self.reset_infos[row] = row_info(infos, row)
+        return observation, rewards.astype(np.float32), dones, row_infos
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """There are none: texts are rendered as text."""
+        return [None] * self.num_envs
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        """What the single environment of each row would have as that attribute.
+
+        Raises:
+            AttributeError: There is no such attribute.
+        """
+        rows = list(self._get_indices(indices))
+        if attr_name in _ROW_METHODS:
+            return [partial(self._call_for_row, attr_name, row) for row in rows]
+        if attr_name in ("action_space", "observation_space"):
+            attr_name = f"single_{attr_name}"
+        value = getattr(self.env, attr_name)
+        if attr_name == "guidance" and isinstance(value, tuple):
+            return [value[row] for row in rows]
+        return [value] * len(rows)
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """Set an attribute of the environment.
+
+        Raises:
+            ValueError: `indices` leaves rows out, which share one environment.
+        """
+        if set(self._get_indices(indices)) != set(range(self.num_envs)):
+            raise ValueError(f"indices must be None or all rows, which share their attributes, got {indices!r}")
+        setattr(self.env, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Call a method of the environment once, and return each row's part of the result.
+
+        Raises:
+            AttributeError: It is none of those that return one entry a row.
+        """
+        if method_name not in _ROW_METHODS:
+            raise AttributeError(f"method_name must be one of {list(_ROW_METHODS)}, got {method_name!r}")
+        result = getattr(self.env, method_name)(*args, **kwargs)
+        return [None if result is None else result[row] for row in self._get_indices(indices)]
+
+    def _call_for_row(self, name: str, row: int, *args: Any, **kwargs: Any) -> Any:
+        return self.env_method(name, *args, indices=row, **kwargs)[0]
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None
+    ) -> list[bool]:
+        """Whether rows are wrapped: they never are."""
+        return [False for _ in self._get_indices(indices)]

@@ -1,0 +1,142 @@
+"""What runs would cost, before anything is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import torch
+from gymnasium.envs.registration import load_env_creator
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
+
+from agents import SL
+from benchmarks.profiles import TaskProfile
+from benchmarks.runner import Benchmark, Run
+from textgym.packing import fast_dtype
+from textgym.task import Task
+from textgym.tokenization import VOCAB_SIZE
+
+# Of what products of large matrices reach; small models and short texts stay below, large ones above.
+UTILISATION = 0.3
+
+
+class Cost(NamedTuple):
+    """What a run takes at most.
+
+    Attributes:
+        episodes: Training episodes.
+        tokens: New tokens of all episodes, whoever writes them.
+        flop: Floating-point operations: two a parameter and token forward, four backward.
+    """
+
+    episodes: int
+    tokens: int
+    flop: float
+
+
+def cost(benchmark: Benchmark, run: Run) -> Cost:
+    """Estimate a run, without its task's warm start.
+
+    Every episode is sampled, read by the reference policy, and read forward and backward once an epoch; a guide writes
+    as much as the policy does; texts are as long as they may be; tests and validation are sampled.
+
+    Raises:
+        ValueError: The configuration of the start model cannot be read.
+    """
+    task, row, arguments = benchmark.profile.tasks[run.task], benchmark.row(run), benchmark.arguments(run)
+    prompt, new = lengths(task)
+    judged = task.test_prompts * row.best_of
+    trained = 0
+    if row.algorithm != SL.name:
+        evaluations = task.episodes // arguments["episodes_per_iteration"] // max(arguments.get("eval_every", 0), 1)
+        judged += evaluations * arguments.get("eval_prompts", 0) * bool(arguments.get("eval_every"))
+        trained = task.episodes
+    passes = 3 * trained * (1 + arguments.get("n_epochs", 1)) + judged
+    return Cost(trained, trained * new, 2 * parameters(benchmark, task) * (prompt + new) * passes)
+
+
+def lengths(task: TaskProfile) -> tuple[int, int]:
+    """P and T of a task's environment."""
+    module, _, env_id = task.env_id.rpartition(":")
+    if module:
+        import_module(module)  # which registers it
+    spec = gym.spec(env_id)
+    creator: Any = load_env_creator(str(spec.entry_point))
+    default: Task = spec.kwargs.get("task") or creator.task
+    return (
+        task.env.get("max_prompt_tokens", default.max_prompt_tokens),
+        task.env.get("max_new_tokens", default.max_new_tokens),
+    )
+
+
+def parameters(benchmark: Benchmark, task: TaskProfile) -> int:
+    """Parameters of a task's start model; its weights are not loaded.
+
+    Raises:
+        ValueError: Its configuration cannot be read.
+    """
+    base, shape = benchmark.base_of(task), task.language_model
+    config: Any
+    if base is None:
+        assert shape is not None
+        size: dict[str, Any] = {"n_embd": shape.n_embd, "n_layer": shape.n_layer, "n_head": shape.n_head}
+        config = GPT2Config(
+            vocab_size=VOCAB_SIZE, n_positions=sum(lengths(task)), bos_token_id=None, eos_token_id=None, **size
+        )
+    else:
+        try:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"base must be the hub id or folder of a language model, got {base!r}") from error
+    with torch.device("meta"):
+        model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    return model.num_parameters()
+
+
+def speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second of products of matrices here."""
+    left = torch.randn(2048, 2048, device=device).to(dtype)
+
+    def multiply() -> None:
+        for _ in range(5):
+            torch.mm(left, left)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    multiply()
+    started = time.perf_counter()
+    multiply()
+    return 5 * 2 * 2048**3 / (time.perf_counter() - started)
+
+
+def table(benchmark: Benchmark, runs: Sequence[Run]) -> Table:
+    """Every run with its cost, and all together; what is finished costs nothing more."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if benchmark.dtype == "float32" else fast_dtype(device)
+    peak = speed(dtype, device)
+    result = Table(
+        title=f"{len(runs)} runs of profile {benchmark.profile.name}",
+        caption=f"At most so many tokens and operations; hours at {UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s "
+        f"that products of matrices ({dtype}) reach on this {device.type}. Warm starts are not counted.",
+    )
+    for column in ("run", "episodes", "new tokens", "TFLOP", "hours", "state"):
+        result.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=True)
+    total = 0.0
+    for run in runs:
+        done = run in benchmark.finished
+        try:
+            estimate = cost(benchmark, run)
+        except ValueError as error:
+            result.add_row(str(run), "", "", "", "", str(error).splitlines()[0])
+            continue
+        hours = estimate.flop / (UTILISATION * peak) / 3600
+        total += 0 if done else hours
+        cells = (f"{estimate.episodes:,}", f"{estimate.tokens:,}", f"{estimate.flop / 1e12:,.1f}", f"{hours:,.2f}")
+        result.add_row(str(run), *cells, "finished" if done else "")
+    result.add_section()
+    result.add_row("to do", "", "", "", f"{total:,.2f}", "")
+    return result

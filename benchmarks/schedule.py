@@ -1,0 +1,195 @@
+"""Runs in processes of their own, several at a time; one that fails or dies does not stop the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, get_context
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from benchmarks.results import append_result, write_text
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+    from benchmarks.runner import Benchmark, Run
+
+
+class Work(NamedTuple):
+    """What a process does: a run, or (`run` is None) the warm start that all runs of a task wait for."""
+
+    task: str
+    run: Run | None
+
+    def __str__(self) -> str:
+        return f"{self.task} warm start" if self.run is None else str(self.run)
+
+
+@dataclass
+class _Worker:
+    work: Work
+    process: BaseProcess
+    place: int
+
+
+def run_all(
+    benchmark: Benchmark,
+    runs: Sequence[Run],
+    *,
+    jobs: int,
+    started: Callable[[Work], None],
+    report: Callable[[Work, str, float], None],
+    finished: Callable[[Work, str], None],
+) -> dict[Work, str]:
+    """Do the runs that are not finished.
+
+    Each is a process with its share of the processors (and one GPU, in turn, where there are several). Whatever ends
+    this process ends them too; what they were doing goes on from their last checkpoint when it is asked for again.
+
+    Args:
+        benchmark: Whose runs they are.
+        runs: What to do, in order.
+        jobs: Processes at a time.
+        started: Is told about the beginning of a piece of work.
+        report: Is told, for a piece of work, what is happening and how much of it is done.
+        finished: Is told about the end of a piece of work.
+
+    Returns:
+        The tracebacks of what failed; those of runs are also in ``<out>/<run>/traceback.txt``.
+
+    Raises:
+        ValueError: `jobs` below 1, or the results folder is in use by another process.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    waiting = [run for run in runs if run not in benchmark.finished]
+    warm: set[str] = set()
+    failed: dict[Work, str] = {}
+    workers: dict[Connection, _Worker] = {}
+
+    def fail(work: Work, trace: str) -> None:
+        failed[work] = trace
+        if work.run is None:
+            waiting[:] = [run for run in waiting if run.task != work.task]
+        else:
+            folder = benchmark.folder(work.run)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "traceback.txt", trace)
+        finished(work, "failed")
+
+    def hear(worker: _Worker, kind: str, content: Any) -> None:
+        if kind == "report":
+            report(worker.work, *content)
+        elif kind == "failed":
+            fail(worker.work, content)
+        elif worker.work.run is None:
+            warm.add(worker.work.task)
+            finished(worker.work, "ready")
+        else:
+            append_result(benchmark.out, content)
+            benchmark.finished.add(worker.work.run)
+            benchmark.forget_training(worker.work.run)
+            finished(worker.work, f"test reward {content['final_reward']:.3f}")
+
+    with _locked(benchmark):
+        try:
+            while waiting or workers:
+                while len(workers) < jobs:
+                    work = _next(
+                        waiting, warm, {worker.work.task for worker in workers.values() if not worker.work.run}
+                    )
+                    if work is None:
+                        break
+                    place = min(set(range(jobs)) - {worker.place for worker in workers.values()})
+                    started(work)
+                    receiver, process = _start(benchmark, work, place, jobs)
+                    workers[receiver] = _Worker(work, process, place)
+                heard: Any = connection.wait(list(workers))
+                for receiver in heard:
+                    worker = workers[receiver]
+                    try:
+                        kind, content = receiver.recv()
+                    except EOFError:
+                        worker.process.join()
+                        kind, content = "failed", f"the process died with exit code {worker.process.exitcode}\n"
+                    hear(worker, kind, content)
+                    if kind != "report":
+                        worker.process.join()
+                        del workers[receiver]
+        finally:
+            for worker in workers.values():
+                worker.process.kill()
+    return failed
+
+
+def _next(waiting: list[Run], warm: set[str], warming: set[str]) -> Work | None:
+    """The first run whose task is warm, or the first warm start that is wanted; None if all have to wait."""
+    for run in waiting:
+        if run.task in warm:
+            waiting.remove(run)
+            return Work(run.task, run)
+        if run.task not in warming:
+            return Work(run.task, None)
+    return None
+
+
+@contextlib.contextmanager
+def _locked(benchmark: Benchmark) -> Iterator[None]:
+    """Keep the results folder for this process."""
+    benchmark.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(benchmark.out / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"out must be a folder that no other process writes results to, got {benchmark.out}"
+        ) from error
+
+
+def _start(benchmark: Benchmark, work: Work, place: int, jobs: int) -> tuple[Connection, BaseProcess]:
+    # A server that has everything imported forks faster than Python starts; where there is none, Python starts.
+    if sys.platform == "win32":
+        context: Any = get_context("spawn")
+    else:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.runner", "agents.evaluation"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, benchmark, work, place, jobs, dict(os.environ)), daemon=True)
+    process.start()
+    sender.close()
+    return receiver, process
+
+
+def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, jobs: int, environment: dict) -> None:
+    """What a process does, from beginning to end."""
+    import torch
+
+    from textgym.process import keep_freed_memory
+
+    os.environ.clear()
+    os.environ.update(environment)  # the server's is that of the time when it was started
+    keep_freed_memory()
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    if (devices := torch.cuda.device_count()) > 1:
+        torch.cuda.set_device(place % devices)
+
+    def report(what: str, share: float) -> None:
+        sender.send(("report", (what, share)))  # where nobody listens any more, this ends the process
+
+    try:
+        if work.run is None:
+            benchmark.warm_start(work.task, report)
+            sender.send(("done", None))
+        else:
+            sender.send(("done", benchmark.run(work.run, report)))
+    except BrokenPipeError:
+        pass
+    except BaseException:
+        sender.send(("failed", traceback.format_exc()))

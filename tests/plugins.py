@@ -1,0 +1,61 @@
+"""Algorithms and profiles from outside, as a user's module has them."""
+
+from __future__ import annotations
+
+import os
+
+from agents import PPO
+from benchmarks.profiles import LanguageModel, Profile, Row, TaskProfile
+from benchmarks.profiles.suite import suite
+
+
+class Mine(PPO):
+    """An algorithm with options of its own."""
+
+    name = "mine"
+
+    def __init__(self, policy, env, *, strength: float = 1.0, learning_rate: float = 1e-4, seed: int = 0, **others):
+        super().__init__(policy, env, learning_rate=strength * learning_rate, seed=seed, **others)
+
+
+class Dies(PPO):
+    """An algorithm whose process ends without a word."""
+
+    name = "dies"
+
+    def iterate(self):
+        os._exit(3)
+
+
+STRONGER = Row("plugins:Mine", {"strength": 2.0})
+MICRO = Profile(
+    name="micro",
+    source="mini",
+    tasks={
+        "words": TaskProfile(
+            env_id="conftest:test/Words-v0",
+            language_model=LanguageModel(16, 1, 2, {"n_epochs": 2}),
+            supervised={"n_epochs": 2},
+            episodes=16,
+            rl={"episodes_per_iteration": 8, "n_epochs": 1, "eval_every": 1, "eval_prompts": 8},
+            rows=suite(iterations=2, beta=1.0, aggrevated_beta=0.5) | {"best-of-2": Row("sl", best_of=2)},
+            test_prompts=12,
+        )
+    },
+)
+# Long enough to be interrupted.
+LONG = Profile(
+    name="long",
+    source="mini",
+    tasks={
+        "words": TaskProfile(
+            env_id="conftest:test/Words-v0",
+            language_model=LanguageModel(16, 1, 2, {"n_epochs": 2}),
+            supervised={"n_epochs": 2},
+            episodes=8 * 24,
+            rl={"episodes_per_iteration": 8, "n_epochs": 1, "eval_every": 2, "eval_prompts": 8},
+            rows=suite(iterations=24, beta=1.0, aggrevated_beta=0.5),
+            test_prompts=12,
+        )
+    },
+)

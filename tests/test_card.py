@@ -1,0 +1,63 @@
+"""A checkpoint is a folder for the hub: transformers opens it, and its card says what it is and how good."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from huggingface_hub import ModelCard
+from test_algorithms import GUIDE
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agents import PPO, SL, PPOPlusPlus
+from textgym.guides.local import LocalGuide
+
+
+def rows_of(card):
+    """The table of a card."""
+    lines = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
+    return {line[0]: line[1] for line in lines if len(line) == 2}
+
+
+def test_a_checkpoint_is_opened_by_transformers_and_described_by_its_card(make_env, make_policy, tmp_path):
+    agent = PPO(make_policy(), make_env(8), episodes_per_iteration=8, eval_every=2, eval_prompts=8, seed=3)
+    agent.learn(total_episodes=24)
+    agent.save(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    for name, weight in agent.policy.model.state_dict().items():
+        np.testing.assert_array_equal(model.state_dict()[name], weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == agent.policy.tokenizer.get_vocab()
+
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["textgym", "reinforcement-learning", "ppo", "words"]
+    rows = rows_of(card)
+    assert rows["Task"] == "words (`test/Words-v0`)"
+    assert rows["Training"] == f"24 episodes, {agent.num_timesteps} tokens of the policy, 0 of a guide, seed 3"
+    assert agent.env.data.fingerprint in rows["Data"]
+    assert rows["eval/reward"] == f"{agent.history[1]['eval/reward']:.4f}"
+    assert rows["Reward"] == "letters"
+    described = json.loads((tmp_path / "run" / "algorithm.json").read_text())
+    assert described["algorithm"] == "ppo"
+
+
+def test_a_guide_is_named_by_its_fingerprint_and_this_machine_is_not_named(make_env, make_policy, tmp_path):
+    make_policy(seed=1).save_pretrained(tmp_path / "guide")
+    make_policy().save_pretrained(tmp_path / "start")
+    guide = LocalGuide(tmp_path / "guide")
+    agent = PPOPlusPlus(str(tmp_path / "start"), make_env(8, guide=guide), episodes_per_iteration=8)
+    agent.learn(total_episodes=8).save(tmp_path / "run")
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert rows_of(ModelCard(text))["Guide"] == f"LocalGuide, fingerprint `{guide.fingerprint}`"
+    assert str(tmp_path) not in text
+    assert "base_model" not in text
+
+
+def test_what_was_never_used_is_not_loaded_for_a_card(make_env, make_policy, tmp_path, monkeypatch):
+    env = make_env(8, guide=GUIDE)
+    monkeypatch.setattr("textgym.engine.load_reward", lambda *_: 1 / 0)
+    agent = SL(make_policy(), env, episodes_per_iteration=60, n_epochs=1)
+    agent.learn().save(tmp_path / "run")
+    rows = rows_of(ModelCard.load(tmp_path / "run" / "README.md"))
+    assert not {"Guide", "Reward"} & rows.keys()
+    assert rows["validation_loss"] == f"{agent.history[-1]['validation_loss']:.4f}"

@@ -1,0 +1,235 @@
+"""Every family of language models, causal or sequence-to-sequence: one set of promises for all."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from test_decoding import CONFIGS, EOS, VOCAB, WIDE, observations
+from test_local_guide import requests
+from test_policy import tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTJConfig,
+    MarianConfig,
+    MBartConfig,
+    PegasusConfig,
+    Qwen3Config,
+    T5Config,
+)
+
+from agents.policy import CausalLMPolicy, LanguageModelPolicy, Seq2SeqPolicy
+from textgym.decoding import Decoding
+from textgym.guides.local import LocalGuide
+from textgym.packing import can_pack
+from textgym.seq2seq import decoder_start
+
+P, T = 7, 12
+GEMMA = {**WIDE, "head_dim": 16, "num_key_value_heads": 1, "initializer_range": 0.3}
+START, BOS = 2, 3
+ENDS = {"pad_token_id": 1, "eos_token_id": EOS, "bos_token_id": BOS, "decoder_start_token_id": START}
+BART = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 40,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "init_std": 0.3,
+    "forced_eos_token_id": None,
+    **ENDS,
+}
+CAUSAL = {
+    **{name: CONFIGS[name] for name in ("gpt2", "llama", "qwen2", "gemma2", "gpt_neox")},
+    "qwen3": Qwen3Config(**WIDE, head_dim=16, num_key_value_heads=1, initializer_range=0.3),
+    "gemma": GemmaConfig(**GEMMA),
+    "gemma3": Gemma3TextConfig(**GEMMA, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "gptj": GPTJConfig(n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=40, vocab_size=VOCAB),
+}
+T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, **ENDS}
+SEQ2SEQ = {
+    "t5": T5Config(**T5),
+    "t5 v1.1": T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": BartConfig(**BART, forced_bos_token_id=BOS),
+    "pegasus": PegasusConfig(**BART),
+    "marian": MarianConfig(**BART),
+    "mbart": MBartConfig(**BART, forced_bos_token_id=BOS),
+}
+FAMILIES = [*CAUSAL, *SEQ2SEQ]
+
+
+@functools.cache
+def model_of(name):
+    torch.manual_seed(0)
+    seq2seq = name in SEQ2SEQ
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = kind.from_config((SEQ2SEQ if seq2seq else CAUSAL)[name])
+    for parameter in model.parameters():  # biases and norms too are random, so that no part is the identity
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=parameter.data.mean().item(), std=0.3)
+    return model.eval()
+
+
+def policy_of(name, **arguments):
+    kind = Seq2SeqPolicy if name in SEQ2SEQ else CausalLMPolicy
+    policy = kind(model_of(name), tiny_tokenizer(), **arguments)
+    torch.manual_seed(1)
+    for head in policy.heads.values():
+        torch.nn.init.normal_(head.weight, std=0.3)
+        torch.nn.init.normal_(head.bias)
+    policy.prompt_columns = P
+    return policy
+
+
+def slow(policy, prompt, new):
+    """One text alone through transformers' forward pass: logits and states before each new token, and at the end."""
+    model, states = policy.model, []
+    hook = model.get_decoder().register_forward_hook(lambda _, args, output: states.append(output.last_hidden_state[0]))
+    if model.config.is_encoder_decoder:
+        start = decoder_start(model)
+        ids = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([[*start, *new]])}
+        first = len(start) - 1
+    else:
+        ids, first = {"input_ids": torch.tensor([[*prompt, *new]])}, len(prompt) - 1
+    logits = model(**ids).logits[0]
+    hook.remove()
+    return logits[first:], states[0][first:]
+
+
+def play(policy, ids, mask, prefix_lengths, seeds, decoding, horizon=T):
+    """Sample every row to its end; observations with what was written, and what was recorded."""
+    ids, mask = ids.copy(), mask.copy()
+    observation = {"input_ids": ids.copy(), "attention_mask": mask.copy()}
+    log_probs, values = np.zeros((2, len(ids), T))
+    sampler = policy.sampler(
+        observation, seeds=seeds, prefix_lengths=prefix_lengths, max_new_tokens=horizon, decoding=decoding
+    )
+    at = prefix_lengths.copy()
+    while len(sampler.rows):
+        rows, sample = sampler.rows, sampler.sample()
+        ids[rows, P + at[rows]], mask[rows, P + at[rows]] = sample.tokens, 1
+        log_probs[rows, at[rows]], values[rows, at[rows]] = sample.log_probs, sample.values
+        at[rows] += 1
+        sampler.keep((sample.tokens.numpy() != EOS) & (at[rows] < horizon))
+    columns = np.where((np.arange(T) >= prefix_lengths[:, None]) & (np.arange(T) < at[:, None]), np.arange(T) + P, -1)
+    return ids, mask, columns, log_probs, values
+
+
+def texts_of(ids, mask):
+    """For each row the prompt and the new tokens."""
+    parts = (slice(P), slice(P, None))
+    return [[row[part][valid[part] == 1].tolist() for part in parts] for row, valid in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_sampling_evaluation_and_transformers_agree(name):
+    policy = policy_of(name)
+    ids, mask, columns, log_probs, values = play(
+        policy, *observations(np.random.default_rng(0)), np.arange(9), Decoding(temperature=1.3)
+    )
+    lengths = (columns >= 0).sum(1)
+    assert min(lengths) < max(lengths) - 3, "the test needs rows that leave early"
+    judged = policy.evaluate(*map(torch.from_numpy, (ids, mask, columns)))
+    expected = torch.zeros(4, *columns.shape)
+    for row, (prompt, new) in enumerate(texts_of(ids, mask)):
+        logits, states = slow(policy, prompt, new)
+        for h in np.flatnonzero(columns[row] >= 0):
+            probs = logits[h].log_softmax(-1)
+            expected[0, row, h], expected[1, row, h] = probs[new[h]], -(probs.exp() * probs).sum()
+            expected[2, row, h], expected[3, row, h] = (
+                policy.heads[head](states[h]).squeeze() for head in ("value", "guide_value")
+            )
+    np.testing.assert_allclose(torch.stack(judged), expected, atol=2e-4)
+    np.testing.assert_allclose(log_probs, expected[0], atol=2e-4)
+    np.testing.assert_allclose(values, expected[2], atol=2e-4)
+    ends = torch.from_numpy(P + mask[:, P:].sum(1, keepdims=True)).long()
+    for part, head in zip(
+        policy.values(*map(torch.from_numpy, (ids, mask)), ends), ("value", "guide_value"), strict=True
+    ):
+        for row, (prompt, new) in enumerate(texts_of(ids, mask)):
+            state = slow(policy, prompt, new)[1][-1]
+            np.testing.assert_allclose(part[row], policy.heads[head](state), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("decoding", [Decoding(top_k=9, min_new_tokens=4), Decoding(greedy=True)], ids=str)
+def test_a_row_is_the_same_alone_and_under_any_padding(name, decoding):
+    policy = policy_of(name)
+    ids, mask, prefix_lengths = observations(np.random.default_rng(1))
+    together = play(policy, ids, mask, prefix_lengths, np.arange(9), decoding)
+    with torch.no_grad():
+        judged = torch.stack(policy.evaluate(*map(torch.from_numpy, together[:3])))
+    for row in range(9):
+        one = slice(row, row + 1)
+        alone = play(policy, ids[one], mask[one], prefix_lengths[one], np.arange(9)[one], decoding)
+        for part, whole in zip(alone[:3], together[:3], strict=True):
+            np.testing.assert_array_equal(part[0][: P + T], whole[row])
+        with torch.no_grad():
+            own = torch.stack(policy.evaluate(*map(torch.from_numpy, alone[:3])))
+        np.testing.assert_allclose(own[:, 0], judged[:, row], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_greedy_is_what_transformers_generates(name):
+    policy, model = policy_of(name), model_of(name)
+    ids, mask, _ = observations(np.random.default_rng(4), new_columns=0)
+    mask[:] = np.sort(mask, axis=1)
+    texts = play(policy, np.pad(ids, ((0, 0), (0, T))), np.pad(mask, ((0, 0), (0, T))), np.zeros(9, int), np.arange(9),
+                 Decoding(greedy=True))  # fmt: skip
+    for row, (_, new) in enumerate(texts_of(*texts[:2])):
+        prompt = torch.tensor(ids[row][mask[row] == 1])[None]
+        start = len(decoder_start(model)) if name in SEQ2SEQ else prompt.shape[1]
+        forced = start - 1 if name in SEQ2SEQ else 0
+        written = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=T + forced,
+            eos_token_id=EOS, pad_token_id=EOS,
+        )  # fmt: skip
+        assert written[0, start:].tolist() == new
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_and_loaded_it_is_the_same(name, tmp_path):
+    policy = policy_of(name, decoding=Decoding(top_k=7), handoff_prob=0.2)
+    policy.save_pretrained(tmp_path / "policy")
+    loaded = LanguageModelPolicy.from_pretrained(tmp_path / "policy", device="cpu")
+    assert type(loaded) is type(policy)
+    assert (loaded.decoding, loaded.prompt_columns, loaded.can_hand_off) == (Decoding(top_k=7), P, True)
+    ids, mask, prefix_lengths = observations(np.random.default_rng(2))
+    batch = [torch.from_numpy(part) for part in (ids, mask, np.where(np.arange(3) < prefix_lengths[:, None], P, -1))]
+    with torch.no_grad():
+        assert torch.equal(torch.stack(loaded.evaluate(*batch)), torch.stack(policy.evaluate(*batch)))
+    arguments = {"max_new_tokens": 9, "seed": 4}
+    assert loaded.generate(["w3 w4", "w5"], **arguments) == policy.generate(["w3 w4", "w5"], **arguments)
+    kind = AutoModelForSeq2SeqLM if name in SEQ2SEQ else AutoModelForCausalLM
+    plain = kind.from_pretrained(tmp_path / "policy")
+    assert torch.equal(plain.get_output_embeddings().weight, policy.model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_as_a_guide_it_continues_what_was_begun(name):
+    model, words, asked = model_of(name), tiny_tokenizer(), requests(12)
+    guide = LocalGuide(model, decoding=Decoding(greedy=True), device="cpu")
+    written = guide.complete(asked, words)
+    assert [guide.complete([request], words)[0] for request in asked] == written
+    policy = policy_of(name)
+    for request, completion in zip(asked, written, strict=True):
+        new = [*request.prefix_ids, *completion.token_ids]
+        assert len(completion.token_ids) <= request.max_new_tokens
+        chosen = slow(policy, request.prompt_ids, new)[0].argmax(-1).tolist()
+        assert chosen[len(request.prefix_ids) : len(new)] == completion.token_ids
+
+
+def test_which_models_are_packed():
+    assert {name for name in FAMILIES if can_pack(model_of(name))} == set(CAUSAL) - {"gemma2", "gptj"}

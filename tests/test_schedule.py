@@ -1,0 +1,204 @@
+"""Runs in processes of their own: from outside, several at a time, killed and gone on with, dead."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import plugins
+import pytest
+
+import agents
+from agents import CausalLMPolicy
+from benchmarks import run_all
+from benchmarks.profiles import Row, accepted, load_profile, row_of
+from benchmarks.results import read_results
+from benchmarks.runner import Benchmark
+from textgym.decoding import load_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def micro(monkeypatch, tmp_path):
+    monkeypatch.setenv("TEXTGYM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "runs"
+
+
+def numbers(record):
+    """What two runs of the same thing have in common: all but times and the clock."""
+    history = [{key: value for key, value in entry.items() if "seconds" not in key} for entry in record["history"]]
+    evaluation = {key: value for key, value in record["evaluation"].items() if key != "seconds"}
+    left_out = ("seconds", "finished", "history", "evaluation", "threads")
+    rest = {key: value for key, value in record.items() if key not in left_out}
+    return {**rest, "history": history, "evaluation": evaluation}
+
+
+def test_algorithms_from_outside_enter_with_one_flag_and_run_beside_ours(micro, capsys):
+    outside = ["plugins:Mine", "plugins:STRONGER", "examples.raft:RAFT"]
+    assert run_all.run_all(profile="plugins:MICRO", algos="ppo", algo=outside, out=micro) == 0
+    records = {record["algo"]: record for record in read_results(micro)}
+    assert list(records) == ["ppo", "mine", "plugins.STRONGER", "raft"]
+    # The profile's arguments reach what its constructor takes, through all its bases, and the row's own come on top.
+    assert records["mine"]["history"][-1]["learning_rate"] == pytest.approx(1e-4)
+    assert records["plugins.STRONGER"]["history"][-1]["learning_rate"] == pytest.approx(2e-4)
+    assert records["mine"]["hyperparameters"]["algorithm"] == "plugins:Mine"
+    assert records["mine"]["hyperparameters"]["eval_every"] == 1
+    ours, mine = (numbers(records[name]) for name in ("ppo", "mine"))
+    for entry in (ours, mine):
+        for name in ("algo", "place", "hyperparameters"):
+            del entry[name]
+    assert ours == mine
+    assert all(record["episodes"] == 16 for record in records.values())
+    page = (micro / "report.html").read_text()
+    assert "raft" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stable_baselines3:PPO", "sb3_contrib:MaskablePPO", "stable_baselines3:DQN"])
+def test_algorithms_of_stable_baselines3_enter_the_same_way(micro, name):
+    assert run_all.run_all(profile="plugins:MICRO", algos="sl", algo=[name], out=micro) == 0
+    start, record = read_results(micro)
+    assert record["algo"] == name.replace(":", ".")
+    assert record["episodes"] >= 16
+    assert record["evaluation"]["sample_ids"] == start["evaluation"]["sample_ids"]
+    assert record["hyperparameters"]["episodes_per_iteration"] == 8
+    assert {"reward", "num_timesteps", "seconds"} <= record["history"][-1].keys()
+
+
+def test_a_registered_algorithm_is_one_of_ours(micro, monkeypatch):
+    monkeypatch.setattr(agents, "_registered", {})
+    assert agents.register(plugins.Mine) is plugins.Mine
+    assert agents.ALGORITHMS["mine"] is plugins.Mine
+    assert run_all.run_all(profile="plugins:MICRO", algos="mine", out=micro) == 0
+    assert [record["algo"] for record in read_results(micro)] == ["mine"]
+    with pytest.raises(ValueError, match="name of its own, got 'ppo'"):
+        agents.register(type("Other", (), {"name": "ppo"}))
+    with pytest.raises(ValueError, match="name, got None"):
+        agents.register(object)
+
+
+def test_several_runs_at_a_time_give_the_same_numbers(micro):
+    for jobs in (1, 3):
+        arguments = {"profile": "plugins:MICRO", "algos": "sl,ppo,ppo++,rloo"}
+        assert run_all.run_all(**arguments, jobs=jobs, out=micro / str(jobs)) == 0
+    one, three = ({record["algo"]: numbers(record) for record in read_results(micro / str(jobs))} for jobs in (1, 3))
+    assert one.keys() == {"sl", "ppo", "ppo++", "rloo"}
+    assert one == three
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(micro):
+    command = [sys.executable, str(ROOT / "benchmarks" / "run_all.py"), "--profile", "plugins:LONG", "--algos", "ppo++"]
+
+    def start(out):
+        return subprocess.Popen(
+            [*command, "--out", str(out)], cwd=Path(__file__).parent, stdout=subprocess.PIPE, start_new_session=True
+        )
+
+    broken, whole = micro / "broken", micro / "whole"
+    process = start(broken)
+    state = broken / "words-ppo++-0" / "last" / "training" / "state.pt"
+    waited = time.monotonic()
+    while not state.exists():
+        assert process.poll() is None
+        assert time.monotonic() - waited < 120
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    # The run's own process ends with the next thing it has to say.
+    waited = time.monotonic()
+    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+        assert time.monotonic() - waited < 60
+        time.sleep(0.1)
+    assert read_results(broken) == []
+
+    for out in (broken, whole):
+        process = start(out)
+        output = process.communicate()[0].decode()
+        assert process.returncode == 0, output
+    went_on, unbroken = read_results(broken)[0], read_results(whole)[0]
+    assert len(unbroken["history"]) == 24
+    assert numbers(went_on) == numbers(unbroken)
+    # A finished run keeps its policies, without what training would need.
+    for checkpoint in ("last", "best"):
+        folder = broken / "words-ppo++-0" / checkpoint
+        assert not (folder / "training").exists()
+        load_model(folder)
+        CausalLMPolicy.from_pretrained(folder)
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_with(micro):
+    benchmark = Benchmark(load_profile("plugins:MICRO"), None, None, micro)
+    run = next(iter(plugins.MICRO.tasks))
+    folder = micro / f"{run}-ppo-0"
+    (folder / "last" / "training").mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"profile": "another"}))
+    assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
+    assert "runs of the same ['profile'," in (folder / "traceback.txt").read_text()
+    assert not benchmark.finished
+
+
+def test_runs_from_another_warm_start_do_not_join(micro, monkeypatch, capsys):
+    assert run_all.run_all(profile="plugins:MICRO", algos="sl", out=micro) == 0
+    (record,) = read_results(micro)
+    record["fingerprints"]["supervised"] = "another"
+    (micro / "results.jsonl").write_text(json.dumps(record) + "\n")
+    assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
+    assert "runs on words have other ['supervised']" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_is_told_and_the_others_go_on(micro, capsys):
+    assert run_all.run_all(profile="plugins:MICRO", algos="sl", algo=["plugins:Dies"], out=micro) == 1
+    assert "words dies seed 0 failed:\nthe process died with exit code 3" in capsys.readouterr().out
+    assert [record["algo"] for record in read_results(micro)] == ["sl"]
+
+
+def test_a_folder_is_of_one_process_at_a_time(micro):
+    from filelock import FileLock
+
+    micro.mkdir()
+    with FileLock(micro / ".lock"), pytest.raises(ValueError, match="no other process writes results to"):
+        run_all.run_all(profile="plugins:MICRO", algos="sl", out=micro)
+
+
+def test_a_dry_run_prints_every_run_and_makes_nothing(micro, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_all.run_all(profile="quick", algos="all", seeds=2, dry_run=True, out=micro) == 0
+    printed = capsys.readouterr().out
+    for task, profile in load_profile("quick").tasks.items():
+        for algo in profile.rows:
+            assert all(f"{task} {algo} seed {seed} " in printed for seed in (0, 1))
+    assert f"{64 * 24 * 48:,}" in printed  # new tokens of IMDB's episodes
+    assert not micro.exists()
+
+
+def test_tracked_runs_leave_a_log(micro):
+    assert run_all.run_all(profile="plugins:MICRO", algos="ppo", track=["tensorboard"], out=micro) == 0
+    assert list((micro / "words-ppo-0").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("ppo", "must have the form package.module:name"),
+        ("nowhere.at.all:Algo", "must name something that can be imported"),
+        ("plugins:Nothing", "must name something that can be imported"),
+        ("plugins:MICRO", "must be a class with the method learn"),
+    ],
+)
+def test_what_is_no_algorithm_is_refused(micro, path, message):
+    with pytest.raises(ValueError, match=message):
+        run_all.run_all(algo=[path], out=micro)
+
+
+def test_arguments_reach_the_constructor_that_names_them():
+    assert accepted(plugins.Mine, {"strength": 1, "gamma": 0.9, "output_dir": "x", "unknown": 2}) == {
+        "strength": 1,
+        "gamma": 0.9,
+        "output_dir": "x",
+    }
+    assert row_of("plugins:STRONGER") == ("plugins.STRONGER", plugins.STRONGER)
+    assert row_of(plugins.Mine) == ("mine", Row("plugins:Mine"))

@@ -1,0 +1,152 @@
+"""Wrappers for single environments: observations as text, rewards on the way, the same prompts again and again."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+
+from textgym.env import TextEnv
+from textgym.rewards import split_parts
+
+Potential = Callable[..., Any]
+
+
+class AnyText(spaces.Text):
+    """Text of any characters; samples are of ASCII's.
+
+    Args:
+        max_length: Most characters.
+        seed: Seed of samples.
+    """
+
+    def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
+        super().__init__(max_length, min_length=0, charset=string.printable, seed=seed)
+
+    def contains(self, x: Any) -> bool:
+        """Whether `x` is a text that is not too long."""
+        return isinstance(x, str) and len(x) <= self.max_length
+
+    def __repr__(self) -> str:
+        return f"AnyText({self.max_length})"
+
+
+class TextObservation(gym.ObservationWrapper, RecordConstructorArgs):
+    """Observations are the prompt and what was written so far, as one text: for language models behind an API.
+
+    Args:
+        env: A text environment.
+
+    Raises:
+        ValueError: `env` is not one.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        RecordConstructorArgs.__init__(self)
+        gym.ObservationWrapper.__init__(self, env)
+        inside = _text_env(env)
+        tokenizer = self._tokenizer = inside.tokenizer
+        # A token decodes to at most as many characters as its name has, and a space may stand before it.
+        longest = 1 + max(map(len, tokenizer.get_vocab()))
+        self.observation_space = AnyText(longest * env.observation_space["input_ids"].shape[0])  # type: ignore[index]
+
+    def observation(self, observation: dict[str, np.ndarray]) -> str:
+        """The text of all valid tokens, without special ones."""
+        from textgym.tokenization import decode
+
+        return decode(self._tokenizer, [observation["input_ids"][observation["attention_mask"] != 0].tolist()])[0]
+
+
+class DenseReward(gym.Wrapper, RecordConstructorArgs):
+    """Every token earns by how much it raised the potential of the text: ``r + gamma Phi(s') - Phi(s)``.
+
+    Potential-based shaping (Ng, Harada, Russell 1999, "Policy invariance under reward transformations", equation 2)
+    changes no policy's rank: with the potential of a finished episode at 0, the discounted return of an episode is
+    what it was, less the potential of its first state.
+
+    Args:
+        env: A text environment.
+        potential: Phi, a function on batches of unfinished texts with the arguments of a reward (see
+            `textgym.rewards.base.RewardFunction`); None: the environment's own reward of the text so far.
+        gamma: Discount factor of the learner, in [0, 1].
+
+    Raises:
+        ValueError: `env` is not a text environment, or `gamma` is out of range.
+    """
+
+    def __init__(self, env: gym.Env, potential: Potential | None = None, gamma: float = 1.0) -> None:
+        RecordConstructorArgs.__init__(self, potential=potential, gamma=gamma)
+        gym.Wrapper.__init__(self, env)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
+        self._engine, self._potential, self.gamma = _text_env(env)._engine, potential, gamma
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Start an episode (see `TextEnv.reset`)."""
+        observation, info = self.env.reset(**arguments)
+        self._last = self._of_now()
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Write one token (see `TextEnv.step`)."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        now = 0.0 if terminated else self._of_now()
+        reward = float(reward) + self.gamma * now - self._last
+        self._last = now
+        return observation, reward, terminated, truncated, info
+
+    def _of_now(self) -> float:
+        from textgym.tokenization import decode
+
+        engine = self._engine
+        values = (self._potential or engine.reward_function)(
+            prompts=[engine._prompts[0]],
+            completions=decode(engine.tokenizer, [engine._tokens(0)]),
+            references=[engine._references[0]],
+        )
+        return float(split_parts(values, 1, "potential")[0][0])
+
+
+class FrozenPrompts(gym.Wrapper, RecordConstructorArgs):
+    """Episodes are about a few prompts, in turn: to see what is learned of them, or to memorise one on purpose.
+
+    Args:
+        env: A text environment.
+        indices: The prompts' rows in the environment's data.
+
+    Raises:
+        ValueError: `env` is not a text environment, or `indices` are not rows of its data; at a reset, options that
+            choose another prompt.
+    """
+
+    def __init__(self, env: gym.Env, indices: Sequence[int]) -> None:
+        RecordConstructorArgs.__init__(self, indices=indices)
+        gym.Wrapper.__init__(self, env)
+        size = len(_text_env(env).data)
+        self.indices = tuple(int(index) for index in indices)
+        if not self.indices or not all(0 <= index < size for index in self.indices):
+            raise ValueError(f"indices must be rows of the data, in [0, {size}), and at least one, got {indices!r}")
+        self._next = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start an episode about the next prompt; a seed begins with the first again."""
+        chosen = sorted({"index", "prompt", "references"} & {*(options or {})})
+        if chosen:
+            raise ValueError(f"options must not choose the prompt, which FrozenPrompts does, got {chosen}")
+        if seed is not None:
+            self._next = 0
+        index = self.indices[self._next % len(self.indices)]
+        self._next += 1
+        return self.env.reset(seed=seed, options={**(options or {}), "index": index})
+
+
+def _text_env(env: gym.Env) -> TextEnv:
+    inside = env.unwrapped
+    if not isinstance(inside, TextEnv):
+        raise ValueError(f"env must be a text environment of this package, got {env!r}")
+    return inside
