@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(micro):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    # The run's own process ends with the next thing it has to say.
+    # The run's own process ends with it.
     waited = time.monotonic()
     while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
         assert time.monotonic() - waited < 60
