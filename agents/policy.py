@@ -302,7 +302,9 @@ class LanguageModelPolicy(Policy):
     """
 
     encodes_prompts: ClassVar[bool]
+    # How the model under adapters is loaded.
     quantization: str | None = None
+    gguf_file: str | None = None
 
     def __init__(
         self,
@@ -401,7 +403,8 @@ class LanguageModelPolicy(Policy):
         saved_dtype = getattr(torch, settings.get("dtype", "float32"))
         weights = torch.float32 if dtype == "auto" else dtype or saved_dtype
         quantization = settings.get("quantization") if quantization is None else quantization
-        model = load_model(path, device=device, dtype=weights, quantization=quantization, gguf_file=gguf_file)
+        packed = settings.get("gguf_file") if gguf_file is None else gguf_file
+        model = load_model(path, device=device, dtype=weights, quantization=quantization, gguf_file=packed)
         if lora is not None:
             add_lora(model, path, lora)
         elif has_adapters(model):
@@ -425,7 +428,8 @@ class LanguageModelPolicy(Policy):
         if cls is LanguageModelPolicy:
             kind = Seq2SeqPolicy if model.config.is_encoder_decoder else CausalLMPolicy
         policy = kind(model, tokenizer, decoding, handoff_prob, autocast, compile)
-        policy.prompt_columns, policy.quantization = settings.get("prompt_columns"), quantization
+        policy.prompt_columns = settings.get("prompt_columns")
+        policy.quantization, policy.gguf_file = quantization, packed if has_adapters(model) else None
         if saved:
             policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
         return policy
@@ -454,6 +458,7 @@ class LanguageModelPolicy(Policy):
                 "compile": self.compiled,
                 "prompt_columns": self.prompt_columns,
                 "quantization": self.quantization,
+                "gguf_file": self.gguf_file,
             }
             (new / POLICY_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -634,6 +634,9 @@ def load_model(
             f"safetensors weights: {error}"
         ) from error
     fuse_activations(model)
+    if gguf_file is not None:  # its weights are unpacked: an ordinary model, that can be saved as one
+        model.__dict__.pop("hf_quantizer", None)
+        model.config.__dict__.pop("quantization_config", None)
     if quantization is not None:
         for layer in model.modules():
             if hasattr(layer, "support_avx512bf16_for_cpu"):  # a layout of weights without gradients

@@ -46,6 +46,8 @@ class LocalGuide:
         batch_size: Most texts in one pass.
         dtype: What products of matrices are computed in; "auto" is bfloat16 where the device computes fast in it, None
             the type of the weights.
+        quantization: As for `textgym.decoding.load_model`, where a model is loaded.
+        gguf_file: As for `textgym.decoding.load_model`, where a model is loaded.
 
     Attributes:
         author: `Author.GUIDE`.
@@ -69,6 +71,8 @@ class LocalGuide:
         device: str | torch.device = "auto",
         batch_size: int = 256,
         dtype: torch.dtype | Literal["auto"] | None = None,
+        quantization: Literal["4bit"] | None = None,
+        gguf_file: str | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
@@ -78,7 +82,7 @@ class LocalGuide:
             check_autocast("dtype", dtype)
         self.path = str(model) if isinstance(model, str | os.PathLike) else None
         self.tokenizer, self.decoding, self.device, self.batch_size = tokenizer, decoding, device, batch_size
-        self.dtype = dtype
+        self.dtype, self.quantization, self.gguf_file = dtype, quantization, gguf_file
         self._model: Any = None if self.path is not None else _frozen_copy(model, device)
         self._own_tokenizer: Any = None
         self._compared: tuple[Any, bool] = (None, False)
@@ -218,13 +222,17 @@ class LocalGuide:
         if self.decoding is None:
             self.decoding = Decoding(top_p=0.92, top_k=50)
         if self._model is None and self.path is not None:
-            key = (self.path, _modified(self.path), str(resolve_device(self.device)))
+            how: dict[str, Any] = {"quantization": self.quantization, "gguf_file": self.gguf_file}
+            key = (self.path, _modified(self.path), str(resolve_device(self.device)), *how.values())
             self._model = _LOADED.get(key)
             if self._model is None:
-                self._model = _LOADED[key] = load_model(self.path, device=self.device).requires_grad_(False)
+                self._model = _LOADED[key] = load_model(self.path, device=self.device, **how).requires_grad_(False)
         if self._own_tokenizer is None:
-            own = self.path if self.tokenizer is None else self.tokenizer
-            self._own_tokenizer = pretrained_tokenizer(own) if isinstance(own, str | os.PathLike) else own
+            if self.tokenizer is None and self.path is not None:
+                self._own_tokenizer = pretrained_tokenizer(self.path, self.gguf_file)
+            else:
+                own = self.tokenizer
+                self._own_tokenizer = pretrained_tokenizer(own) if isinstance(own, str | os.PathLike) else own
 
     def _same_vocabulary(self, own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
         if own is other:
@@ -279,7 +287,8 @@ def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
 
 def _modified(path: str) -> tuple[int, ...]:
     """When the weights of a folder were written: a folder that was written over holds another model."""
-    return tuple(sorted(file.stat().st_mtime_ns for file in Path(path).glob("*.safetensors")))
+    files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.gguf")]
+    return tuple(sorted(file.stat().st_mtime_ns for file in files))
 
 
 def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
