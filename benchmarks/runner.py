@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from agents import SL, EvaluationResult, Policy, evaluate
 from agents.algorithm import TRAINING, Algorithm
 from agents.evaluation import make_env
-from agents.policy import LanguageModelPolicy
+from agents.policy import POLICY_FILE, LanguageModelPolicy
 from agents.rollout import Rollout
 from benchmarks.profiles import Profile, Row, TaskProfile, accepted, algorithm_class
 from benchmarks.results import Record, read_results, write_text
@@ -281,12 +281,14 @@ class Benchmark:
         task, row, folder = self.profile.tasks[run.task], self.row(run), self.folder(run)
         algorithm: Any = algorithm_class(row.algorithm)
         settings = {**self.settings(run), "fingerprints": start.fingerprints}
-        if issubclass(algorithm, Algorithm) and (folder / "last" / TRAINING).is_dir():
+        last = folder / "last"
+        # The policies of Stable-Baselines3's algorithms with a replay buffer, which cannot go on, are of another kind.
+        if issubclass(algorithm, Algorithm) and (last / TRAINING).is_dir() and (last / POLICY_FILE).is_file():
             begun = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             if begun != settings:
                 wrong = [name for name in settings if begun.get(name) != settings[name]]
                 raise ValueError(f"out must be a new folder, or one with runs of the same {wrong}: see {folder}")
-            return algorithm.load(folder / "last", env, output_dir=folder, track=self.track)
+            return algorithm.load(last, env, output_dir=folder, track=self.track)
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that had no checkpoint yet, or cannot go on
         folder.mkdir(parents=True)
         write_text(folder / "settings.json", json.dumps(settings, indent=2))

@@ -148,6 +148,7 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(micro):
     run = next(iter(plugins.MICRO.tasks))
     folder = micro / f"{run}-ppo-0"
     (folder / "last" / "training").mkdir(parents=True)
+    (folder / "last" / "policy.json").touch()
     (folder / "settings.json").write_text(json.dumps({"profile": "another"}))
     assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
     assert "runs of the same ['profile'," in (folder / "traceback.txt").read_text()
