@@ -160,7 +160,7 @@ class Benchmark:
         # Everyone writes alone, but for a policy that has learned when to ask the guide.
         env = self.guided_env(task, row, start) if policy.can_hand_off else task.env
 
-        def judge(policy: Policy) -> EvaluationResult:
+        def judge(policy: Policy, metrics: tuple[()] | None = None) -> EvaluationResult:
             return evaluate(
                 policy,
                 task.env_id,
@@ -170,6 +170,7 @@ class Benchmark:
                 decoding=decoding,
                 seed=evaluation_seed,
                 best_of=row.best_of,
+                metrics=metrics,
                 start_model=start.start_model if judged_by_start else None,
                 **env,
             )
@@ -180,7 +181,7 @@ class Benchmark:
         best_reward = result.reward
         if best.is_dir():
             reads = isinstance(policy, LanguageModelPolicy)
-            best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best)).reward
+            best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best), ()).reward
         history = start.history if algorithm is None else algorithm.history
         return {
             **run._asdict(),
@@ -190,6 +191,8 @@ class Benchmark:
             "best_reward": best_reward,
             "reward_parts": result.reward_parts,
             "metrics": result.metrics,
+            "metric_signatures": result.metric_signatures,
+            "metrics_left_out": result.metrics_left_out,
             "episodes": history[-1]["num_episodes"],
             "policy_tokens": 0 if algorithm is None else algorithm.num_timesteps,
             "guide_tokens": 0 if algorithm is None else algorithm.num_guide_tokens,

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from filelock import FileLock, Timeout
 
 from benchmarks.results import append_result, write_text
+from textgym.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -51,8 +53,9 @@ def run_all(
 ) -> dict[Work, str]:
     """Do the runs that are not finished.
 
-    Each is a process with its share of the processors (and one GPU, in turn, where there are several). Whatever ends
-    this process ends them too; what they were doing goes on from their last checkpoint when it is asked for again.
+    Each is a process with its share of this one's threads (and one GPU, in turn, where there are several). The last
+    digits of what it computes can differ with the number of threads, which its record tells. Whatever ends this process
+    ends them too; what they were doing goes on from their last checkpoint when it is asked for again.
 
     Args:
         benchmark: Whose runs they are.
@@ -162,22 +165,21 @@ def _start(benchmark: Benchmark, work: Work, place: int, jobs: int) -> tuple[Con
         context = get_context("forkserver")
         context.set_forkserver_preload(["benchmarks.runner", "agents.evaluation"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, benchmark, work, place, jobs, dict(os.environ)), daemon=True)
+    threads = max(1, torch.get_num_threads() // jobs)
+    process = context.Process(
+        target=_work, args=(sender, benchmark, work, place, threads, dict(os.environ)), daemon=True
+    )
     process.start()
     sender.close()
     return receiver, process
 
 
-def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, jobs: int, environment: dict) -> None:
+def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, threads: int, environment: dict) -> None:
     """What a process does, from beginning to end."""
-    import torch
-
-    from textgym.process import keep_freed_memory
-
     os.environ.clear()
     os.environ.update(environment)  # the server's is that of the time when it was started
     keep_freed_memory()
-    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    torch.set_num_threads(threads)
     if (devices := torch.cuda.device_count()) > 1:
         torch.cuda.set_device(place % devices)
 

@@ -258,12 +258,12 @@ def test_the_published_profile_runs_with_tiny_models_of_its_classes(micro, monke
         lambda _: replace(load_profile("paper"), source="mini", tasks={name: small}),
     )
     out = micro / "out"
-    assert run_all.run_all(profile="tiny", algos="sl,ppo,ppo++,aggrevated,lols,d2lols", out=out) == 0
+    assert run_all.run_all(profile="tiny", algos="sl,ppo++,d2lols", out=out) == 0
     records = read_results(out)
-    assert len(records) == 6
+    assert len(records) == 3
     for record in records:
         assert record["hyperparameters"]["start_model"] == base
         assert np.isfinite(record["final_reward"])
         assert ("perplexity" in record["metrics"]) == (name != "commongen")
     # The adapters of the published TL;DR model are all that its checkpoints hold.
-    assert (out / f"{name}-ppo-0" / "last" / "adapter_model.safetensors").exists() == (name == "tldr")
+    assert (out / f"{name}-ppo++-0" / "last" / "adapter_model.safetensors").exists() == (name == "tldr")
