@@ -7,11 +7,13 @@ import json
 import logging
 import multiprocessing
 import pickle
+import re
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -291,6 +293,14 @@ def test_a_word_of_the_policy_can_be_finished(server, words_tokenizer):
     assert words_tokenizer.decode(written, skip_special_tokens=True).endswith(" moon")
 
 
+def test_what_follows_a_template_fits_the_prompt(server, words_tokenizer):
+    server.answer = lambda text, body: ("moon", "stop")
+    guide = HTTPGuide("words", base_url=server.url, template="{prompt} => {prefix}")
+    [begun, inside] = guide.complete([request(), request(prefix=" ")], words_tokenizer)
+    assert words_tokenizer.decode(begun.token_ids) == " moon"
+    assert words_tokenizer.decode(inside.token_ids) == "moon"
+
+
 def test_a_text_cut_by_the_servers_tokens_goes_on(server, words_tokenizer):
     """A token of this server is a letter."""
     story = "".join(f" {word}" for word in WORDS)
@@ -548,3 +558,17 @@ def test_naming_a_guide_is_quick_and_needs_the_extra():
         "else: raise AssertionError"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_ecosystem_page_runs_as_it_stands(server, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/ecosystem.md").read_text()
+    section = page[page.index("## Guides that are services") :]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(code.replace("http://localhost:8000/v1", server.url), namespace)
+    usage = namespace["guide"].usage
+    assert usage.calls == len(server.bodies) == len(list((tmp_path / "completions").rglob("*.json"))) > 0
+    shot, _, asked = server.bodies[0]["prompt"].partition("\n")
+    assert shot == "generate a sentence with: dog park run => A dog runs in the park."
+    assert re.fullmatch(r"generate a sentence with: [\w ]+ =>.*", asked)

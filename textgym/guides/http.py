@@ -292,11 +292,14 @@ class HTTPGuide:
         """What an answer adds to prompt, prefix and `text`."""
         from textgym.tokenization import as_continuation
 
-        if self.api == "completions":
-            return answer
         written = request.prefix + text
-        rest = without_echo(answer, request.prompt + written, written)
-        return as_continuation(request.prompt + written, answer) if rest is None else rest
+        if self.api == "chat":
+            rest = without_echo(answer, request.prompt + written, written)
+            exact, answer = rest is not None, answer if rest is None else rest
+        else:
+            # What follows something else than the prompt in a template need not fit the prompt.
+            exact = bool(written) or str(self.template).endswith("{prompt}{prefix}")
+        return answer if exact else as_continuation(request.prompt + written, answer)
 
     def _body(self, request: GuideRequest, text: str, limit: int) -> dict[str, Any]:
         filled = {"prompt": request.prompt, "prefix": request.prefix + text}
