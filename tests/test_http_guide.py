@@ -1,0 +1,574 @@
+"""A guide behind an OpenAI-compatible server, here a small one on loopback that counts what it is asked."""
+
+import asyncio
+import contextlib
+import copy
+import json
+import logging
+import multiprocessing
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import ENV_ID, WORDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from textgym.decoding import Decoding
+from textgym.guides import Author, GuideRequest
+from textgym.tokenization import train_tokenizer
+
+pytest.importorskip("openai")
+from textgym.guides.http import Budget, BudgetExceeded, HTTPGuide, Usage, without_echo
+
+KEY = "sk-this-must-never-be-seen"
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers with words that hang on the text and the seed, one word a token; `answers` and `plan` override it.
+
+    Attributes:
+        bodies: Everything that was asked, in order.
+        plan: What happens to the next calls instead of an answer: (status, headers, body).
+        busiest: Most calls that were under way at once.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.lock = threading.Lock()
+        self.bodies, self.headers, self.plan, self.times = [], [], [], []
+        self.delay = 0.0
+        self.answer = None
+        self.busy = self.busiest = 0
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server: FakeServer = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.bodies.append(body)
+            server.headers.append({name.lower(): value for name, value in self.headers.items()})
+            server.times.append(time.monotonic())
+            server.busy += 1
+            server.busiest = max(server.busiest, server.busy)
+            planned = server.plan.pop(0) if server.plan else None
+        time.sleep(server.delay)
+        chat = self.path == "/v1/chat/completions"
+        assert chat or self.path == "/v1/completions"
+        text = body["messages"][-1]["content"] if chat else body["prompt"]
+        limit = body["max_tokens"]
+        written, reason = server.answer(text, body) if server.answer else self.words(text, body, limit)
+        choice = {"message": {"role": "assistant", "content": written}} if chat else {"text": written}
+        usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(written.split())}
+        answer = {"choices": [{**choice, "index": 0, "finish_reason": reason}], "usage": usage}
+        status, headers, sent = planned or (200, {}, answer)
+        payload = sent.encode() if isinstance(sent, str) else json.dumps(sent).encode()
+        with server.lock:
+            server.busy -= 1
+        with contextlib.suppress(ConnectionError):  # whoever asked may have given up
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", **headers}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+    @staticmethod
+    def words(text, body, limit):
+        draws = np.random.default_rng([body.get("seed", 0), len(text), *text.encode()])
+        count = int(draws.integers(1, 9))
+        chosen = "".join(f" {WORDS[i]}" for i in draws.integers(0, 12, min(count, limit)))
+        return chosen, "length" if count >= limit else "stop"
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    server = FakeServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def request(prompt="red sun", prefix="", limit=6, seed=0):
+    return GuideRequest(prompt, (2, 3), prefix, (), limit, seed)
+
+
+def requests(count):
+    return [request(f"red sun {WORDS[i % 12]}", seed=i) for i in range(count)]
+
+
+def play(envs, seed=3, steps=40):
+    """Random episodes; all observations and infos of their ends."""
+    observations, _ = envs.reset(seed=seed)
+    envs.action_space.seed(seed)
+    seen = [observations["input_ids"].copy()]
+    ends = []
+    for _ in range(steps):
+        observations, rewards, terminated, _, infos = envs.step(envs.action_space.sample())
+        seen.append(observations["input_ids"].copy())
+        if terminated.any():
+            ends.append((rewards.copy(), {name: copy.deepcopy(value) for name, value in infos.items()}))
+    return np.array(seen), ends
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_episodes_restart_and_hand_off(server, words_tokenizer, api):
+    guide = HTTPGuide("words", base_url=server.url, api=api)
+    envs = gym.make_vec(
+        ENV_ID, num_envs=8, tokenizer=words_tokenizer, guide=guide, handoff=True, autoreset_mode="Disabled",
+        guidance={"restart_prob": 1.0, "restart_length": 2},
+    ).unwrapped  # fmt: skip
+    _, infos = envs.reset(seed=0)
+    assert set(infos["prefix_length"]) <= {0, 1, 2}
+    assert 2 in infos["prefix_length"]
+    authors = infos["authors"]
+    assert ((authors == Author.GUIDE).sum(1) == infos["prefix_length"]).all()
+    before = envs._input_ids.copy()
+    one_policy_token = np.full(8, words_tokenizer(" moon")["input_ids"][0])
+    envs.step(one_policy_token)
+    written = envs._length.copy()
+    _, _, terminated, _, infos = envs.step(np.full(8, envs.vocab_size))
+    assert terminated.all()
+    assert set(infos["finish_reason"]) == {"handoff"}
+    for row in range(8):
+        start = envs.max_prompt_tokens
+        prefix = int(infos["prefix_length"][row])
+        kept = envs._input_ids[row, start : start + written[row]]
+        assert (kept[:prefix] == before[row, start : start + prefix]).all(), "the prefix stays a prefix"
+        assert kept[prefix] == one_policy_token[0]
+        after = envs._authors[row, written[row] : envs._length[row]]
+        assert len(after)
+        assert (after == Author.GUIDE).all()
+    assert guide.usage.calls == len(server.bodies) >= 16
+    assert guide.usage.completion_tokens > 0 < guide.usage.seconds
+    sent = server.bodies[-1]
+    text = sent["prompt"] if api == "completions" else sent["messages"][-1]["content"]
+    assert " moon" in text, "the server reads what the policy wrote"
+    assert {body["seed"] < 2**31 for body in server.bodies} == {True}
+
+
+def test_single_environment(server, words_tokenizer):
+    guide = HTTPGuide("words", base_url=server.url)
+    env = gym.make(ENV_ID, tokenizer=words_tokenizer, guide=guide, guidance={"restart_prob": 1.0})
+    for seed in range(4):
+        env.reset(seed=seed)
+    assert guide.usage.calls == len(server.bodies) > 0
+
+
+def test_a_second_run_reads_the_cache(server, words_tokenizer, tmp_path):
+    def run(port_of=server):
+        guide = HTTPGuide("words", base_url=port_of.url, cache=tmp_path / "kept")
+        envs = gym.make_vec(
+            ENV_ID, num_envs=6, tokenizer=words_tokenizer, guide=guide, handoff=True,
+            guidance={"restart_prob": 0.5, "handoff_prob": 0.5},
+        )  # fmt: skip
+        return *play(envs), guide.usage
+
+    seen, ends, first = run()
+    asked = len(server.bodies)
+    again, ends_again, second = run()
+    assert asked == len(server.bodies) == first.calls > 10
+    assert (second.calls, second.cache_hits, second.prompt_tokens) == (0, first.calls + first.cache_hits, 0)
+    np.testing.assert_equal(again, seen)
+    np.testing.assert_equal(ends_again, ends)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(list(tmp_path.rglob("*.json"))) == asked
+
+
+def test_what_the_cache_tells_apart(server, words_tokenizer, tmp_path):
+    def calls(base=None, **arguments):
+        guide = HTTPGuide(arguments.pop("model", "words"), base_url=server.url, cache=tmp_path, **arguments)
+        guide.complete([base or request()], words_tokenizer)
+        return guide.usage.calls
+
+    assert calls() > 0
+    assert calls() == 0
+    for changed in (
+        {"model": "others"},
+        {"decoding": Decoding(top_p=0.5)},
+        {"stop": ["."]},
+        {"extra_body": {"min_p": 0.1}},
+        {"template": "Say: {prompt}{prefix}"},
+        {"api": "chat"},
+        {"base": request(seed=1)},
+        {"base": request(limit=3)},
+        {"base": request(prefix=" moon")},
+        {"base": request("blue")},
+    ):
+        assert calls(**changed) > 0, changed
+        assert calls(**changed) == 0, changed
+    greedy = {"decoding": Decoding(greedy=True)}
+    assert calls(**greedy) > 0
+    assert calls(request(seed=5), **greedy) == 0, "seeds mean nothing without a draw"
+    for file in tmp_path.rglob("*.json"):
+        file.write_text("{")
+    assert calls() > 0, "what cannot be read is asked for again"
+
+
+def _complete_in_another_process(guide):
+    tokenizer = train_tokenizer([" ".join(WORDS), " " + " ".join(reversed(WORDS))] * 3)
+    return guide.complete(requests(8), tokenizer), guide.usage
+
+
+@pytest.mark.slow
+def test_processes_share_a_cache(server, tmp_path, words_tokenizer):
+    guide = HTTPGuide("words", base_url=server.url, cache=tmp_path)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        (first, _), (second, _) = pool.map(_complete_in_another_process, [guide, guide])
+    assert first == second == guide.complete(requests(8), words_tokenizer)
+    assert guide.usage.calls == 0 < guide.usage.cache_hits
+    for file in tmp_path.rglob("*.json"):
+        json.loads(file.read_text())
+
+
+def test_same_request_same_completion_and_one_call(server, words_tokenizer):
+    guide = HTTPGuide("words", base_url=server.url)
+    together = guide.complete(requests(12), words_tokenizer)
+    assert [guide.complete([one], words_tokenizer)[0] for one in requests(12)] == together
+    greedy = HTTPGuide("words", base_url=server.url, decoding=Decoding(greedy=True))
+    before = len(server.bodies)
+    first, *others = greedy.complete([request(seed=i, limit=1) for i in range(5)], words_tokenizer)
+    assert len(server.bodies) == before + 1
+    assert all(other == first for other in others)
+    assert server.bodies[-1]["temperature"] == 0
+    assert "seed" not in server.bodies[-1]
+    assert guide.complete([], words_tokenizer) == []
+    assert guide.complete([request(limit=0)], words_tokenizer)[0].token_ids == ()
+    assert len(server.bodies) == before + 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=st.text(max_size=40), limit=st.integers(1, 12), reason=st.sampled_from(["stop", "length"]))
+def test_text_becomes_ids_of_the_environment(text, limit, reason):
+    tokenizer = train_tokenizer(["red sun and blue moon"] * 3, vocab_size=280)
+
+    class Canned(HTTPGuide):
+        def _answers(self, bodies):
+            from textgym.guides.http import _Answer
+
+            return [_Answer(text, reason, 1, 1) for _ in bodies]
+
+    [completion] = Canned("m", base_url="http://localhost/v1").complete([request(limit=limit)], tokenizer)
+    assert len(completion.token_ids) <= limit
+    decoded = tokenizer.decode(completion.token_ids, skip_special_tokens=False)
+    whole = text if reason == "stop" else text * (limit + 1)
+    assert whole.encode().startswith(decoded.encode().rstrip("\ufffd".encode())), (
+        "what the server wrote, from its start"
+    )
+
+
+def test_a_word_of_the_policy_can_be_finished(server, words_tokenizer):
+    server.answer = lambda text, body: ("oon", "stop")
+    envs = gym.make_vec(
+        ENV_ID, num_envs=1, tokenizer=words_tokenizer, handoff=True, autoreset_mode="Disabled",
+        guide=HTTPGuide("words", base_url=server.url),
+    ).unwrapped  # fmt: skip
+    envs.reset(seed=0, options={"prefix": " m"})
+    observations, _, _, _, _ = envs.step([envs.vocab_size])
+    written = observations["input_ids"][0][observations["attention_mask"][0] == 1]
+    assert words_tokenizer.decode(written, skip_special_tokens=True).endswith(" moon")
+
+
+def test_what_follows_a_template_fits_the_prompt(server, words_tokenizer):
+    server.answer = lambda text, body: ("moon", "stop")
+    guide = HTTPGuide("words", base_url=server.url, template="{prompt} => {prefix}")
+    [begun, inside] = guide.complete([request(), request(prefix=" ")], words_tokenizer)
+    assert words_tokenizer.decode(begun.token_ids) == " moon"
+    assert words_tokenizer.decode(inside.token_ids) == "moon"
+
+
+def test_a_text_cut_by_the_servers_tokens_goes_on(server, words_tokenizer):
+    """A token of this server is a letter."""
+    story = "".join(f" {word}" for word in WORDS)
+
+    def letters(text, body):
+        done = len(text) - len("red sun")
+        return story[done : done + body["max_tokens"]], "length"
+
+    server.answer = letters
+    guide = HTTPGuide("letters", base_url=server.url)
+    [completion] = guide.complete([request(limit=10)], words_tokenizer)
+    expected = words_tokenizer(story, add_special_tokens=False)["input_ids"][:10]
+    assert list(completion.token_ids) == expected
+    assert not completion.finished
+    assert 1 < guide.usage.calls <= 5
+    assert all(body["max_tokens"] <= 160 for body in server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("answer", "before", "rest"),
+    [
+        ("the red sun sets", "the red sun", " sets"),
+        ("\n the red sun sets", " the red sun", " sets"),
+        ("the red sunset", "the red sun", "set"),
+        ("the red sun sets", "the red sun ", "sets"),
+        ("and so", " a", None),
+        ("a star", " a", " star"),
+        ("anything", "", None),
+        ("blue", "the red sun", None),
+    ],
+)
+def test_echoes_are_cut(answer, before, rest):
+    assert without_echo(answer, "a prompt " + before, before) == rest
+
+
+def test_a_chat_answers_beside_or_with_the_text(server, words_tokenizer):
+    answers = iter(["moon sea", "red sun green moon sea", "green moon sea"])
+    server.answer = lambda text, body: (next(answers), "stop")
+    guide = HTTPGuide("words", base_url=server.url, api="chat", concurrency=1)
+    asked = [request(prefix=" green", seed=seed) for seed in range(3)]
+    expected = words_tokenizer(" moon sea", add_special_tokens=False)["input_ids"]
+    assert [list(one.token_ids) for one in guide.complete(asked, words_tokenizer)] == [expected] * 3
+    assert [message["role"] for message in server.bodies[0]["messages"]] == ["system", "user"]
+
+
+def test_templates_and_stop_reach_the_server(server, words_tokenizer):
+    shots = "blue => moon\n{prompt} => {prefix}"
+    guide = HTTPGuide("words", base_url=server.url, template=shots, stop=["\n"], extra_body={"min_p": 0.1})
+    guide.complete([request(prefix="sea", limit=1)], words_tokenizer)
+    body = server.bodies[0]
+    assert body["prompt"] == "blue => moon\nred sun => sea"
+    assert (body["stop"], body["min_p"], body["top_p"], body["max_tokens"]) == (["\n"], 0.1, 0.92, 1)
+    messages = [{"role": "system", "content": "{{short}}"}, {"role": "user", "content": "{prompt}|{prefix}"}]
+    chat = HTTPGuide("words", base_url=server.url, api="chat", template=messages, decoding=Decoding(0.5, top_k=7))
+    chat.complete([request(prefix="sea", limit=1)], words_tokenizer)
+    body = server.bodies[1]
+    assert [message["content"] for message in body["messages"]] == ["{short}", "red sun|sea"]
+    assert (body["temperature"], body["top_k"]) == (0.5, 7)
+    assert len({guide.fingerprint, chat.fingerprint, HTTPGuide("words", base_url=server.url).fingerprint}) == 3
+
+
+def test_budget_of_calls_stops_or_goes_on_unguided(server, words_tokenizer):
+    stops = HTTPGuide("words", base_url=server.url, budget=Budget(calls=5))
+    with pytest.raises(BudgetExceeded, match="budget is spent: 5 of 5 calls"):
+        stops.complete(requests(8), words_tokenizer)
+    assert len(server.bodies) == stops.usage.calls == 5
+
+    def run():
+        guide = HTTPGuide("words", base_url=server.url, budget=Budget(calls=9, when_spent="unguided"))
+        envs = gym.make_vec(
+            ENV_ID, num_envs=6, tokenizer=words_tokenizer, guide=guide, handoff=True, autoreset_mode="Disabled",
+            guidance={"restart_prob": 1.0, "restart_length": 2, "handoff_prob": 1.0, "handoff_length": 1},
+        )  # fmt: skip
+        envs.reset(seed=0)
+        _, _, terminated, _, infos = envs.step(np.full(6, words_tokenizer(" sea")["input_ids"][0]))
+        assert terminated.all()
+        _, later = envs.reset(seed=9)
+        assert guide.usage.calls == 9
+        assert not later["prefix_length"].any(), "a restart begins at its prompt"
+        return infos
+
+    infos = run()
+    assert set(infos["finish_reason"]) == {"handoff"}
+    unguided = infos["guide_tokens"] == infos["prefix_length"]
+    assert unguided.any()
+    assert not unguided.all()
+    for row in np.flatnonzero(unguided):
+        authors = infos["authors"][row][infos["authors"][row] >= 0]
+        assert authors[-1] == Author.POLICY, "a text that is handed off ends where it is"
+    np.testing.assert_equal(run(), infos)
+
+
+def test_budget_of_tokens_and_cost(server, words_tokenizer):
+    server.answer = lambda text, body: (" red sun", "stop")
+    tokens = HTTPGuide("words", base_url=server.url, concurrency=1, budget=Budget(tokens=10))
+    with pytest.raises(BudgetExceeded, match="10 of 10 tokens"):  # 3 read and 2 written each
+        tokens.complete(requests(4), words_tokenizer)
+    assert tokens.usage.calls == 2
+    cost = HTTPGuide("words", base_url=server.url, concurrency=2, budget=Budget(cost=1.0, prices=(0.1, 0.2)))
+    with pytest.raises(BudgetExceeded, match=r"of 1 cost"):
+        cost.complete(requests(8), words_tokenizer)
+    assert 2 <= cost.usage.calls <= 3, "no more than what was under way"
+    assert cost.usage.cost == pytest.approx(0.7 * cost.usage.calls)
+    free = Budget(calls=0)
+    assert free.spent(Usage()) == "0 of 0 calls"
+
+
+def test_what_the_cache_answers_is_free(server, words_tokenizer, tmp_path):
+    written = HTTPGuide("words", base_url=server.url, cache=tmp_path).complete(requests(5), words_tokenizer)
+    broke = HTTPGuide("words", base_url=server.url, cache=tmp_path, budget=Budget(calls=0))
+    assert broke.complete(requests(5), words_tokenizer) == written
+    with pytest.raises(BudgetExceeded):
+        broke.complete(requests(6), words_tokenizer)
+
+
+def test_concurrency_has_a_limit_and_works_in_a_loop(server, words_tokenizer):
+    server.delay = 0.05
+    guide = HTTPGuide("words", base_url=server.url, concurrency=3)
+
+    async def inside():
+        return guide.complete([request(seed=i, limit=1) for i in range(9)], words_tokenizer)
+
+    assert len(asyncio.run(inside())) == 9
+    assert server.busiest == 3
+
+
+def test_retries_wait_as_long_as_the_server_says(server, words_tokenizer):
+    server.plan = [(429, {"Retry-After": "1"}, {"error": {"message": "slow down"}})]
+    guide = HTTPGuide("words", base_url=server.url)
+    guide.complete([request(limit=1)], words_tokenizer)
+    assert server.times[1] - server.times[0] >= 0.95
+    assert (guide.usage.calls, guide.usage.failures, len(server.bodies)) == (1, 1, 2)
+    server.plan = [(500, {"retry-after-ms": "10"}, {"error": {"message": "oops"}})] * 2
+    guide.complete([request(limit=1, seed=2)], words_tokenizer)
+    assert (guide.usage.calls, guide.usage.failures, len(server.bodies)) == (2, 3, 5)
+
+
+def test_errors_say_who_and_what(server, words_tokenizer):
+    def complete(**arguments):
+        guide = HTTPGuide("words", **{"base_url": server.url, "max_retries": 0, **arguments})
+        try:
+            guide.complete([request(limit=1)], words_tokenizer)
+        finally:
+            failures.append(guide.usage.failures)
+
+    failures: list[int] = []
+    server.plan = [(404, {}, {"error": {"message": "no model 'words'"}})]
+    with pytest.raises(RuntimeError, match=rf"{server.url} answered 404 for model 'words', 1 tries.*no model 'words'"):
+        complete(max_retries=5)
+    server.plan = [(500, {"retry-after-ms": "5"}, {"error": {"message": "oops"}})] * 3
+    with pytest.raises(RuntimeError, match=r"answered 500 .* 3 tries.*oops"):
+        complete(max_retries=2)
+    for wrong in ({"hello": 1}, "<html>"):
+        server.plan = [(200, {}, wrong)]
+        with pytest.raises(RuntimeError, match=r"must answer with a completion, got .*h"):
+            complete()
+    server.delay = 0.5
+    with pytest.raises(TimeoutError, match=r"did not answer within timeout=0.1 seconds, 1 tries"):
+        complete(timeout=0.1)
+    with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9/v1 cannot be reached, 1 tries"):
+        complete(base_url="http://127.0.0.1:9/v1")
+    assert failures == [1, 3, 1, 1, 1, 1]
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(server, words_tokenizer, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    guide = HTTPGuide("words", base_url=server.url, cache=tmp_path, max_retries=0)
+    guide.complete([request(limit=1)], words_tokenizer)
+    assert "authorization" not in server.headers[0], "none is needed on this machine"
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    guide = HTTPGuide("words", base_url=server.url, cache=tmp_path, max_retries=0)
+    guide.complete([request(limit=1, seed=1)], words_tokenizer)
+    assert server.headers[1]["authorization"] == f"Bearer {KEY}"
+    HTTPGuide("words", base_url=server.url, api_key_env=None).complete([request(limit=1)], words_tokenizer)
+    assert "authorization" not in server.headers[2]
+    server.plan = [(401, {}, {"error": {"message": f"{KEY} is wrong"}})]
+    with pytest.raises(RuntimeError, match=r"answered 401 .*\*\*\* is wrong") as raised:
+        guide.complete([request(limit=1, seed=2)], words_tokenizer)
+    seen = [repr(guide), guide.fingerprint, caplog.text, repr(raised.getrepr(style="long")), str(raised.getrepr())]
+    seen += [repr(vars(copy.deepcopy(guide))), *(file.read_text() for file in tmp_path.rglob("*.json"))]
+    assert len(seen) == 8
+    assert not any(KEY in text for text in seen)
+    assert KEY.encode() not in pickle.dumps(guide)
+
+
+def test_copies_share_and_pickles_begin_anew(server, words_tokenizer):
+    guide = HTTPGuide("words", base_url=server.url, budget=Budget(calls=20))
+    twin = copy.deepcopy(guide)
+    expected = guide.complete(requests(3), words_tokenizer)
+    assert twin.usage is guide.usage
+    assert twin.usage.calls >= 3
+    other = pickle.loads(pickle.dumps(guide))
+    assert other.usage == Usage()
+    assert other.complete(requests(3), words_tokenizer) == expected
+    assert other.fingerprint == guide.fingerprint == HTTPGuide("words", base_url="http://localhost:1/v1").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": ""}, "model must be the name of a model"),
+        ({"api": "responses"}, 'api must be "completions" or "chat", got \'responses\''),
+        ({"base_url": "localhost:8000"}, "base_url must be a URL such as .*, got 'localhost:8000'"),
+        ({"base_url": "http://me:secret@localhost/v1"}, "base_url must have no user, password or query"),
+        ({"concurrency": 0}, "concurrency must be an int >= 1, got 0"),
+        ({"timeout": 0}, "timeout must be a finite number of seconds > 0, got 0"),
+        ({"max_retries": -1}, "max_retries must be an int >= 0, got -1"),
+        ({"stop": "."}, "stop must be a sequence of strings"),
+        ({"template": "{prefix}{prompt}"}, r"template must be a string with \{prompt\} that ends in \{prefix\}"),
+        ({"template": "{prompt} {name}{prefix}"}, "template must be a string"),
+        ({"api": "chat", "template": [{"role": "user"}]}, "template must be a string or a sequence of messages"),
+        ({"api": "chat", "template": "{prompt}"}, "template must be a string or a sequence of messages"),
+        ({"decoding": {"top_p": 1}}, "decoding must be None or a Decoding"),
+        ({"decoding": Decoding(num_beams=2)}, "decoding must be None or a Decoding without min_new_tokens and beams"),
+        ({"extra_body": {"seed": 1}}, "extra_body must be a mapping without the fields that the guide sets"),
+        ({"extra_body": {"x": {1}}}, "extra_body must be JSON values"),
+        ({"budget": 3}, "budget must be None or a Budget, got 3"),
+        ({"cache": __file__}, "cache must be a folder, got the file"),
+        ({"api_key_env": "sk-123"}, "api_key_env must be None or the name of an environment variable, not the key"),
+        ({"base_url": "https://example.com/v1"}, "api_key_env: the environment variable OPENAI_API_KEY is not set"),
+    ],
+)
+def test_wrong_arguments_are_named(monkeypatch, arguments, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match=message) as raised:
+        HTTPGuide(**{"model": "m", "base_url": "http://localhost:8000/v1", **arguments})
+    assert "secret" not in str(raised.value)
+    assert "sk-123" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calls": -1}, "Budget.calls must be None or an int >= 0, got -1"),
+        ({"tokens": 1.5}, "Budget.tokens must be None or an int >= 0, got 1.5"),
+        ({"cost": float("inf")}, "Budget.cost must be None or a finite number >= 0, got inf"),
+        ({"cost": 1}, "Budget.cost=1 needs Budget.prices"),
+        ({"prices": (1,)}, "Budget.prices must be two finite numbers"),
+        ({"when_spent": "stop"}, 'Budget.when_spent must be "error" or "unguided", got \'stop\''),
+    ],
+)
+def test_wrong_budgets_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Budget(**arguments)
+
+
+def test_naming_a_guide_is_quick_and_needs_the_extra():
+    code = (
+        "import sys, copy, pickle; from textgym.guides.http import HTTPGuide;"
+        "guide = HTTPGuide('m', base_url='http://localhost/v1'); pickle.loads(pickle.dumps(copy.deepcopy(guide)));"
+        "assert not {'torch', 'openai', 'transformers'} & set(sys.modules)\n"
+        "import importlib.util; importlib.util.find_spec = lambda name: None\n"
+        "try: HTTPGuide('m')\n"
+        "except ImportError as error: assert 'textgym[http]' in str(error)\n"
+        "else: raise AssertionError"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_ecosystem_page_runs_as_it_stands(server, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/ecosystem.md").read_text()
+    section = page[page.index("## Guides that are services") :]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(code.replace("http://localhost:8000/v1", server.url), namespace)
+    usage = namespace["guide"].usage
+    assert usage.calls == len(server.bodies) == len(list((tmp_path / "completions").rglob("*.json"))) > 0
+    shot, _, asked = server.bodies[0]["prompt"].partition("\n")
+    assert shot == "generate a sentence with: dog park run => A dog runs in the park."
+    assert re.fullmatch(r"generate a sentence with: [\w ]+ =>.*", asked)
