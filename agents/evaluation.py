@@ -20,10 +20,10 @@ from gymnasium.vector import AutoresetMode
 
 from agents.policy import LanguageModelPolicy, Policy
 from agents.rollout import Rollout, collect
-from textgym.decoding import Decoding, load_model
+from textgym.decoding import Decoding
 from textgym.guidance import Guidance
 from textgym.guides.base import Author
-from textgym.metrics import METRICS, perplexity
+from textgym.metrics import NAMES, MissingRequirement, load
 from textgym.seeding import hash64
 from textgym.task import SplitName
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from agents.algorithm import Algorithm
     from textgym.engine import TextVectorEnv
+    from textgym.metrics.base import Metric
 
 
 @dataclass
@@ -50,7 +51,9 @@ class EvaluationResult:
         best_of: Texts that were written for every prompt, of which the one with the highest reward was kept.
         rewards: float (N,), in the order of `sample_ids`.
         reward_parts: Mean of each part of the reward.
-        metrics: Metrics of all texts by name; "perplexity" where a start model was given.
+        metrics: What the metrics say of all texts, by the names that they return.
+        metric_signatures: What these numbers hang on beside the texts, by the name of the metric.
+        metrics_left_out: Metrics of the task that were not computed, each with the reason.
         sample_ids: int (N,), rows of the split, ascending.
         prompts: N prompts.
         completions: N texts, without special tokens.
@@ -75,6 +78,8 @@ class EvaluationResult:
     rewards: np.ndarray
     reward_parts: dict[str, float]
     metrics: dict[str, float]
+    metric_signatures: dict[str, str]
+    metrics_left_out: dict[str, str]
     sample_ids: np.ndarray
     prompts: list[str]
     completions: list[str]
@@ -117,6 +122,8 @@ class EvaluationResult:
             "reward": self.reward,
             "reward_parts": self.reward_parts,
             "metrics": self.metrics,
+            "metric_signatures": self.metric_signatures,
+            "metrics_left_out": self.metrics_left_out,
             "length": self.length,
             "stop_fraction": float(np.mean([reason == "stop" for reason in self.finish_reasons])),
             "handoff_fraction": self.handoff_fraction,
@@ -162,6 +169,7 @@ def evaluate(
     best_of: int = 1,
     metrics: Sequence[str] | None = None,
     start_model: PreTrainedModel | str | os.PathLike | None = None,
+    encoder: str | os.PathLike | None = None,
     **env_arguments: Any,
 ) -> EvaluationResult:
     """Write a text for every prompt of a split, once, and judge it.
@@ -185,28 +193,24 @@ def evaluate(
             that ``best_of=1`` writes. The text is chosen by the very reward that it is judged by, so the result says
             how much of that reward can be had by sampling more, as a user could who has the reward where texts are
             written; it grows with `best_of` by selection alone, whatever else becomes of the texts.
-        metrics: Names in `textgym.metrics.METRICS`, or "perplexity" (None: the task's, perplexity only with a start
-            model).
-        start_model: The model under which the texts' perplexity is measured, or its hub id or folder; it must have the
+        metrics: Names in `textgym.metrics.NAMES`; None takes the task's, less those that cannot be computed here.
+        start_model: The model under which "perplexity" is measured, or its hub id or folder; it must have the
             environment's tokenizer.
+        encoder: Hub id or folder of the encoder of "bert_score".
         **env_arguments: Further arguments of the environment ("source", "reward", "guide", ...); only with an id.
 
     Raises:
         ValueError: An argument is wrong.
+        textgym.metrics.MissingRequirement: One of `metrics` needs something optional that is not installed.
     """
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"num_prompts must be None or at least 1, got {num_prompts!r}")
     if best_of < 1:
         raise ValueError(f"best_of must be at least 1, got {best_of!r}")
-    unknown = sorted(set(metrics or ()) - set(METRICS) - {"perplexity"})
+    unknown = sorted(set(metrics or ()) - set(NAMES))
     if unknown:
-        raise ValueError(f"metrics must be of {sorted({*METRICS, 'perplexity'})}, got {unknown}")
-    if "perplexity" in (metrics or ()) and start_model is None:
-        raise ValueError("metrics can hold 'perplexity' only where start_model is given")
+        raise ValueError(f"metrics must be of {list(NAMES)}, got {unknown}")
     policy: Policy = agent if isinstance(agent, Policy) else agent.policy
-    judge = load_model(start_model) if isinstance(start_model, str | os.PathLike) else start_model
-    if judge is not None and judge.config.is_encoder_decoder:
-        raise ValueError(f"start_model must be a causal language model, got a {type(judge).__name__}")
     how = decoding or policy.decoding
     if best_of > 1 and (how.greedy or how.num_beams > 1):
         raise ValueError(f"best_of must be 1 with greedy decoding or beams, which write one text only, got {best_of}")
@@ -220,6 +224,8 @@ def evaluate(
         env = make_env(env, num_envs=num_envs, **{"tokenizer": policy.tokenizer, **env_arguments, "split": split})
     elif env_arguments:
         raise ValueError(f"env_arguments need env to be an id, got {sorted(env_arguments)} and {env!r}")
+    # Before anything is written, so that what is missing is said at once.
+    judges, left_out = _load_metrics(env, metrics, start_model, encoder)
     started = time.perf_counter()
     indices = np.random.default_rng(0).permutation(len(env.data))[:num_prompts]
     indices.sort()
@@ -255,10 +261,18 @@ def evaluate(
         "completions": rollout.texts[kept].tolist(),
         "references": rollout.references[kept].tolist(),
     }
-    names = [name for name in (env.task.metrics if metrics is None else metrics) if name != "perplexity"]
-    values = {name: float(METRICS[name](**texts)) for name in names}
-    if judge is not None:
-        values["perplexity"] = perplexity(judge, prompt_ids, token_ids)
+    values: dict[str, float] = {}
+    for name, judge in judges.items():
+        if metrics is None and "references" in judge.features and not any(texts["references"]):
+            left_out[name] = "no sample has a reference"
+            continue
+        values |= judge.compute(
+            prompts=texts["prompts"],
+            predictions=texts["completions"],
+            references=texts["references"],
+            prompt_ids=prompt_ids,
+            prediction_ids=token_ids,
+        )
     return EvaluationResult(
         task=env.task.name,
         split=env.split,
@@ -272,6 +286,8 @@ def evaluate(
         rewards=rollout.rewards[kept].cpu().numpy().astype(np.float64),
         reward_parts={name: float(part[kept].mean()) for name, part in rollout.reward_parts.items()},
         metrics=values,
+        metric_signatures={name: judge.signature for name, judge in judges.items() if name not in left_out},
+        metrics_left_out=left_out,
         sample_ids=rollout.sample_ids[kept],
         **texts,
         finish_reasons=rollout.finish_reason[kept].tolist(),
@@ -281,6 +297,37 @@ def evaluate(
         guide_tokens=int(rollout.guide_tokens.view(best_of, -1)[:, :count].sum()),
         seconds=time.perf_counter() - started,
     )
+
+
+def _load_metrics(
+    env: TextVectorEnv,
+    names: Sequence[str] | None,
+    start_model: PreTrainedModel | str | os.PathLike | None,
+    encoder: str | os.PathLike | None,
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Load metrics by name, or those of the task where names are None, and say which of these cannot be and why."""
+    settings: dict[str, dict[str, Any]] = {
+        "perplexity": {"model": start_model},
+        "bert_score": {"encoder": encoder},
+        "sentiment": {"source": env.source},
+        "preference": {"source": env.source},
+    }
+    not_given = {"perplexity": "start_model"} if start_model is None else {}
+    not_given |= {"bert_score": "encoder"} if encoder is None else {}
+    judges, left_out = {}, {}
+    for name in env.task.metrics if names is None else names:
+        if name in not_given:
+            if names is not None:
+                raise ValueError(f"metrics can hold {name!r} only where {not_given[name]} is given")
+            left_out[name] = f"{not_given[name]} was not given"
+            continue
+        try:
+            judges[name] = load(name, **settings.get(name, {}))
+        except MissingRequirement as error:
+            if names is not None:
+                raise
+            left_out[name] = str(error)
+    return judges, left_out
 
 
 def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
@@ -319,6 +366,7 @@ def main(
     guide: str | None = None,
     handoff_cost: float = 0.0,
     start_model: str | None = None,
+    encoder: str | None = None,
     device: str = "auto",
     output: Path | None = None,
 ) -> None:
@@ -338,6 +386,7 @@ def main(
         guide: Hub id or folder of the guide, for a policy that can hand off.
         handoff_cost: What a token of that guide costs.
         start_model: Model under which the texts' perplexity is measured.
+        encoder: Hub id or folder of the encoder of BERTScore.
         device: Where the policy runs.
         output: File for the texts, one JSON line a prompt.
     """
@@ -358,6 +407,7 @@ def main(
         seed=seed,
         best_of=best_of,
         start_model=start_model,
+        encoder=encoder,
         guide=guide,
         handoff=loaded.can_hand_off,
         handoff_cost=handoff_cost,

@@ -167,7 +167,7 @@ class SL(Algorithm):
             {"params": [p for p in self.trainable if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in self.trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+        self._optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
         self.train_pairs = self.pairs(self.env.data)
         validation = self.env.task.split("validation", self.env.source)

@@ -1,41 +1,29 @@
-"""From `results.jsonl` to a table, learning curves and a page: ``python -m benchmarks.report runs/NAME``."""
+"""From `results.jsonl` to tables, curves and a page: ``python -m benchmarks.report runs/NAME``."""
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import itertools
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.page import PAGE
-from benchmarks.results import RESULTS, Record, read_results, write_text
-from benchmarks.statistics import mean_interval, paired_difference
+from benchmarks import tables
+from benchmarks.analysis import BASELINES, Analysis
+from benchmarks.curves import AXES, COLOURS, CURVES, DASHES, POINTS, Line, as_csv, draw, lines
+from benchmarks.results import Record, Runs, write_text
+from benchmarks.statistics import Interval
 
-# What learning curves are drawn against, and what they show; keys of a run's history.
-AXES = {
-    "num_episodes": "episodes",
-    "num_timesteps": "policy tokens",
-    "num_guide_tokens": "guide tokens",
-    "seconds": "seconds of training",
-}
-CURVES = {
-    "eval/reward": "validation reward",
-    "reward": "training reward",
-    "kl": "KL to the start, nats a text",
-    "entropy": "entropy, nats a token",
-}
-# Metrics that show what a reward was bought with; keys of a run's metrics.
-FLUENCY = {"perplexity": "perplexity", "distinct_2": "distinct-2"}
-# Rows that every other is compared with.
-BASELINES = ("sl", "ppo")
 AUTHORS = ("prompt", "policy", "guide", "reference", "user")
+SUMMARY = "summary.json"
+PICTURE = "curves.png"
+SETTINGS = ("hyperparameters", "fingerprints", "versions")  # what makes a run what it is
+PAGE = Path(__file__).with_name("page")
 
 
 class ReportFiles(NamedTuple):
@@ -47,285 +35,132 @@ class ReportFiles(NamedTuple):
     """The path of `report.html`."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table that reads the same in Markdown, in the terminal and on the page; two columns of names, then numbers."""
-
-    title: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """Aligned Markdown, readable as it stands."""
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
-
-        def row(cells: Sequence[str]) -> str:
-            padded = (
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            )
-            return f"| {' | '.join(padded)} |"
-
-        rule = ["-" * width if column < 2 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-        return "\n".join([f"**{self.title}.** {self.note}", "", row(self.columns), row(rule), *map(row, self.rows)])
-
-    def html(self) -> str:
-        """A figure with the table; every cell escaped."""
-        head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in self.rows
-        )
-        return (
-            f"<figure class=table><figcaption>{html.escape(self.note)}</figcaption>"
-            f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></figure>"
-        )
-
-
-class Runs:
-    """Finished runs by task and row, tasks in order of appearance and rows in the profile's order."""
-
-    def __init__(self, records: Iterable[Record]) -> None:
-        self.records = list(records)
-        self.tasks = list(dict.fromkeys(record["task"] for record in self.records))
-        places = {record["algo"]: record["place"] for record in self.records}
-        self.algos = sorted(places, key=places.__getitem__)
-
-    def of(self, task: str, algo: str) -> list[Record]:
-        """The runs of one row on one task, by seed."""
-        runs = [record for record in self.records if (record["task"], record["algo"]) == (task, algo)]
-        return sorted(runs, key=lambda record: record["seed"])
-
-    def groups(self) -> list[tuple[str, str, list[Record]]]:
-        """Every (task, row, runs) that has a run."""
-        pairs = itertools.product(self.tasks, self.algos)
-        return [(task, algo, runs) for task, algo in pairs if (runs := self.of(task, algo))]
-
-
-def summary(runs: Runs) -> Table:
-    """Mean test reward of every row, what it costs in fluency and diversity, and what it took.
-
-    How far the seeds are apart, and who wrote the test texts, is shown where there is something to show.
-    """
-    several = any(len(group) > 1 for _, _, group in runs.groups())
-    at_test = any(_hands_off(record) or record["hyperparameters"]["best_of"] > 1 for record in runs.records)
-    rows = []
-    for task, algo, group in runs.groups():
-        interval = mean_interval(_rewards(group))
-        means = [record["final_reward"] for record in group]
-        rows.append(
-            [
-                task,
-                algo,
-                f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]",
-                *([f"{min(means):.3f} to {max(means):.3f}"] if several else []),
-                *(_number(_mean(record["metrics"].get(name) for record in group)) for name in FLUENCY),
-                _number(_mean(record["history"][-1].get("kl") if record["history"] else None for record in group)),
-                *(_at_test(group) if at_test else []),
-                str(len(group)),
-                f"{_mean(record['episodes'] for record in group):,.0f}",
-                f"{_mean(record['policy_tokens'] for record in group):,.0f}",
-                f"{_mean(record['guide_tokens'] for record in group):,.0f}",
-                f"{_mean(record['seconds'] for record in group):,.0f}",
-            ]
-        )
-    note = (
-        "Test reward of the last checkpoint with a 95% bootstrap interval over prompts; perplexity is under the start "
-        "model, KL is to the supervised policy in nats a text at the last iteration, seconds are of training."
-    )
-    if several:
-        note += (
-            " The range is that of the seeds' means. Rows that train nothing (sl, best-of) are one supervised policy "
-            "with other random numbers at the test, so theirs holds no difference in training; nor does any row's hold "
-            "that of the warm start, which all seeds share."
-        )
-    if at_test:
-        note += (
-            " Tokens at test are for one prompt, those of texts that were not kept counted. A best-of row keeps the "
-            "text with the highest reward, by the very reward it is judged by. Rows that were handed off learned when "
-            "to let the guide finish a text; they are tested with the guide, and what its tokens cost is taken from "
-            "their test reward and shown as a part of it."
-        )
-    columns = [
-        "task",
-        "algorithm",
-        "test reward",
-        *(["over seeds"] if several else []),
-        *FLUENCY.values(),
-        "KL",
-        *(["policy tokens at test", "guide tokens at test", "handed off"] if at_test else []),
-        *("seeds", "episodes", "policy tokens", "guide tokens", "seconds"),
-    ]
-    return Table("Results", note, columns, rows)
-
-
-def comparisons(runs: Runs) -> Table:
-    """Every row against the baselines: paired difference in reward, and the ratio of fluency and diversity."""
-    rows = []
-    for task in runs.tasks:
-        present = [algo for algo in runs.algos if runs.of(task, algo)]
-        baselines = [algo for algo in BASELINES if algo in present] or present[:1]
-        others = [algo for algo in present if algo not in baselines]
-        for baseline, algo in [*itertools.combinations(baselines, 2), *itertools.product(baselines, others)]:
-            first, second = runs.of(task, algo), runs.of(task, baseline)
-            if first[0]["evaluation"]["sample_ids"] != second[0]["evaluation"]["sample_ids"]:
-                continue
-            interval = paired_difference(_rewards(first), _rewards(second))
-            verdict = "not told apart"
-            if interval.excludes_zero:
-                verdict = "above" if interval.mean > 0 else "below"
-            rows.append(
-                [
-                    task,
-                    f"{algo} - {baseline}",
-                    f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]",
-                    verdict,
-                    *(_ratio(first, second, metric) for metric in FLUENCY),
-                ]
-            )
-    return Table(
-        "Paired comparisons",
-        f"Difference in test reward to {' and '.join(BASELINES)} (where neither ran, to the first row) on the same "
-        "prompts, with a 95% paired bootstrap interval over prompts, each for itself; perplexity under the start model "
-        "and distinct-2 as a ratio to the baseline's.",
-        ["task", "difference", "test reward", "verdict", *(f"{label} ratio" for label in FLUENCY.values())],
-        rows,
-    )
-
-
-def metrics(runs: Runs) -> Table:
-    """Every part of the reward and every metric of the test texts, means over seeds."""
-    names = dict.fromkeys(name for record in runs.records for name in _measured(record))
-    rows = [
-        [
-            task,
-            algo,
-            *(_number(_mean(_measured(record).get(name) for record in group)) for name in names),
-            f"{_mean(record['best_reward'] for record in group):.3f}",
-        ]
-        for task, algo, group in runs.groups()
-    ]
-    return Table(
-        "Metrics",
-        "Parts of the reward and metrics of the same test texts; last, the test reward of the checkpoint with the best "
-        "validation reward.",
-        ["task", "algorithm", *(name.replace("_", " ") for name in names), "best checkpoint"],
-        rows,
-    )
-
-
-def learning_curves(runs: Runs) -> str:
-    """Every iteration of every run as CSV, a row each: task, algo, seed and the scalars of its history."""
-    scalars = dict.fromkeys(
-        key
-        for record in runs.records
-        for entry in record["history"]
-        for key, value in entry.items()
-        if isinstance(value, int | float)
-    )
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, ["task", "algo", "seed", *scalars], restval="", extrasaction="ignore", lineterminator="\n"
-    )
-    writer.writeheader()
-    for record in runs.records:
-        for entry in record["history"]:
-            writer.writerow(entry | {key: record[key] for key in ("task", "algo", "seed")})
-    return text.getvalue()
-
-
 def write_report(folder: str | Path) -> ReportFiles:
-    """Write `table.md`, `learning_curves.csv` and `report.html` from the results of a benchmark folder.
+    """Write a benchmark folder's `table.md`, `summary.json`, `learning_curves.csv` and `report.html` from its results.
+
+    Where matplotlib is installed and a run has learning curves, `curves.png` too.
 
     Raises:
         ValueError: The folder holds no finished run.
     """
     folder = Path(folder)
-    runs = Runs(read_results(folder))
-    if not runs.records:
-        raise ValueError(f"{folder / RESULTS} holds no finished run, so there is nothing to report")
-    tables = (summary(runs), comparisons(runs), metrics(runs))
-    table = "\n\n".join(part.markdown() for part in tables if part.rows) + "\n"
+    runs = Runs.read(folder)
+    analysis = Analysis(runs)
+    shown = [tables.results(analysis), tables.aggregate(analysis), tables.improvement(analysis)]
+    shown += [tables.comparisons(analysis), tables.metrics(analysis), tables.costs(analysis)]
+    table = "\n\n".join(part.markdown() for part in shown if part.rows or part.title == "Across tasks") + "\n"
     write_text(folder / "table.md", table)
-    write_text(folder / "learning_curves.csv", learning_curves(runs))
+    write_text(folder / SUMMARY, json.dumps(analysis.summary(), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "learning_curves.csv", as_csv(runs))
     page = folder / "report.html"
-    write_text(page, _page(runs, folder.resolve().name))
+    drawn = lines(runs)
+    write_text(page, _page(analysis, drawn, folder.resolve().name))
+    if drawn and find_spec("matplotlib"):
+        draw(drawn, runs.algos, folder / PICTURE)
     return ReportFiles(table, page)
 
 
-def _page(runs: Runs, name: str) -> str:
+def _page(analysis: Analysis, drawn: list[Line], name: str) -> str:
     from plotly.offline import get_plotlyjs
 
+    runs = analysis.runs
     first = runs.records[0]
+    hours = sum(record["seconds"] for record in runs.records) / 3600
     facts = {
         "profile": first["profile"],
         "source": first["source"],
         "base model": first["base"] or "trained from scratch on the task's text",
         "runs": str(len(runs.records)),
         "test prompts": ", ".join(f"{_prompts(runs, task)} {task}" for task in runs.tasks),
-        "computing": f"{sum(record['seconds'] for record in runs.records) / 60:.0f} minutes",
-        "finished": max(record["finished"] for record in runs.records),
+        "computing": f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes",
+        "finished": max(record["finished"] for record in runs.records)[:16].replace("T", " "),
     }
-    return PAGE.substitute(
+    baselines = [algo for algo in BASELINES if algo in runs.algos][-1:]
+    return Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(name),
+        style=(PAGE / "style.css").read_text(encoding="utf-8"),
         facts="".join(f"<div><dt>{key}</dt><dd>{html.escape(value)}</dd></div>" for key, value in facts.items()),
-        summary=summary(runs).html(),
-        comparisons=comparisons(runs).html(),
-        metrics=metrics(runs).html(),
-        axes="".join(f"<option value={key}>{label}</option>" for key, label in AXES.items()),
-        curves="".join(
-            f"<h3>{html.escape(task)}</h3><div class=curves>"
-            + "".join(f'<div data-task="{html.escape(task)}" data-curve={key}></div>' for key in CURVES)
-            + "</div>"
+        results=tables.results(analysis).html(),
+        across=tables.aggregate(analysis).html(),
+        improvement=_matrix(analysis),
+        baselines=_options({algo: algo for algo in runs.algos}, *baselines),
+        comparisons=tables.comparisons(analysis, runs.algos).html(),
+        points=str(POINTS),
+        curves=_options(CURVES),
+        axes=_options(AXES),
+        panels="".join(
+            f'<div data-task="{html.escape(task)}"></div>'
             for task in runs.tasks
-            if any(run["history"] for run in runs.records if run["task"] == task)
+            if any(line.task == task for line in drawn)
         ),
         legend="".join(f"<span class={author}>{author}</span> " for author in AUTHORS),
-        samples="".join(_samples(runs, task) for task in runs.tasks),
-        rollouts="".join(_rollouts(runs, task) for task in runs.tasks),
-        details="".join(_details(record) for record in runs.records),
-        data=_script_json(_curve_data(runs)),
+        rollouts="".join(_rollouts(*group) for group in runs.groups()),
+        metrics=tables.metrics(analysis).html(),
+        costs=tables.costs(analysis).html(),
+        details="".join(_details(*group) for group in runs.groups()),
+        data=_script_json(_data(analysis, drawn)),
         plotly=get_plotlyjs(),
+        script=(PAGE / "script.js").read_text(encoding="utf-8"),
     )
 
 
-def _samples(runs: Runs, task: str) -> str:
-    """The same test prompts under every row, side by side."""
-    groups = {algo: group[0]["samples"] for name, algo, group in runs.groups() if name == task}
-    by_prompt: dict[int, dict[str, Any]] = {}
-    for algo, samples in groups.items():
-        for sample in samples:
-            by_prompt.setdefault(sample["sample_id"], {})[algo] = sample
-    blocks = []
-    for sample_id, samples in by_prompt.items():
-        prompt = html.escape(next(iter(samples.values()))["prompt"])
-        columns = "".join(
-            f"<div><h4>{html.escape(algo)} <b>{sample['reward']:.3f}</b></h4>"
-            f"<p>{_segments(sample['segments'])}</p></div>"
-            for algo, sample in samples.items()
-        )
-        blocks.append(
-            f"<article><p class=asked><small>test prompt {sample_id}</small><span class=prompt>{prompt}</span></p>"
-            f"<div class=answers>{columns}</div></article>"
-        )
-    return f"<h3>{html.escape(task)}</h3>{''.join(blocks)}" if blocks else ""
+def _options(labels: Mapping[str, str], selected: str | None = None) -> str:
+    return "".join(
+        f'<option value="{html.escape(key)}"{" selected" if key == selected else ""}>{html.escape(label)}</option>'
+        for key, label in labels.items()
+    )
 
 
-def _rollouts(runs: Runs, task: str) -> str:
-    """A few training episodes of which the policy wrote only a part."""
-    blocks = [
-        f"<article><h4>{html.escape(algo)}, {_opening(rollout['prefix_length'])} <b>{rollout['reward']:.3f}</b></h4>"
+def _matrix(analysis: Analysis) -> str:
+    """The probability of improvement between every two rows, as a table of coloured cells."""
+    table = tables.improvement(analysis)
+    if not table.rows:
+        return ""
+    algos = table.columns[1:]
+
+    def cell(first: str, second: str, text: str) -> str:
+        column = f'data-algo="{html.escape(second)}"'
+        found = analysis.improvement.get((first, second))
+        if found is None:
+            return f"<td {column}></td>"
+        hue, share = "better" if found.value > 0.5 else "worse", abs(found.value - 0.5) * 90
+        title = html.escape(f"P({first} above {second}) = {found:.2f}")
+        return (
+            f'<td {column} data-value="{found.value:.4f}"{" class=sure" if text.endswith("*") else ""} '
+            f'title="{title}" style="--hue:var(--{hue});--share:{share:.0f}%">{found.value:.2f}</td>'
+        )
+
+    head = "".join(
+        f'<th scope=col aria-sort=none data-algo="{html.escape(algo)}"><button>{html.escape(algo)}</button></th>'
+        for algo in algos
+    )
+    body = "".join(
+        f'<tr data-algo="{html.escape(first)}"><th scope=row class=name>{html.escape(first)}</th>'
+        + "".join(cell(first, second, str(text)) for second, text in zip(algos, texts, strict=True))
+        + "</tr>\n"
+        for first, *texts in table.rows
+        if isinstance(first, str)
+    )
+    return (
+        f"<h3>{table.title}</h3><figure class=matrix><figcaption>{html.escape(table.note.replace('* marks', 'Bold'))}"
+        "</figcaption><div class=scroll tabindex=0><table><thead><tr>"
+        f"<th scope=col class=name aria-sort=none><button>algorithm</button></th>{head}</tr></thead>\n"
+        f"<tbody>{body}</tbody></table></div></figure>"
+    )
+
+
+def _rollouts(task: str, algo: str, group: list[Record]) -> str:
+    """Training episodes of which the policy wrote only a part: two of the first seed."""
+    return "".join(
+        f'<article data-task="{html.escape(task)}" data-algo="{html.escape(algo)}">'
+        f"<h4>{html.escape(f'{task}, {algo}, {_opening(rollout)}')} <b>{rollout['reward']:.3f}</b></h4>"
         f"<p><span class=prompt>{html.escape(rollout['prompt'])}</span>{_segments(rollout['segments'])}</p></article>"
-        for name, algo, group in runs.groups()
-        if name == task
-        for rollout in group[0]["rollouts"]
-    ]
-    return f"<h3>{html.escape(task)}</h3>{''.join(blocks)}" if blocks else ""
+        for rollout in group[0]["rollouts"][:2]
+    )
 
 
-def _opening(prefix_length: int) -> str:
-    return f"restart after {prefix_length} tokens" if prefix_length else "handed off"
+def _opening(rollout: Mapping[str, Any]) -> str:
+    return f"restart after {rollout['prefix_length']} tokens" if rollout["prefix_length"] else "handed off"
 
 
 def _segments(segments: Iterable[tuple[str, str]]) -> str:
@@ -336,89 +171,110 @@ def _segments(segments: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def _details(record: Record) -> str:
-    """Everything that makes a run what it is."""
-    parts = {key: record[key] for key in ("hyperparameters", "fingerprints", "reward_parts", "metrics", "versions")}
-    parts["evaluation"] = {key: value for key, value in record["evaluation"].items() if not isinstance(value, list)}
-    body = "".join(
-        f"<section><h4>{key.replace('_', ' ')}</h4>"
-        f"<pre>{html.escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre></section>"
-        for key, value in parts.items()
-    )
-    name = html.escape(f"{record['task']} {record['algo']}, seed {record['seed']}")
-    return f"<details><summary>{name}</summary><div class=parts>{body}</div></details>"
+def _details(task: str, algo: str, group: list[Record]) -> str:
+    """Everything that made a row's runs what they are: once for seeds that have it in common."""
+    blocks = []
+    for _, records in itertools.groupby(group, key=lambda record: [record[key] for key in SETTINGS]):
+        alike = list(records)
+        parts = {key: alike[0][key] for key in SETTINGS}
+        parts["runs"] = [
+            {key: record[key] for key in ("seed", "final_reward", "best_reward", "reward_parts", "metrics", "seconds")}
+            | {"evaluation": {key: part for key, part in record["evaluation"].items() if not isinstance(part, list)}}
+            for record in alike
+        ]
+        body = "".join(
+            f"<section><h4>{key.replace('_', ' ')}</h4>"
+            f"<pre>{html.escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></section>"
+            for key, value in parts.items()
+        )
+        seeds = f"seed{'s' if len(alike) > 1 else ''} {', '.join(str(record['seed']) for record in alike)}"
+        blocks.append(
+            f'<details data-task="{html.escape(task)}" data-algo="{html.escape(algo)}">'
+            f"<summary>{html.escape(f'{task} {algo}, {seeds}')}</summary><div class=parts>{body}</div></details>"
+        )
+    return "".join(blocks)
 
 
-def _curve_data(runs: Runs) -> dict[str, Any]:
-    """What the page's script draws: for every run its history as columns."""
-    drawn = [
-        {
-            "task": record["task"],
-            "algo": record["algo"],
-            "seed": record["seed"],
-            "columns": {key: [entry.get(key) for entry in record["history"]] for key in (*AXES, *CURVES)}
-            | {"seconds": np.cumsum([entry["seconds"] for entry in record["history"]]).tolist()},
-        }
-        for record in runs.records
-        if record["history"]
-    ]
-    return {"runs": drawn, "algos": runs.algos, "axes": AXES, "curves": CURVES}
+def _data(analysis: Analysis, drawn: list[Line]) -> dict[str, Any]:
+    """What the page's script draws and shows."""
+    runs = analysis.runs
+    return {
+        "tasks": runs.tasks,
+        "algos": runs.algos,
+        "axes": AXES,
+        "curves": CURVES,
+        "colours": COLOURS,
+        "dashes": DASHES,
+        "authors": AUTHORS,
+        "lines": [_line(line) for line in drawn],
+        "profiles": _profiles(analysis),
+        "samples": {task: _samples(runs, task) for task in runs.tasks},
+    }
+
+
+def _line(line: Line) -> dict[str, Any]:
+    curves = [curve for curve, values in line.y.items() if np.isfinite(values).any()]
+    return {
+        "task": line.task,
+        "algo": line.algo,
+        "x": {axis: [_short(x, 6) for x in values.mean(0)] for axis, values in line.x.items()},
+        "y": {curve: _columns(line.over_seeds(curve)) for curve in curves},
+        "seeds": [
+            {
+                "seed": seed,
+                "x": {axis: [_short(x, 6) for x in values[row]] for axis, values in line.x.items()},
+                "y": {curve: [_short(y) for y in line.y[curve][row]] for curve in curves},
+            }
+            for row, seed in enumerate(line.seeds)
+        ],
+    }
+
+
+def _profiles(analysis: Analysis) -> dict[str, Any] | None:
+    """Performance profiles between the lowest and the highest score."""
+    scores = [analysis.normalised(task, algo) for algo in analysis.aggregate for task in analysis.scales]
+    if not scores:
+        return None
+    low, high = np.concatenate(scores).min(), np.concatenate(scores).max()
+    margin = 0.02 * (high - low) or 0.1
+    thresholds = np.linspace(low - margin, high + margin, 101).tolist()
+    profiles = analysis.profiles(thresholds)
+    return {
+        "thresholds": [_short(threshold) for threshold in thresholds],
+        "algos": {algo: _columns(profile) for algo, profile in profiles.items()},
+    }
+
+
+def _samples(runs: Runs, task: str) -> list[dict[str, Any]]:
+    """The same test prompts under every row and seed."""
+    prompts: dict[int, dict[str, Any]] = {}
+    for record in (record for algo in runs.algos for record in runs.of(task, algo)):
+        for sample in record["samples"]:
+            prompt = {key: sample[key] for key in ("sample_id", "prompt")} | {"texts": []}
+            text = {key: record[key] for key in ("algo", "seed")} | {key: sample[key] for key in ("reward", "segments")}
+            prompts.setdefault(sample["sample_id"], prompt)["texts"].append(text)
+    return list(prompts.values())
+
+
+def _columns(points: Sequence[Interval | None]) -> dict[str, list[float | None]]:
+    return {
+        end: [None if point is None else _short(getattr(point, end)) for point in points] for end in Interval._fields
+    }
+
+
+def _short(value: float, digits: int = 4) -> float | None:
+    """A number in few characters; None for NaN, which JSON lacks."""
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
 
 
 def _script_json(value: Any) -> str:
     """JSON inside a script element: no character in it can end the element."""
-    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _measured(record: Record) -> dict[str, float]:
-    """Parts of the reward and metrics, by name."""
-    return record["reward_parts"] | record["metrics"]
-
-
-def _hands_off(record: Record) -> bool:
-    """Whether the policy can hand off, also at test."""
-    return record["hyperparameters"]["env"].get("handoff", False)
-
-
-def _at_test(group: Sequence[Record]) -> list[str]:
-    """Who wrote at test: policy tokens and guide tokens a prompt, and the share of texts handed off."""
-
-    def mean(key: str) -> float:
-        return _mean(record["evaluation"][key] / len(record["evaluation"]["rewards"]) for record in group)
-
-    written = f"{mean('policy_tokens'):.1f}"
-    if not _hands_off(group[0]):
-        return [written, "-", "-"]
-    share = _mean(record["evaluation"]["handoff_fraction"] for record in group)
-    return [written, f"{mean('guide_tokens'):.1f}", f"{share:.0%}"]
-
-
-def _rewards(group: Sequence[Record]) -> np.ndarray:
-    """Test rewards, (seeds, prompts)."""
-    return np.array([record["evaluation"]["rewards"] for record in group])
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _prompts(runs: Runs, task: str) -> int:
     return next(len(record["evaluation"]["rewards"]) for record in runs.records if record["task"] == task)
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    """Mean of the values that are there."""
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else float("nan")
-
-
-def _ratio(first: Sequence[Record], second: Sequence[Record], metric: str) -> str:
-    above = _mean(record["metrics"].get(metric) for record in first)
-    below = _mean(record["metrics"].get(metric) for record in second)
-    return _number(above / below) if below else "-"
-
-
-def _number(value: float) -> str:
-    """Three digits or so, a dash where there is no number."""
-    if not np.isfinite(value):
-        return "-"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The results file: one JSON line a finished run, which is all that the report reads."""
+"""The results file: one JSON line a finished run, which is all that reports read."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,40 @@ def read_results(folder: str | Path) -> list[Record]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} line {number} is not JSON: {error}") from error
     return records
+
+
+class Runs:
+    """Finished runs by task and row, tasks in order of appearance and rows in the profile's order."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.records = list(records)
+        self.tasks = list(dict.fromkeys(record["task"] for record in self.records))
+        places = {record["algo"]: record["place"] for record in self.records}
+        self.algos = sorted(places, key=places.__getitem__)
+        self._groups: dict[tuple[str, str], list[Record]] = {}
+        for record in sorted(self.records, key=lambda record: record["seed"]):
+            self._groups.setdefault((record["task"], record["algo"]), []).append(record)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Runs:
+        """Read a benchmark folder.
+
+        Raises:
+            ValueError: It holds no finished run, or a line that is not JSON.
+        """
+        runs = cls(read_results(folder))
+        if not runs.records:
+            raise ValueError(f"{Path(folder) / RESULTS} holds no finished run, so there is nothing to report")
+        return runs
+
+    def of(self, task: str, algo: str) -> list[Record]:
+        """The runs of one row on one task, by seed."""
+        return self._groups.get((task, algo), [])
+
+    def groups(self) -> list[tuple[str, str, list[Record]]]:
+        """Every (task, row, runs) that has a run."""
+        pairs = itertools.product(self.tasks, self.algos)
+        return [(task, algo, self.of(task, algo)) for task, algo in pairs if self.of(task, algo)]
 
 
 def append_result(folder: str | Path, record: Mapping[str, Any]) -> None:

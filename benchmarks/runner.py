@@ -15,15 +15,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from agents import SL, CausalLMPolicy, EvaluationResult, Policy, evaluate
+from agents import SL, EvaluationResult, Policy, evaluate
 from agents.algorithm import TRAINING, Algorithm
 from agents.evaluation import make_env
+from agents.policy import POLICY_FILE, LanguageModelPolicy
 from agents.rollout import Rollout
 from benchmarks.profiles import Profile, Row, TaskProfile, accepted, algorithm_class
 from benchmarks.results import Record, read_results, write_text
-from benchmarks.warm_start import Report, WarmStart, warm_start
+from benchmarks.warm_start import Report, WarmStart, load_policy, warm_start
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.base import Author
@@ -154,6 +155,8 @@ class Benchmark:
         algorithm = self.train(run, start, training_seed, report)
         policy = self.policy(start.supervised, decoding) if algorithm is None else algorithm.policy
 
+        # A sequence-to-sequence model cannot say how probable a prompt and its continuation are as one text.
+        judged_by_start = not AutoConfig.from_pretrained(start.start_model).is_encoder_decoder
         # Everyone writes alone, but for a policy that has learned when to ask the guide.
         env = self.guided_env(task, row, start) if policy.can_hand_off else task.env
 
@@ -167,7 +170,7 @@ class Benchmark:
                 decoding=decoding,
                 seed=evaluation_seed,
                 best_of=row.best_of,
-                start_model=str(start.start_model),
+                start_model=start.start_model if judged_by_start else None,
                 **env,
             )
 
@@ -176,7 +179,7 @@ class Benchmark:
         best = self.folder(run) / "best"
         best_reward = result.reward
         if best.is_dir():
-            reads = isinstance(policy, CausalLMPolicy)
+            reads = isinstance(policy, LanguageModelPolicy)
             best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best)).reward
         history = start.history if algorithm is None else algorithm.history
         return {
@@ -218,10 +221,9 @@ class Benchmark:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def policy(self, path: Path, decoding: Decoding, **arguments: Any) -> CausalLMPolicy:
+    def policy(self, path: Path, decoding: Decoding, **arguments: Any) -> LanguageModelPolicy:
         """Load a policy to compute as the runs do."""
-        dtype: Any = torch.float32 if self.dtype == "float32" else "auto"
-        return CausalLMPolicy.from_pretrained(path, decoding=decoding, dtype=dtype, compile=self.compile, **arguments)
+        return load_policy(path, self.dtype, decoding=decoding, compile=self.compile, **arguments)
 
     def guided_env(self, task: TaskProfile, row: Row, start: WarmStart) -> dict[str, Any]:
         """Arguments of the environment that a row learns in; the guide is the supervised policy, frozen."""
@@ -279,12 +281,14 @@ class Benchmark:
         task, row, folder = self.profile.tasks[run.task], self.row(run), self.folder(run)
         algorithm: Any = algorithm_class(row.algorithm)
         settings = {**self.settings(run), "fingerprints": start.fingerprints}
-        if issubclass(algorithm, Algorithm) and (folder / "last" / TRAINING).is_dir():
+        last = folder / "last"
+        # The policies of Stable-Baselines3's algorithms with a replay buffer, which cannot go on, are of another kind.
+        if issubclass(algorithm, Algorithm) and (last / TRAINING).is_dir() and (last / POLICY_FILE).is_file():
             begun = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             if begun != settings:
                 wrong = [name for name in settings if begun.get(name) != settings[name]]
                 raise ValueError(f"out must be a new folder, or one with runs of the same {wrong}: see {folder}")
-            return algorithm.load(folder / "last", env, output_dir=folder, track=self.track)
+            return algorithm.load(last, env, output_dir=folder, track=self.track)
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that had no checkpoint yet, or cannot go on
         folder.mkdir(parents=True)
         write_text(folder / "settings.json", json.dumps(settings, indent=2))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
@@ -180,8 +181,16 @@ def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, jobs
     if (devices := torch.cuda.device_count()) > 1:
         torch.cuda.set_device(place % devices)
 
+    def die_with_parent() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)  # at once: who comes next will write to the same folder
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
     def report(what: str, share: float) -> None:
-        sender.send(("report", (what, share)))  # where nobody listens any more, this ends the process
+        sender.send(("report", (what, share)))
 
     try:
         if work.run is None:
@@ -189,7 +198,5 @@ def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, jobs
             sender.send(("done", None))
         else:
             sender.send(("done", benchmark.run(work.run, report)))
-    except BrokenPipeError:
-        pass
     except BaseException:
         sender.send(("failed", traceback.format_exc()))

@@ -528,7 +528,7 @@ def _page(columns: list[str], rows: list[list[str]], rounds: int) -> str:
     import torch
     import transformers
 
-    from benchmarks import report
+    from benchmarks import tables
 
     note = (
         f"Medians of {rounds} runs of each after one that does not count, ours and the reference in turns, by "
@@ -537,7 +537,7 @@ def _page(columns: list[str], rows: list[list[str]], rounds: int) -> str:
         f"fast), {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. A ratio above 1 says that ours is that many times as fast, or as small."
     )
-    return f"# Throughput\n\n{report.Table('Figures', note, columns, rows).markdown()}\n"
+    return f"# Throughput\n\n{tables.Table('Figures', note, columns, rows).markdown()}\n"
 
 
 def dump(figures: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from agents.evaluation import make_env
-from agents.policy import CausalLMPolicy
+from agents.policy import CausalLMPolicy, LanguageModelPolicy
 from agents.supervised import SL
 from benchmarks.profiles import LanguageModel, TaskProfile
 from benchmarks.results import write_text
@@ -31,16 +31,16 @@ Report = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The models of a task, as folders with safetensors weights and tokenizer.
+    """The models of a task, with safetensors weights and tokenizer.
 
     Attributes:
-        start_model: The language model before it has learned the task.
-        supervised: The supervised policy at its best validation loss; frozen, it is also the guide.
+        start_model: Folder or hub id of the language model before it has learned the task.
+        supervised: Folder of the supervised policy at its best validation loss; frozen, it is also the guide.
         history: The history of supervised learning.
         fingerprints: Of the data they learned from, their tokenizer and their weights.
     """
 
-    start_model: Path
+    start_model: str
     supervised: Path
     history: list[dict[str, Any]]
     fingerprints: dict[str, str]
@@ -75,6 +75,7 @@ def warm_start(
         "tokenizer": tokenizer,
         "start_model": fingerprint_of(loaded) if loaded is not None else shape and asdict(shape),
         "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
+        "policy": dict(profile.policy),
         "supervised": dict(profile.supervised),
         "seed": seed,
         "dtype": dtype,
@@ -87,27 +88,33 @@ def warm_start(
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             made = Path(name) / "made"
             made.mkdir()
-            start_model, supervised = made / "start_model", made / "supervised"
-            if loaded is not None:
-                CausalLMPolicy(loaded, env.tokenizer).save_pretrained(start_model)
-            else:
+            start = str(made / "start_model") if base is None else base
+            if base is None:
                 assert shape is not None
-                CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start_model)
+                CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start)
+                policy = load_policy(start, dtype)
                 training = {"loss_on": "text", **shape.training}
-                learn(start_model, env, training, seed, start_model, partial(report, "start model"), dtype)
-            history = learn(
-                start_model, env, profile.supervised, seed, supervised, partial(report, "supervised"), dtype
-            )
+                learn(policy, env, training, seed, Path(start), partial(report, "start model"))
+            policy = load_policy(start, dtype, **profile.policy)
+            history = learn(policy, env, profile.supervised, seed, made / "supervised", partial(report, "supervised"))
             write_text(made / "recipe.json", json.dumps(recipe, indent=2))
             write_text(made / "history.json", json.dumps(history))
             made.rename(folder)
-    models = {name: folder / name for name in ("start_model", "supervised")}
+    start, supervised = str(folder / "start_model") if base is None else base, folder / "supervised"
+    models: dict[str, str | Path] = {"start_model": start, "supervised": supervised}
     weights = {name: fingerprint_of(load_model(path, device="cpu")) for name, path in models.items()}
     return WarmStart(
-        **models,
+        start_model=start,
+        supervised=supervised,
         history=json.loads((folder / "history.json").read_text(encoding="utf-8")),
         fingerprints={**data, "tokenizer": tokenizer, **weights},
     )
+
+
+def load_policy(path: str | Path, dtype: str, **arguments: Any) -> LanguageModelPolicy:
+    """Load a policy that computes products of matrices in `dtype`, "float32" or "auto"."""
+    how: Any = torch.float32 if dtype == "float32" else "auto"
+    return LanguageModelPolicy.from_pretrained(path, dtype=how, **arguments)
 
 
 def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTrainedModel:
@@ -128,17 +135,15 @@ def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTr
 
 
 def learn(
-    model: Path,
+    policy: LanguageModelPolicy,
     env: TextVectorEnv,
     arguments: Mapping[str, Any],
     seed: int,
     out: Path,
     report: Callable[[float], None],
-    dtype: str,
 ) -> list[dict[str, Any]]:
-    """Train a model on the references of `env`, write it, at its best validation loss, to `out`; return the history."""
+    """Train a policy on the references of `env`, write it, at its best validation loss, and return the history."""
     report(0)
-    policy = CausalLMPolicy.from_pretrained(model, dtype=torch.float32 if dtype == "float32" else "auto")
     algorithm = SL(policy, env, seed=seed, **arguments)
 
     def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ class Agent(nn.Module):
         if args.model is not None:
             self.model = AutoModelForCausalLM.from_pretrained(args.model)
         else:
-            size = {"n_embd": 64, "n_layer": 2, "n_head": 2}
+            size = {"n_embd": 64, "n_layer": 2, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
             self.model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=columns, **size))
         self.model.eval()  # no dropout, whose ratios would be noise
         self.critic = nn.Linear(self.model.config.hidden_size, 1)

@@ -11,8 +11,8 @@ import textgym  # noqa: F401  (registers the environments)
 try:
     from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
     from torch.distributions import Categorical
-    from torchrl.collectors import SyncDataCollector
-    from torchrl.envs import GymEnv, RewardSum, StepCounter, TransformedEnv
+    from torchrl.collectors import Collector
+    from torchrl.envs import GymEnv, InitTracker, RewardSum, StepCounter, TransformedEnv
 except ImportError as error:
     raise ImportError('this example needs TorchRL: pip install "textgym[torchrl]"') from error
 
@@ -44,16 +44,14 @@ def main(
     """
     torch.manual_seed(seed)
     env = TransformedEnv(GymEnv(env_id, categorical_action_encoding=True))
-    env.append_transform(StepCounter())
-    env.append_transform(RewardSum())
+    for transform in (InitTracker(), StepCounter(), RewardSum()):
+        env.append_transform(transform)
     env.set_seed(seed)
     policy = TensorDictSequential(
         TensorDictModule(NextToken(env.action_spec.space.n), ["input_ids", "attention_mask"], ["logits"]),
         ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=Categorical),
     )
-    collector = SyncDataCollector(
-        env, policy, frames_per_batch=frames_per_batch, total_frames=total_frames, auto_register_policy_transforms=False
-    )
+    collector = Collector(env, policy, frames_per_batch=frames_per_batch, total_frames=total_frames)
     rewards = []
     for batch in collector:
         ended = batch["next", "done"].squeeze(-1)

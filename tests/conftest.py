@@ -41,7 +41,7 @@ TASK = textgym.Task(
     max_prompt_tokens=PROMPT_TOKENS,
     max_new_tokens=HORIZON,
     reward=letters,
-    metrics=("distinct_1",),
+    metrics=("perplexity", "distinct"),
 )
 ENV_ID = "test/Words-v0"
 textgym.register(ENV_ID, TASK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from agents import PPO
 from benchmarks.profiles import LanguageModel, Profile, Row, TaskProfile
@@ -43,19 +44,6 @@ MICRO = Profile(
         )
     },
 )
+WORDS = MICRO.tasks["words"]
 # Long enough to be interrupted.
-LONG = Profile(
-    name="long",
-    source="mini",
-    tasks={
-        "words": TaskProfile(
-            env_id="conftest:test/Words-v0",
-            language_model=LanguageModel(16, 1, 2, {"n_epochs": 2}),
-            supervised={"n_epochs": 2},
-            episodes=8 * 24,
-            rl={"episodes_per_iteration": 8, "n_epochs": 1, "eval_every": 2, "eval_prompts": 8},
-            rows=suite(iterations=24, beta=1.0, aggrevated_beta=0.5),
-            test_prompts=12,
-        )
-    },
-)
+LONG = replace(MICRO, tasks={"words": replace(WORDS, episodes=8 * 24, rl={**WORDS.rl, "eval_every": 2})})

@@ -1,4 +1,4 @@
-"""Statistics against closed forms; runs that finish, resume and fail."""
+"""Runs that finish, resume and fail."""
 
 from __future__ import annotations
 
@@ -10,73 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from plugins import MICRO
-from scipy import stats
 
 from agents import ALGORITHMS, CausalLMPolicy
 from benchmarks import run_all, schedule
 from benchmarks.profiles import Row, load_profile
 from benchmarks.results import read_results
 from benchmarks.runner import Benchmark, spread
-from benchmarks.statistics import mean_interval, paired_difference
 from textgym.guides import CallableGuide
 
 GUIDE = CallableGuide(lambda requests: [" sea"] * len(requests))
-
-
-def test_the_interval_of_a_mean_agrees_with_its_normal_theory():
-    sample = np.random.default_rng(0).normal(0.3, 2.0, 2_000)
-    interval = mean_interval(sample)
-    half = 1.96 * stats.sem(sample)
-    assert interval.mean == pytest.approx(sample.mean())
-    assert interval.low == pytest.approx(sample.mean() - half, abs=0.1 * half)
-    assert interval.high == pytest.approx(sample.mean() + half, abs=0.1 * half)
-
-
-def test_intervals_cover_the_true_difference_as_often_as_they_say():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for trial in range(200):
-        common = rng.normal(0, 3, 60)
-        first, second = common + rng.normal(0.2, 1, 60), common + rng.normal(0, 1, 60)
-        interval = paired_difference(first, second, resamples=400, seed=trial)
-        covered += interval.low <= 0.2 <= interval.high
-    assert 0.89 <= covered / 200 <= 0.99
-
-
-def test_pairing_takes_out_what_the_prompts_have_in_common():
-    rng = np.random.default_rng(2)
-    common = rng.normal(0, 10, 500)
-    first, second = common + 0.5 + rng.normal(0, 0.1, 500), common + rng.normal(0, 0.1, 500)
-    paired = paired_difference(first, second)
-    assert paired.excludes_zero
-    assert paired.high - paired.low < 0.05
-    assert paired_difference(second, first).mean == pytest.approx(-paired.mean)
-    shuffled = paired_difference(first, rng.permutation(second))
-    assert shuffled.high - shuffled.low > 10 * (paired.high - paired.low)
-
-
-def test_a_constant_difference_has_an_interval_of_no_width_and_seeds_are_averaged():
-    rewards = np.arange(10.0)
-    assert tuple(paired_difference(rewards + 1, rewards)) == pytest.approx((1, 1, 1))
-    seeds = np.stack([rewards - 1, rewards + 3])
-    assert tuple(paired_difference(seeds, rewards)) == pytest.approx((1, 1, 1))
-
-
-def test_the_same_seed_gives_the_same_interval():
-    sample = np.random.default_rng(3).uniform(size=50)
-    assert mean_interval(sample, seed=4) == mean_interval(sample, seed=4)
-    assert mean_interval(sample, seed=4) != mean_interval(sample, seed=5)
-
-
-@pytest.mark.parametrize("rewards", [[1.0], [[1.0], [2.0]], 3.0, [[[1.0, 2.0]]], [1.0, float("nan")]])
-def test_rewards_that_say_nothing_are_refused(rewards):
-    with pytest.raises(ValueError, match="rewards must"):
-        mean_interval(rewards)
-
-
-def test_different_prompts_are_refused():
-    with pytest.raises(ValueError, match="same prompts"):
-        paired_difference(np.zeros(5), np.zeros(6))
 
 
 @pytest.fixture

@@ -546,3 +546,82 @@ def test_registered_environments_pickle():
     ):
         twin = pickle.loads(pickle.dumps(env))
         assert data_equivalence(env.reset(seed=1), twin.reset(seed=1), exact=True)
+
+
+class WordsInOrder:
+    """A reward that is none for texts whose tokens do not rise, and says so."""
+
+    def __call__(self, *, prompts, completions, references):
+        return [float(self.last(text) >= 0) for text in completions]
+
+    @staticmethod
+    def last(text):
+        ids = TOKENIZER(text)["input_ids"]
+        return (ids or [0])[-1] if ids == sorted(ids) else -1
+
+    def allowed_tokens(self, *, prompts, completions, references, tokenizer):
+        assert len(prompts) == len(completions) == len(references)
+        allowed = np.arange(len(tokenizer)) >= np.array([self.last(text) for text in completions])[:, None]
+        allowed[:, tokenizer.eos_token_id] = True
+        return allowed
+
+
+def test_action_masks_leave_out_what_is_not_allowed():
+    banned = [40, 41]
+    env = vector(
+        3,
+        guide=GUIDE,
+        guidance=Guidance(restart_prob=0.5, restart_length=2),
+        handoff=True,
+        parking=True,
+        min_new_tokens=3,
+        banned_tokens=banned,
+        reward=WordsInOrder(),
+        autoreset_mode=AutoresetMode.DISABLED,
+    )
+    rng, parked, seen = np.random.default_rng(0), 0, 0
+    for seed in range(12):
+        _, info = env.reset(seed=seed)
+        length = info["prefix_length"].copy()
+        while True:
+            masks = env.action_masks()
+            assert masks.shape == (3, len(TOKENIZER) + 1)
+            for row in range(3):
+                if info["parked"][row]:
+                    assert masks[row].all()
+                    parked += 1
+                    continue
+                assert masks[row, EOS] == (length[row] >= 3)
+                assert masks[row, -1], "the guide may always be asked"
+                assert not masks[row, banned].any()
+                last = WordsInOrder.last(TOKENIZER.decode(env._tokens(row)))
+                others = np.setdiff1d(np.arange(2, len(TOKENIZER)), banned)
+                np.testing.assert_array_equal(masks[row, others], others >= last)
+                seen += masks[row, EOS]
+            actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
+            actions = np.where(actions == EOS, actions, np.where(rng.random(3) < 0.8, 200 + length, actions))
+            length += ~info["parked"]
+            _, _, terminations, _, info = env.step(actions)
+            if terminations.all():
+                break
+        assert env.action_masks().all(), "nothing is read from rows that are done"
+    assert parked
+    assert seen
+    alone = single(min_new_tokens=1, banned_tokens=[5])
+    alone.reset(seed=0)
+    assert np.flatnonzero(~alone.action_masks()).tolist() == [EOS, 5]
+    _, _, terminated, _, _ = alone.step(EOS)
+    assert terminated, "masks advise, and step takes every action"
+
+
+def test_what_masks_leave_out_is_checked():
+    for arguments in ({"min_new_tokens": -1}, {"min_new_tokens": HORIZON + 1}, {"min_new_tokens": True}):
+        with pytest.raises(ValueError, match="min_new_tokens"):
+            vector(2, **arguments)
+    for tokens in ([len(TOKENIZER)], [-1], ["the"]):
+        with pytest.raises(ValueError, match="banned_tokens"):
+            vector(2, banned_tokens=tokens)
+    env = vector(2, banned_tokens=range(len(TOKENIZER)))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="leave out all"):
+        env.action_masks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -14,6 +15,7 @@ from agents.evaluation import evaluate, main, sibling_env
 from agents.policy import CausalLMPolicy
 from textgym.decoding import Decoding
 from textgym.guides import CallableGuide, Completion
+from textgym.metrics import NAMES, MissingRequirement, load
 from textgym.seeding import hash64
 
 
@@ -58,8 +60,8 @@ def test_a_subset_is_the_same_for_every_seed_and_its_texts_are_those_of_the_whol
 
 def test_perplexity_is_that_of_the_written_tokens(make_env, make_policy):
     policy, judge = make_policy(), make_policy(seed=1).model
-    result = evaluate(policy, make_env(8, split="test"), start_model=judge, metrics=["distinct_2"])
-    assert sorted(result.metrics) == ["distinct_2", "perplexity"]
+    result = evaluate(policy, make_env(8, split="test"), start_model=judge)
+    assert sorted(result.metrics) == ["distinct_1", "distinct_2", "perplexity"]
     total, count = 0.0, 0
     for prompt, ids in zip(result.prompts, result.token_ids, strict=True):
         context = policy.tokenizer(prompt)["input_ids"]
@@ -67,6 +69,50 @@ def test_perplexity_is_that_of_the_written_tokens(make_env, make_policy):
         total -= sum(log_probs[len(context) + h - 1, token].item() for h, token in enumerate(ids))
         count += len(ids)
     assert result.metrics["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_what_the_tasks_metrics_lack_is_recorded_and_what_was_asked_for_is_an_error(
+    make_env, make_policy, monkeypatch, tmp_path
+):
+    policy, env = make_policy(), make_env(16, split="test")
+    names = ("perplexity", "distinct", "rouge", "meteor", "spice", "bert_score")
+    env.task = dataclasses.replace(env.task, metrics=names)
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Java
+    result = evaluate(policy, env)
+    assert sorted(result.metrics) == ["distinct_1", "distinct_2", "rouge_1", "rouge_2", "rouge_l"]
+    assert sorted(result.metric_signatures) == ["distinct", "rouge"]
+    reasons = result.metrics_left_out
+    assert sorted(reasons) == ["bert_score", "meteor", "perplexity", "spice"]
+    assert [name for name, reason in reasons.items() if "Java" in reason] == ["meteor", "spice"]
+    assert "start_model" in reasons["perplexity"]
+    assert "encoder" in reasons["bert_score"]
+    assert result.to_dict()["metrics_left_out"] == reasons
+    with pytest.raises(MissingRequirement, match="Java"):
+        evaluate(policy, env, metrics=["distinct", "meteor"])
+    for name, argument in (("perplexity", "start_model"), ("bert_score", "encoder")):
+        with pytest.raises(ValueError, match=f"metrics .*'{name}'.* {argument} is given"):
+            evaluate(policy, env, metrics=[name])
+
+
+def test_metrics_are_those_of_the_texts_that_were_written(make_env, make_policy):
+    names = [name for name in NAMES if name not in ("perplexity", "meteor", "spice", "bert_score")]
+    result = evaluate(make_policy(), make_env(16, split="test"), num_prompts=9, metrics=names)
+    texts = {"prompts": result.prompts, "predictions": result.completions, "references": result.references}
+    for name in names:
+        metric = load(name, source="mini") if name in ("sentiment", "preference") else load(name)
+        assert metric.compute(**texts).items() <= result.metrics.items()
+    assert result.metrics_left_out == {}
+
+
+def test_without_references_the_tasks_metrics_do_without(make_env, make_policy):
+    policy, env = make_policy(), make_env(16, split="test")
+    env.task = dataclasses.replace(env.task, metrics=("distinct", "rouge"), references=lambda row: ())
+    result = evaluate(policy, env)
+    assert sorted(result.metrics) == ["distinct_1", "distinct_2"]
+    assert result.metrics_left_out == {"rouge": "no sample has a reference"}
+    assert list(result.metric_signatures) == ["distinct"]
+    with pytest.raises(ValueError, match="references"):
+        evaluate(policy, env, metrics=["rouge"])
 
 
 def test_results_are_plain_data_and_samples_are_written(make_env, make_policy, tmp_path):
@@ -154,7 +200,9 @@ def test_the_command_prints_what_the_function_returns(make_env, make_policy, tmp
     command = ["--policy", str(tmp_path / "policy"), "--env", env_id, "--num-prompts", "12", "--greedy"]
     tyro.cli(main, args=[*command, "--start-model", str(tmp_path / "policy"), "--output", str(samples)])
     printed = json.loads(capsys.readouterr().out)
-    expected = evaluate(policy, env_id, num_prompts=12, decoding=Decoding(greedy=True), start_model=policy.model)
+    expected = evaluate(
+        policy, env_id, num_prompts=12, decoding=Decoding(greedy=True), start_model=str(tmp_path / "policy")
+    )
     assert {**printed, "seconds": 0} == {**expected.to_dict(), "seconds": 0}
     assert len(samples.read_text().splitlines()) == 12
 

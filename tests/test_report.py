@@ -1,79 +1,47 @@
-"""The report: every run in it, nothing fetched, everything that came from data escaped."""
+"""The report: every run in it, nothing fetched, everything that came from data escaped; and pages made from results."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from html.parser import HTMLParser
 
+import fake_results
 import numpy as np
 import pytest
+from fake_results import record
+from scipy import stats
 
+from benchmarks.curves import POINTS, lines
+from benchmarks.findings import fill_page
 from benchmarks.report import write_report
-from benchmarks.results import append_result, read_results
+from benchmarks.results import Runs, append_result, read_results
 
 ATTACK = "<script>alert(1)</script>"
-ALGOS = ("sl", "ppo", "ppo++")
+ALGOS = ("sl", "best-of-4", "ppo", "ppo++")
 
 
-def record(task: str, algo: str, seed: int, *, text: str = " it was fine", prompts: int = 40) -> dict:
-    """A finished run as the runner writes it, with invented numbers."""
-    rng = np.random.default_rng([ALGOS.index(algo), seed, len(task)])
-    difficulty = np.random.default_rng(len(task)).uniform(0, 0.4, prompts)
-    rewards = difficulty + 0.2 * ALGOS.index(algo) + rng.normal(0, 0.05, prompts)
-    history = [
-        {
-            "iteration": i,
-            "num_episodes": 32 * (i + 1),
-            "num_timesteps": 1000 * (i + 1),
-            "num_guide_tokens": 400 * (i + 1) if algo == "ppo++" else 0,
-            "seconds": 1.5,
-            "reward": 0.3 + 0.02 * i + rng.normal(0, 0.02),
-            "kl": 0.01 * i,
-            **({"eval/reward": 0.3 + 0.03 * i} if i % 4 == 3 else {}),
-            "entropy": 3.0 - 0.03 * i,
-        }
-        for i in range(0 if algo == "sl" else 20)
-    ]
-    sample = {
-        "sample_id": 7,
-        "prompt": f"{text} The plot",
-        "reward": float(rewards[0]),
-        "segments": [["policy", text]],
-    }
-    rollout = {"prompt": text, "prefix_length": 3, "reward": 0.5, "segments": [["guide", text], ["policy", text]]}
-    return {
-        "task": task,
-        "algo": algo,
-        "seed": seed,
-        "place": ALGOS.index(algo),
-        "profile": "quick",
-        "source": "mini",
-        "base": None,
-        "final_reward": float(rewards.mean()),
-        "best_reward": float(rewards.mean()),
-        "reward_parts": {"sentiment": float(rewards.mean())},
-        "metrics": {"perplexity": 20.0 + ALGOS.index(algo), "distinct_2": 0.5},
-        "policy_tokens": 20_000,
-        "guide_tokens": 8_000 if algo == "ppo++" else 0,
-        "episodes": 640 if history else 0,
-        "seconds": 30.0,
-        "hyperparameters": {"algorithm": algo, "best_of": 1, "env": {}, "learning_rate": 1e-4, "note": text},
-        "fingerprints": {"data": "0123456789abcdef"},
-        "versions": {"torch": "0"},
-        "evaluation": {
-            "seed": 1,
-            "sample_ids": list(range(prompts)),
-            "rewards": rewards,
-            "policy_tokens": 20 * prompts,
-            "guide_tokens": 0,
-            "handoff_fraction": 0.0,
-        },
-        "history": history,
-        "samples": [sample],
-        "rollouts": [rollout] if algo == "ppo++" else [],
-        "finished": "2026-01-01 00:00:00",
-    }
+def put(folder, *records):
+    for made in records:
+        append_result(folder, made)
+    return folder
+
+
+def variant(algo: str, name: str, place: int, seed: int = 0, **evaluation) -> dict:
+    """A record under another name and place."""
+    made = record(algo, seed, prompts=40) | {"algo": name, "place": place}
+    made["evaluation"] |= evaluation
+    return made
+
+
+def cells(table: str, title: str) -> list[dict[str, str]]:
+    """A table of the report, a mapping from column to cell for each row."""
+    if f"**{title}.**" not in table:
+        return []
+    block = table.split(f"**{title}.**")[1].split("\n\n")[1].strip().splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block)
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 class Elements(HTMLParser):
@@ -94,11 +62,16 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def folder(tmp_path):
-    for task in ("imdb", ATTACK):
-        for algo in ALGOS:
-            for seed in range(2):
-                append_result(tmp_path, record(task, algo, seed, text=f" a\u2028{ATTACK} & <b>b"))
-    return tmp_path
+    text = f" a\u2028{ATTACK} & <b>b"
+    return put(
+        tmp_path,
+        *(
+            record(algo, seed, name=name, text=text, prompts=40)
+            for name in ("imdb", ATTACK)
+            for algo in ALGOS
+            for seed in range(2)
+        ),
+    )
 
 
 def test_the_page_is_self_contained_and_escapes_what_came_from_data(folder):
@@ -118,25 +91,162 @@ def test_the_page_is_self_contained_and_escapes_what_came_from_data(folder):
 def test_every_run_is_on_the_page_and_authors_are_apart(folder):
     files = write_report(folder)
     elements = Elements()
-    elements.feed(files.page.read_text(encoding="utf-8"))
-    for algo in ALGOS:
-        for seed in range(2):
-            assert f"imdb {algo}, seed {seed}" in elements.text
-        assert any(line.split()[1:4:2] == ["imdb", algo] for line in files.table.splitlines())
+    page = files.page.read_text(encoding="utf-8")
+    elements.feed(page)
+    data = json.loads(re.search(r"<script id=data type=application/json>(.*?)</script>", page, re.DOTALL)[1])
+    for task in ("imdb", ATTACK):
+        for algo in ALGOS:
+            assert f"{task} {algo}, seeds 0, 1" in elements.text
+            texts = [text for sample in data["samples"][task] for text in sample["texts"] if text["algo"] == algo]
+            assert {text["seed"] for text in texts} == {0, 1}
+    assert {(line["task"], line["algo"]) for line in data["lines"]} == {
+        (task, algo) for task in ("imdb", ATTACK) for algo in ("ppo", "ppo++")
+    }
     classes = {attrs.get("class") for tag, attrs in elements.tags if tag == "span"}
     assert {"prompt", "guide", "policy"} <= classes
 
 
-def test_the_table_and_the_curves_hold_the_results(folder):
-    files = write_report(folder)
-    assert "ppo++ - ppo" in files.table
-    assert "above" in files.table
-    runs = [run for run in read_results(folder) if (run["task"], run["algo"]) == ("imdb", "ppo")]
-    assert f"{np.mean([run['final_reward'] for run in runs]):.3f} [" in files.table
+def test_headers_sort_and_say_so(folder):
+    elements = Elements()
+    elements.feed(write_report(folder).page.read_text(encoding="utf-8"))
+    headers = [attrs for tag, attrs in elements.tags if tag == "th" and attrs.get("scope") == "col"]
+    assert len(headers) > 30
+    assert {attrs["aria-sort"] for attrs in headers} == {"none"}
+    names = [tag for tag, _ in elements.tags]
+    assert all(names[place + 1] == "button" for place, (_, attrs) in enumerate(elements.tags) if "aria-sort" in attrs)
+
+
+def test_seeds_that_were_made_otherwise_stand_apart(tmp_path):
+    other = record("ppo", 1)
+    other["versions"] = {"torch": "another"}
+    page = write_report(put(tmp_path, record("ppo", 0), other, record("ppo", 2))).page.read_text(encoding="utf-8")
+    assert re.findall(r"<summary>(imdb ppo, .*?)</summary>", page) == [
+        "imdb ppo, seed 0",
+        "imdb ppo, seed 1",
+        "imdb ppo, seed 2",
+    ]
+
+
+def test_the_summary_holds_interquartile_means_of_test_rewards(tmp_path):
+    fake_results.write(tmp_path, algos=ALGOS, seeds=5, prompts=20)
+    table = write_report(tmp_path).table
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    runs = Runs(read_results(tmp_path))
+    assert {task: [*rows] for task, rows in summary.items()} == {task: [*ALGOS] for task in runs.tasks}
+    for task, algo, group in runs.groups():
+        entry, rewards = summary[task][algo], [run["final_reward"] for run in group]
+        assert [*entry] == ["iqm", "ci_low", "ci_high", "seeds", "metrics"]
+        assert entry["iqm"] == pytest.approx(stats.trim_mean(rewards, 0.25))
+        assert min(rewards) <= entry["ci_low"] <= entry["iqm"] <= entry["ci_high"] <= max(rewards)
+        assert entry["seeds"] == 5
+        assert entry["metrics"]["perplexity"] == pytest.approx(np.mean([run["metrics"]["perplexity"] for run in group]))
+    first = cells(table, "Results")[0]
+    entry = summary["imdb"]["sl"]
+    assert first["test reward"] == f"{entry['iqm']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}]"
+    assert "75% of cases with 3 and 9" in table  # and 91% or so with 5, by simulation
+
+
+def test_scores_are_normalised_between_the_supervised_policy_and_best_of_four(tmp_path):
+    fake_results.write(tmp_path, algos=ALGOS, seeds=3, prompts=20)
+    rows = {row["algorithm"]: row for row in cells(write_report(tmp_path).table, "Across tasks")}
+    runs = Runs(read_results(tmp_path))
+
+    def rewards(task, algo):
+        return np.array([run["final_reward"] for run in runs.of(task, algo)])
+
+    for algo in ALGOS:
+        scores = [
+            (rewards(task, algo) - rewards(task, "sl").mean())
+            / (rewards(task, "best-of-4").mean() - rewards(task, "sl").mean())
+            for task in runs.tasks
+        ]
+        assert float(rows[algo]["normalised score"].split()[0]) == pytest.approx(
+            stats.trim_mean(scores, 0.25, axis=None), abs=0.006
+        )
+    assert rows["ppo"]["P(better than sl)"].startswith("1.00")
+    assert rows["ppo"]["P(better than ppo)"] == "-"
+
+
+def test_what_lacks_a_reference_is_named_and_left_out(tmp_path):
+    put(tmp_path, *(record(algo, seed) for algo in ALGOS for seed in range(2)))
+    put(tmp_path, record("sl", 0, "tldr"), record("ppo", 0, "tldr"))
+    put(tmp_path, record("ppo", 0, "commongen"), record("gail", 0, "commongen"))
+    table = write_report(tmp_path).table
+    assert "all runs on imdb:" in table
+    assert "Without tldr and commongen, which lacks a run of sl or best-of-4" in table
+    assert "left out: gail." in table
+    assert [row["normalised"] for row in cells(table, "Results") if row["task"] != "imdb"] == ["-"] * 4
+
+    (tmp_path / "results.jsonl").unlink()
+    put(tmp_path, record("sl", 0), record("ppo", 0))
+    files = write_report(tmp_path)
+    assert "No task has runs of both sl and best-of-4" in files.table
+    assert "No task has runs of both sl and best-of-4" in files.page.read_text(encoding="utf-8")
+    assert "normalised" not in cells(files.table, "Results")[0]
+
+
+def test_one_seed_has_no_interval_and_is_compared_by_prompts(tmp_path):
+    table = write_report(put(tmp_path, *(record(algo, 0) for algo in ALGOS))).table
+    assert [row["test reward"] for row in cells(table, "Results")] == [
+        f"{run['final_reward']:.3f}" for run in read_results(tmp_path)
+    ]
+    assert "one seed says nothing about others" in table
+    assert cells(table, "Probability of improvement") == []
+    assert [*cells(table, "Across tasks")[0]] == ["algorithm", "normalised score", "runs"]
+    assert all("[" in row["difference"] for row in cells(table, "Paired comparisons"))
+    assert json.loads((tmp_path / "summary.json").read_text())["imdb"]["sl"]["ci_low"] is None
+
+
+def test_the_matrix_has_every_two_rows(folder):
+    rows = cells(write_report(folder).table, "Probability of improvement")
+    assert [row["algorithm"] for row in rows] == [*ALGOS]
+    for row in rows:
+        for other in rows:
+            first, second = row[other["algorithm"]], other[row["algorithm"]]
+            if row is other:
+                assert first == "-"
+            else:
+                assert float(first.strip("*")) + float(second.strip("*")) == pytest.approx(1, abs=0.011)
+                assert first.endswith("*") == second.endswith("*")
+    assert rows[0]["ppo"] == "0.00*"
+
+
+def test_curves_hold_the_history(folder):
+    write_report(folder)
+    runs = read_results(folder)
     with (folder / "learning_curves.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == sum(len(run["history"]) for run in read_results(folder))
-    assert float(rows[0]["reward"]) == pytest.approx(runs[0]["history"][0]["reward"], abs=1)
+    assert len(rows) == sum(len(run["history"]) for run in runs)
+    first = next(run for run in runs if run["algo"] == "ppo")
+    of_first = [row for row in rows if (row["task"], row["algo"], row["seed"]) == ("imdb", "ppo", "0")]
+    assert [float(row["reward"]) for row in of_first] == [entry["reward"] for entry in first["history"]]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_no_picture(folder, monkeypatch):
+    monkeypatch.setattr("benchmarks.report.find_spec", lambda name: None)
+    write_report(folder)
+    assert not (folder / "curves.png").exists()
+
+
+@pytest.mark.parametrize("task", ["imdb", "commongen"])  # 32 and 200 iterations
+def test_drawn_curves_are_means_of_stretches_of_the_history(task):
+    records = [record("ppo++", seed, task, prompts=4) for seed in range(3)]
+    (line,) = lines(Runs([*records, record("sl", 0, task, prompts=4)]))
+    assert (line.algo, line.seeds) == ("ppo++", [0, 1, 2])
+    points = line.x["num_episodes"].shape[1]
+    assert points == min(POINTS, len(records[0]["history"]))
+    for row, run in enumerate(records):
+        last = run["history"][-1]
+        assert line.x["tokens"][row, -1] == last["num_timesteps"] + last["num_guide_tokens"]
+        assert line.x["seconds"][row, -1] == pytest.approx(run["seconds"])
+        assert line.y["reward"][row].mean() == pytest.approx(
+            np.mean([entry["reward"] for entry in run["history"]]), abs=0.005
+        )
+        evaluations = [entry["eval/reward"] for entry in run["history"] if "eval/reward" in entry]
+        assert line.y["eval/reward"][row][np.isfinite(line.y["eval/reward"][row])] == pytest.approx(evaluations)
+    drawn = [point for point in line.over_seeds("eval/reward") if point]
+    assert len(drawn) == len(evaluations)
 
 
 def test_the_report_depends_on_the_results_alone(folder):
@@ -144,20 +254,6 @@ def test_the_report_depends_on_the_results_alone(folder):
     page = first.page.read_bytes()
     first.page.unlink()
     assert write_report(folder).page.read_bytes() == page
-
-
-def cells(table: str, title: str) -> list[dict[str, str]]:
-    """A table of the report, a mapping from column to cell for each row."""
-    block = table.split(f"**{title}.**")[1].split("\n\n")[1].strip().splitlines()
-    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block)
-    return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-def variant(algo: str, name: str, place: int, **evaluation) -> dict:
-    """A record under another name and place."""
-    made = record("imdb", algo, 0) | {"algo": name, "place": place}
-    made["evaluation"] |= evaluation
-    return made
 
 
 def test_rows_stand_in_the_order_of_the_profile_whatever_finished_first(tmp_path):
@@ -168,55 +264,59 @@ def test_rows_stand_in_the_order_of_the_profile_whatever_finished_first(tmp_path
 
 
 def test_columns_appear_where_there_is_something_to_show(tmp_path):
-    for algo in ("sl", "ppo"):
-        append_result(tmp_path, record("imdb", algo, 0))
-    table = write_report(tmp_path).table
-    assert "at test" not in table
-    assert "over seeds" not in table
-
-    handoff = variant("ppo", "handoff-0", 5, guide_tokens=180, handoff_fraction=0.4)
-    handoff["hyperparameters"]["env"] = {"handoff": True}
-    append_result(tmp_path, handoff)
-    append_result(tmp_path, record("imdb", "ppo", 1))
-    rows = {row["algorithm"]: row for row in cells(write_report(tmp_path).table, "Results")}
-    assert rows["handoff-0"]["guide tokens at test"] == "4.5"
+    table = write_report(put(tmp_path, record("sl", 0), record("ppo", 0))).table
+    assert "handed off" not in table
+    table = write_report(put(tmp_path, record("handoff-0", 0))).table
+    rows = {row["algorithm"]: row for row in cells(table, "Results")}
+    assert rows["handoff-0"]["guide tokens at test"] == "9.0"
     assert rows["handoff-0"]["handed off"] == "40%"
-    assert rows["sl"]["policy tokens at test"] == "20.0"
     assert rows["sl"]["guide tokens at test"] == "-"
-    means = sorted(run["final_reward"] for run in read_results(tmp_path) if run["algo"] == "ppo")
-    assert rows["ppo"]["over seeds"] == f"{means[0]:.3f} to {means[1]:.3f}"
+    costs = {row["algorithm"]: row for row in cells(table, "Costs")}
+    assert costs["handoff-0"]["all tokens"] == "223,641"
+    assert costs["sl"]["tokens at test"] == "48.0"
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
         (["sl", "ppo", "ppo++"], ["ppo - sl", "ppo++ - sl", "ppo++ - ppo"]),
-        (["sl", "a", "ppo", "b"], ["ppo - sl", "a - sl", "b - sl", "a - ppo", "b - ppo"]),
+        (["sl", "a", "ppo", "b"], ["a - sl", "ppo - sl", "b - sl", "a - ppo", "b - ppo"]),
         (["ppo", "a", "b"], ["a - ppo", "b - ppo"]),
         (["a", "b", "c"], ["b - a", "c - a"]),
         (["a"], []),
     ],
 )
-def test_every_row_is_compared_with_the_baselines(tmp_path, names, expected):
+def test_every_row_is_compared_with_the_baselines_and_on_the_page_with_every_row(tmp_path, names, expected):
     for place, name in enumerate(names):
         append_result(tmp_path, variant("sl", name, place))
-    table = write_report(tmp_path).table
-    found = [row["difference"] for row in cells(table, "Paired comparisons")] if expected else []
+    files = write_report(tmp_path)
+    found = [f"{row['algorithm']} - {row['baseline']}" for row in cells(files.table, "Paired comparisons")]
     assert found == expected
-    assert ("Paired" in table) == bool(expected)
+    page = files.page.read_text(encoding="utf-8")
+    assert page.count(" data-baseline=") == len(names) * (len(names) - 1)
 
 
-def test_algorithms_on_different_prompts_are_not_compared(tmp_path):
-    append_result(tmp_path, record("imdb", "sl", 0))
-    append_result(tmp_path, record("imdb", "ppo", 0, prompts=30))
-    assert "ppo - sl" not in write_report(tmp_path).table
+def test_algorithms_that_met_different_tests_are_not_compared(tmp_path):
+    put(tmp_path, record("sl", 0), record("ppo", 0, prompts=30))
+    other = record("ppo++", 0)
+    other["fingerprints"]["reward"] = "another"
+    assert cells(write_report(put(tmp_path, other)).table, "Paired comparisons") == []
+
+
+def test_only_seeds_that_both_have_are_paired(tmp_path):
+    put(tmp_path, *(record("sl", seed) for seed in range(3)), *(record("ppo", seed) for seed in (1, 2, 5)))
+    (row,) = cells(write_report(tmp_path).table, "Paired comparisons")
+    rewards = {(run["algo"], run["seed"]): run["final_reward"] for run in read_results(tmp_path)}
+    expected = np.mean([rewards["ppo", seed] - rewards["sl", seed] for seed in (1, 2)])
+    assert row["difference"].split()[0] == f"{expected:+.3f}"
+    assert row["seeds above / below"] == "2 / 0 of 2"
 
 
 def test_results_are_whole_lines_or_nothing(tmp_path):
-    append_result(tmp_path, record("imdb", "sl", 0))
+    append_result(tmp_path, record("sl", 0))
     before = (tmp_path / "results.jsonl").read_bytes()
     with pytest.raises(ValueError, match="imdb, ppo"):
-        append_result(tmp_path, record("imdb", "ppo", 0) | {"final_reward": float("nan")})
+        append_result(tmp_path, record("ppo", 0) | {"final_reward": float("nan")})
     assert (tmp_path / "results.jsonl").read_bytes() == before
     (tmp_path / "results.jsonl").write_text(json.dumps({"task": "imdb"}) + "\n{half")
     with pytest.raises(ValueError, match="line 2"):
@@ -226,3 +326,100 @@ def test_results_are_whole_lines_or_nothing(tmp_path):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         write_report(tmp_path)
+    with pytest.raises(ValueError, match="no finished run"):
+        fill_page(tmp_path, tmp_path / "page.md")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Ten rows of three tasks, five seeds each; in truth d2lols and ppo++ are above ppo, and ppo above sl."""
+    folder = tmp_path_factory.mktemp("results")
+    fake_results.write(folder, algos=("sl", "best-of-4", "ppo", "ppo++", "d2lols", "aggrevated"), prompts=50)
+    write_report(folder)
+    return folder
+
+
+def test_a_page_is_begun_and_filled_again(results, tmp_path):
+    page = tmp_path / "docs" / "evidence.md"
+    fill_page(results, page)
+    text = page.read_text()
+    assert "90 runs of profile `small`: 6 rows with 5 seeds" in text
+    assert (results / "table.md").read_text().split("\n\n")[1] in text  # the table of results
+    picture = re.search(r"!\[Learning curves\]\((.*)\)", text)[1]
+    assert (page.parent / picture).resolve() == results / "curves.png"
+
+    page.write_text(text.replace("# Evidence", "# Ours\n\nA word of ours."))
+    fill_page(results, page)
+    assert page.read_text() == text.replace("# Evidence", "# Ours\n\nA word of ours.")
+
+
+def test_claims_are_judged_by_intervals(results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- claims --><!-- / -->")
+    fill_page(results, page)
+    text = page.read_text()
+    summary = json.loads((results / "summary.json").read_text())
+    for row, baseline in (("d2lols", "ppo"), ("ppo++", "ppo"), ("ppo", "sl")):
+        above = [task for task, rows in summary.items() if rows[row]["ci_low"] > rows[baseline]["ci_high"]]
+        heading, found, block = re.search(
+            rf"\*\*(`{re.escape(row)}` above `{baseline}`.*?)\*\* \((.*?)\)\.\n\n((?:- .*\n)*)", text
+        ).groups()
+        assert heading.endswith("holds" if len(above) >= 2 else "does not hold on 2 tasks")
+        assert found.endswith(f"of {len(summary)}")
+        for task in summary:
+            sentence = re.search(rf"^- {task}: (.*)$", block, re.MULTILINE)[1]
+            assert sentence.startswith("above:" if task in above else "not told apart:")
+            entry = summary[task][row]
+            assert f"{entry['iqm']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}] over 5 seeds" in sentence
+
+
+def test_a_claim_fails_where_perplexity_rises_or_runs_are_missing(tmp_path):
+    for seed in range(5):
+        put(tmp_path, record("ppo", seed), record("d2lols", seed), record("ppo++", seed))
+    worse = read_results(tmp_path)
+    for run in worse:
+        run["metrics"]["perplexity"] *= 2 if run["algo"] == "d2lols" else 1
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in worse))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- claims --><!-- / -->")
+    fill_page(tmp_path, page)
+    first, second, third = re.findall(r"\*\* \((.*)\)\.\n\n- imdb: (.*)", page.read_text())
+    assert first[0] == "on none of 1"
+    assert first[1].startswith("above:")
+    assert first[1].endswith("times that of ppo, higher.")
+    assert second[0] == "on imdb of 1"
+    assert third[1] == "no run of sl."
+
+
+def test_passages_of_one_number_stand_in_sentences(results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "PPO gets <!-- reward imdb ppo -->?<!-- / -->, <!-- difference imdb ppo sl -->?<!-- / --> above;\n"
+        "normalised <!-- normalised ppo -->?<!-- / -->, P = <!-- improvement ppo sl -->?<!-- / -->,\n"
+        "perplexity times <!-- ratio perplexity imdb ppo sl -->?<!-- / -->. <!-- a comment of ours -->\n"
+    )
+    fill_page(results, page)
+    text = re.sub(r"<!-- .*? -->", "", page.read_text())
+    entry = json.loads((results / "summary.json").read_text())["imdb"]["ppo"]
+    number = r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]"
+    assert text.startswith(f"PPO gets {entry['iqm']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}], +")
+    assert len(re.findall(number, text)) == 5
+    assert "?" not in text
+
+
+@pytest.mark.parametrize(
+    ("passage", "message"),
+    [
+        ("<!-- verdict --><!-- / -->", "must be one of .*got 'verdict'"),
+        ("<!-- reward imdb grpo --><!-- / -->", "asks for what .* does not have"),
+        ("<!-- table losses --><!-- / -->", "asks for what .* does not have"),
+        ("<!-- normalised --><!-- / -->", "asks for what .* does not have"),
+        ("<!-- / --> <!-- claims --><!-- / -->", "got 2 of them for 1"),
+    ],
+)
+def test_passages_that_there_are_not_are_refused(results, tmp_path, passage, message):
+    page = tmp_path / "page.md"
+    page.write_text(passage)
+    with pytest.raises(ValueError, match=message):
+        fill_page(results, page)
+    assert page.read_text() == passage

@@ -12,7 +12,7 @@ import stable_baselines3
 import torch
 from conftest import HORIZON, WORDS
 
-from agents import evaluate
+from agents import CausalLMPolicy, evaluate
 from agents.sb3 import MaskableCausalLMActorCriticPolicy, SB3Algorithm, SB3Policy
 from textgym import Guidance
 from textgym.decoding import Decoding
@@ -63,6 +63,19 @@ def test_actor_critics_train_the_policy_and_are_judged_like_others(sb3_class, ma
     result = evaluate(algorithm, env.spec.id, num_prompts=8)
     assert result.task == "words"
     assert 0 <= result.reward <= 1
+
+
+def test_the_hand_off_is_learned_too(make_policy, make_env):
+    policy = make_policy()
+    policy = CausalLMPolicy(policy.model, policy.tokenizer, handoff_prob=0.2)
+    env = make_env(ROWS, guide=a_few_words, handoff=True, handoff_cost=0.01)
+    algorithm = PPO(policy, env, episodes_per_iteration=ROWS, minibatch_size=8)
+    before = policy.heads["handoff"].weight.clone()
+    algorithm.learn(total_episodes=2 * ROWS)
+    assert (policy.heads["handoff"].weight != before).any()
+    assert algorithm.history[0]["handoff_fraction"] > 0
+    assert algorithm.history[0]["reward/handoff_cost"] < 0
+    assert algorithm.num_guide_tokens > 0
 
 
 def test_arguments_are_translated_and_the_algorithms_own_win(make_policy, make_env):

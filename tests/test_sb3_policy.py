@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import subprocess
@@ -18,7 +19,9 @@ import torch
 from conftest import ENV_ID, HORIZON, PROMPT_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.policy import CausalLMPolicy
 from agents.sb3 import (
@@ -161,6 +164,62 @@ def test_sampled_actions_carry_their_own_log_probabilities_and_values(name, hand
     assert ((counts / 4000 - probs[0]).abs() <= 5 * spread + 1e-3).all()
 
 
+@pytest.mark.parametrize("hands_off", [False, True])
+def test_texts_that_go_on_cost_a_token_and_change_nothing(hands_off, make_policy, make_envs):
+    policy = make_policy()
+    arguments = {}
+    if hands_off:
+        policy = CausalLMPolicy(policy.model, policy.tokenizer, handoff_prob=0.05)
+        arguments = {"handoff": True, "guide": lambda requests: [" sun" for _ in requests]}
+    policy.decoding = Decoding(top_k=20, min_new_tokens=2)
+    rows, steps = 16, 6 * HORIZON
+    embeddings = lively(policy).model.get_input_embeddings()
+    end = embeddings.weight.data[policy.tokenizer.eos_token_id]
+    policy.model.transformer.ln_f.bias.data += 4 * end / end.square().sum()  # some texts end early
+    envs = make_envs(rows, **arguments)
+    inside = CausalLMActorCriticPolicy(
+        envs.observation_space, envs.action_space, lambda _: 1e-3, model=policy, prompt_columns=PROMPT_TOKENS
+    )
+    read = []
+    embeddings.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    envs.seed(0)
+    obs, readers, fresh, ended = envs.reset(), set(), 0, 0
+    inside.set_training_mode(False)
+    for step in range(steps):
+        tensors = obs_as_tensor(copy.deepcopy(obs), "cpu")
+        read.clear()
+        with torch.no_grad():
+            actions, values, log_probs = inside.forward(tensors)
+        fresh += sum(read)
+        readers.add(len(inside._readers))
+        if step == 7:  # what somebody asks in between disturbs nothing
+            inside.predict({name: array[:3] for name, array in obs.items()})
+        expected = inside.evaluate_actions(tensors, actions)
+        torch.testing.assert_close(values, expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(log_probs, expected[1], atol=1e-5, rtol=1e-5)
+        written = obs["attention_mask"][:, PROMPT_TOKENS:].sum(1)
+        assert (written[actions == policy.tokenizer.eos_token_id] >= 2).all()
+        assert all((tensors[name].numpy() == array).all() for name, array in obs.items()), "nothing is written to them"
+        obs, _, dones, _ = envs.step(actions.numpy())
+        ended += dones.sum()
+    assert ended > 1.3 * steps / HORIZON * rows, "not all texts ended at the horizon"
+    assert max(readers) > 1
+    prompt = PROMPT_TOKENS / 2
+    assert fresh < 0.6 * rows * steps * (prompt + HORIZON / 2)
+    # Other weights are not taken for those that were read.
+    policy.model.lm_head.weight.data += 0.1 * torch.randn(policy.model.lm_head.weight.shape)
+    inside.set_training_mode(False)
+    actions, _, log_probs = inside.forward(obs_as_tensor(obs, "cpu"))
+    torch.testing.assert_close(
+        log_probs, inside.evaluate_actions(obs_as_tensor(obs, "cpu"), actions)[1], atol=1e-5, rtol=1e-5
+    )
+    # Other texts neither.
+    other = {name: torch.from_numpy(array).roll(1, 0) for name, array in envs.reset().items()}
+    actions, _, log_probs = inside.forward(other)
+    torch.testing.assert_close(log_probs, inside.evaluate_actions(other, actions)[1], atol=1e-5, rtol=1e-5)
+    inside.forward({name: array[:2] for name, array in other.items()})
+
+
 @pytest.mark.parametrize("name", ["ppo", "maskable ppo"])
 def test_decoding_is_the_policys_own(name, make_policy, make_envs):
     policy, envs = make_policy(), make_envs()
@@ -224,6 +283,10 @@ def test_algorithms_learn_and_their_zips_give_the_same_actions(name, make_policy
         np.testing.assert_array_equal(actions, again)
     for key, value in loaded.policy.state_dict().items():
         assert torch.equal(value, model.policy.state_dict()[key]), key
+    loaded.save(tmp_path / "again")
+    actions, _ = loaded.predict(obs, deterministic=True)
+    again, _ = type(model).load(tmp_path / "again").predict(obs, deterministic=True)
+    np.testing.assert_array_equal(actions, again)
     loaded.learn(HORIZON * ROWS)
     alone, _ = loaded.predict({key: value[0] for key, value in obs.items()}, deterministic=True)
     assert alone.shape == ()
@@ -259,6 +322,14 @@ def test_a_portable_zip_is_small_and_opens_elsewhere(make_policy, make_model, ma
     assert result.returncode == 0, result.stderr
     expected, _ = model.predict({key: value.numpy() for key, value in obs.items()}, deterministic=True)
     assert json.loads(result.stdout) == expected.tolist()
+
+
+def test_copies_of_a_portable_model_have_their_own_weights(make_policy):
+    policy = make_policy()
+    twin = copy.deepcopy({"model": Portable(policy)})["model"].policy
+    for name, value in policy.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)
+        assert twin.state_dict()[name].data_ptr() != value.data_ptr()
 
 
 def test_a_policy_alone_is_saved_and_loaded_too(make_policy, make_envs, tmp_path):
@@ -385,15 +456,7 @@ def test_ppo_learns_with_a_language_model(make_policy, make_envs):
         policy_kwargs={"model": make_policy()},
     )
 
-    def reward():
-        envs.seed(100)
-        obs, rewards = envs.reset(), []
-        for _ in range(4 * HORIZON):
-            actions, _ = model.predict(obs)
-            obs, reward, dones, _ = envs.step(actions)
-            rewards += reward[dones].tolist()
-        return np.mean(rewards)
-
-    before = reward()
+    before, _ = evaluate_policy(model, VecMonitor(envs), n_eval_episodes=128, deterministic=False)
     model.learn(15 * HORIZON * 32)
-    assert reward() > before + 0.3
+    after, _ = evaluate_policy(model, VecMonitor(envs), n_eval_episodes=128, deterministic=False)
+    assert after > before + 0.3

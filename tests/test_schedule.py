@@ -6,12 +6,25 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import plugins
 import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import agents
+import textgym  # noqa: F401  (registers the environments)
 from agents import CausalLMPolicy
 from benchmarks import run_all
 from benchmarks.profiles import Row, accepted, load_profile, row_of
@@ -108,7 +121,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(micro):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    # The run's own process ends with the next thing it has to say.
+    # The run's own process ends with it.
     waited = time.monotonic()
     while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
         assert time.monotonic() - waited < 60
@@ -135,6 +148,7 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(micro):
     run = next(iter(plugins.MICRO.tasks))
     folder = micro / f"{run}-ppo-0"
     (folder / "last" / "training").mkdir(parents=True)
+    (folder / "last" / "policy.json").touch()
     (folder / "settings.json").write_text(json.dumps({"profile": "another"}))
     assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
     assert "runs of the same ['profile'," in (folder / "traceback.txt").read_text()
@@ -176,7 +190,6 @@ def test_a_dry_run_prints_every_run_and_makes_nothing(micro, monkeypatch, capsys
 
 
 def test_tracked_runs_leave_a_log(micro):
-    pytest.importorskip("tensorboard")
     assert run_all.run_all(profile="plugins:MICRO", algos="ppo", track=["tensorboard"], out=micro) == 0
     assert list((micro / "words-ppo-0").rglob("events.out.tfevents*"))
 
@@ -203,3 +216,54 @@ def test_arguments_reach_the_constructor_that_names_them():
     }
     assert row_of("plugins:STRONGER") == ("plugins.STRONGER", plugins.STRONGER)
     assert row_of(plugins.Mine) == ("mine", Row("plugins:Mine"))
+
+
+def tiny(kind, tokenizer, folder):
+    """A tiny random model of a published class, as a folder."""
+    torch.manual_seed(0)
+    size = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    shape = {**size, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    models = {
+        "imdb": lambda: GPT2LMHeadModel(GPT2Config(**shape)),
+        "commongen": lambda: T5ForConditionalGeneration(
+            T5Config(**size, **t5, pad_token_id=1, decoder_start_token_id=1)
+        ),
+        "tldr": lambda: GPTJForCausalLM(GPTJConfig(**shape, rotary_dim=4)),
+    }
+    models[kind]().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["imdb", "commongen", "tldr"])
+def test_the_published_profile_runs_with_tiny_models_of_its_classes(micro, monkeypatch, name):
+    task = load_profile("paper").tasks[name]
+    env = gym.make_vec(task.env_id, num_envs=1, source="mini").unwrapped
+    base = str(micro / "base")
+    tiny(name, env.tokenizer, base)
+    small = replace(
+        task,
+        base=base,
+        policy={key: value for key, value in task.policy.items() if key != "quantization"},
+        supervised={**task.supervised, "n_epochs": 0.01},
+        episodes=16,
+        rl={**task.rl, "episodes_per_iteration": 8, "minibatch_size": 4, "eval_prompts": 8},
+        env={"max_prompt_tokens": 48, "max_new_tokens": 8},
+        decoding={**task.decoding, "min_new_tokens": 4},
+        test_prompts=8,
+    )
+    monkeypatch.setattr(
+        "benchmarks.profiles.load_profile",
+        lambda _: replace(load_profile("paper"), source="mini", tasks={name: small}),
+    )
+    out = micro / "out"
+    assert run_all.run_all(profile="tiny", algos="sl,ppo,ppo++,aggrevated,lols,d2lols", out=out) == 0
+    records = read_results(out)
+    assert len(records) == 6
+    for record in records:
+        assert record["hyperparameters"]["start_model"] == base
+        assert np.isfinite(record["final_reward"])
+        assert ("perplexity" in record["metrics"]) == (name != "commongen")
+    # The adapters of the published TL;DR model are all that its checkpoints hold.
+    assert (out / f"{name}-ppo-0" / "last" / "adapter_model.safetensors").exists() == (name == "tldr")

@@ -1,5 +1,6 @@
 """The three tasks: layout of the prompt, what is truncated, references and limits."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,6 @@ import pytest
 
 from textgym.data.mini import SIZES
 from textgym.data.sources import load_split
-from textgym.metrics import METRICS
 from textgym.tasks import TASKS
 from textgym.tokenization import encode_prompts, train_tokenizer
 
@@ -33,7 +33,11 @@ def test_names_resolve(task_name):
     task = TASKS[task_name]
     assert task.name == task_name
     assert task.reward in task.rewards
-    assert set(task.metrics) <= {*METRICS, "perplexity"}  # that one needs a model as well
+
+
+def test_a_metric_that_there_is_not_is_refused_by_the_task():
+    with pytest.raises(ValueError, match=r"metrics must be of .*'rouge'.*, got \['beauty'\]"):
+        dataclasses.replace(TASKS["imdb"], metrics=("rouge", "beauty"))
 
 
 def test_a_review_is_its_prompt_and_its_reference():

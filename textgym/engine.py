@@ -18,6 +18,7 @@ from textgym.guidance import Guidance
 from textgym.guides.base import Author, Completion, Guide, GuideRequest, load_guide
 from textgym.rewards import check_reward, load_reward, split_parts
 from textgym.rewards.base import RewardFunction
+from textgym.spec import WithSpec
 from textgym.task import SPLITS, Split, SplitName, Task
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ HANDOFF_LENGTH, RESTART_SEED, HANDOFF_SEED, NO_BODY = range(5, 9)
 RESET_OPTIONS = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "group_size")
 
 
-class TextVectorEnv(VectorEnv):
+class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     """Token-level text generation for N rows, as arrays.
 
     Every row is an episode ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end.

@@ -13,13 +13,14 @@ from textgym.engine import TextVectorEnv
 from textgym.guidance import Guidance
 from textgym.guides.base import Guide
 from textgym.rewards.base import RewardFunction
+from textgym.spec import WithSpec
 from textgym.task import Split, Task
 
 VECTOR_ONLY = ("num_envs", "parking", "autoreset_mode", "copy")
 VECTOR_ONLY_OPTIONS = ("reset_mask", "group_size")
 
 
-class TextEnv(gym.Env):
+class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
     """Token-level text generation, one episode at a time.
 
     An episode is ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end. The

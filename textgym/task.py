@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from textgym.metrics import NAMES
 from textgym.rewards.base import RewardFunction
 
 if TYPE_CHECKING:
@@ -61,9 +62,12 @@ class Task:
         truncation_side: Which end of the body is dropped when the prompt is too long.
         reward: The reward, or the name of one in `rewards`.
         rewards: Rewards by name: functions of the data source, called when the environment first needs the reward.
-        metrics: Names in `textgym.metrics.METRICS` that stand beside the reward in an evaluation.
+        metrics: Names in `textgym.metrics.NAMES`, of what stands beside the reward in an evaluation.
         demonstration: Which rows supervised learning imitates (None: all).
         tokenizer: The tokenizer, made on first use; None: a byte-level BPE trained on the train split.
+
+    Raises:
+        ValueError: There is no such metric.
     """
 
     name: str
@@ -78,6 +82,11 @@ class Task:
     metrics: tuple[str, ...] = ()
     demonstration: Callable[[Row], bool] | None = None
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.metrics) - set(NAMES))
+        if unknown:
+            raise ValueError(f"metrics must be of {list(NAMES)}, got {unknown}")
 
     def split(self, name: SplitName, source: str) -> Split:
         """Load a split.

@@ -137,6 +137,7 @@ class SB3Algorithm(Algorithm):
 
     Attributes:
         model: The algorithm of Stable-Baselines3.
+        last_rollout: Always None.
     """
 
     name = "sb3"
@@ -220,6 +221,7 @@ class SB3Algorithm(Algorithm):
         if sb3_policy == "MultiInputPolicy":
             self.policy = SB3Policy(self.model, self.policy.tokenizer)
         self._progress: Callable[[], float] = lambda: 0.0
+        self.last_rollout = None  # type: ignore[assignment]  # its episodes begin and end anywhere
 
     @classmethod
     def of(cls, sb3_class: type[BaseAlgorithm]) -> type[SB3Algorithm]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import torch
 from gymnasium import spaces
 from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
@@ -23,10 +24,13 @@ from torch.nn.functional import logsigmoid, pad
 
 from agents.algorithm import check
 from agents.policy import CausalLMPolicy, Evaluation, Policy, left_packed
-from textgym.decoding import Decoding, Sample, at_least_float32, choose, nucleus
+from textgym.decoding import Decoding, Sample, Sampler, at_least_float32, choose, nucleus, on_host
 from textgym.packing import autocast, head
 
 Observation = Mapping[str, Tensor]
+
+# Rows that end at different times are read by different readers. With more of them it is quicker to read all again.
+_MOST_READERS = 8
 
 
 class CausalLMActorCriticPolicy(ActorCriticPolicy):
@@ -88,6 +92,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
             raise ValueError(f"observation_space must be that of a textgym environment, got {observation_space}")
         if self.language_model.decoding.min_new_tokens and prompt_columns is None:
             raise ValueError("prompt_columns must be given where the model's decoding has min_new_tokens")
+        self._readers: list[_Reader] = []
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
@@ -116,29 +121,50 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         Returns:
             Actions, int64 (n,), values (n, 1), and log-probabilities (n,).
         """
-        sample = self._sample(obs, deterministic)
+        sample = self._reader(obs, deterministic=True).sample() if deterministic else self._go_on(obs)
         assert sample.values is not None
         return sample.tokens, sample.values[:, None], sample.log_probs
 
     def _predict(self, observation: Observation, deterministic: bool = False) -> Tensor:  # type: ignore[override]
-        return self._sample(observation, deterministic).tokens
+        return self._reader(observation, deterministic).sample().tokens
 
-    def _sample(self, obs: Observation, deterministic: bool) -> Sample:
-        written = self._written(obs).cpu().numpy()
+    def set_training_mode(self, mode: bool) -> None:
+        """Begin an update or a rollout: what was read of running texts is forgotten."""
+        self._readers.clear()
+        super().set_training_mode(mode)
+
+    def _go_on(self, obs: Observation) -> Sample:
+        """Sample the next token of every row; the texts that go on from the last call cost one token each."""
+        arrays, everywhere = {name: on_host(array) for name, array in obs.items()}, np.arange(len(obs["input_ids"]))
+        self._readers = [reader for reader in self._readers if reader.go_on(arrays)]
+        rows = np.setdiff1d(everywhere, [row for reader in self._readers for row in reader.rows])
+        if len(rows) and len(self._readers) == _MOST_READERS:
+            self._readers, rows = [], everywhere
+        if len(rows):
+            self._readers.append(self._reader(arrays, rows=rows))
+        samples = [reader.sample() for reader in self._readers]
+        order = torch.from_numpy(np.concatenate([reader.rows for reader in self._readers]).argsort()).to(self.device)
+        return Sample(*(torch.cat(parts)[order] for parts in zip(*samples, strict=True)))
+
+    def _reader(self, obs: Mapping[str, Any], deterministic: bool = False, rows: np.ndarray | None = None) -> _Reader:
+        rows = np.arange(len(obs["input_ids"])) if rows is None else rows
+        written = self._written(obs)[rows]
+        obs = {name: on_host(array)[rows] for name, array in obs.items()}
+        room = obs["attention_mask"][:, ::-1].argmax(1)
         sampler = self.language_model.sampler(
             obs,
             seeds=torch.randint(2**63 - 1, written.shape).numpy(),
             prefix_lengths=written,
-            max_new_tokens=written + 1,
+            max_new_tokens=written + (1 if deterministic else np.maximum(room, 1)),
             decoding=self._decoding(deterministic),
         )
-        return sampler.sample()
+        return _Reader(sampler, obs, rows)
 
-    def _written(self, obs: Observation) -> Tensor:
+    def _written(self, obs: Mapping[str, Any]) -> np.ndarray:
         """New tokens in observations, (n,); all zero where nothing hangs on their number."""
         if self.prompt_columns is None:
-            return torch.zeros(len(obs["input_ids"]), dtype=torch.int64)
-        return (obs["attention_mask"][:, self.prompt_columns :] != 0).sum(1)
+            return np.zeros(len(obs["input_ids"]), np.int64)
+        return (on_host(obs["attention_mask"])[:, self.prompt_columns :] != 0).sum(1)
 
     def _decoding(self, deterministic: bool) -> Decoding:
         decoding = self.language_model.decoding
@@ -259,7 +285,8 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
         decoding, eos = self._decoding(deterministic), self.language_model.tokenizer.eos_token_id
         scores = distribution.distribution.logits.clone()
         if decoding.min_new_tokens:
-            scores[self._written(obs) < decoding.min_new_tokens, eos] = -torch.inf
+            early = torch.from_numpy(self._written(obs) < decoding.min_new_tokens)
+            scores[early.to(scores.device), eos] = -torch.inf
         return choose(scores, torch.rand(len(scores), dtype=torch.float64).to(scores.device), decoding)
 
     def evaluate_actions(  # type: ignore[override]
@@ -294,6 +321,44 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
         distribution = MaskableCategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
         distribution.apply_masking(allowed)
         return distribution
+
+
+class _Reader:
+    """Rows of a rollout that were read together: from then on each costs one token a step.
+
+    Args:
+        sampler: Reads them.
+        obs: "input_ids" and "attention_mask", arrays (n, P+T).
+        rows: (n,), which rows of the rollout they are.
+    """
+
+    def __init__(self, sampler: Sampler, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        self.sampler, self._texts, self._rows = sampler, obs, rows
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(m,) those that are still read here, in the order of samples."""
+        return self._rows[self.sampler.rows]
+
+    def sample(self) -> Sample:
+        """Choose their next tokens."""
+        sample, rows = self.sampler.sample(), self.sampler.rows
+        ids, mask = self._texts["input_ids"], self._texts["attention_mask"]
+        ends = mask.shape[1] - mask[rows, ::-1].argmax(1)
+        fits = ends < mask.shape[1]
+        ids[rows[fits], ends[fits]], mask[rows[fits], ends[fits]] = sample.tokens.cpu().numpy()[fits], 1
+        return sample
+
+    def go_on(self, obs: Mapping[str, np.ndarray]) -> bool:
+        """Let the rows leave in which another text stands now; whether any stay."""
+        rows = self.rows
+        same = np.zeros(len(rows), bool)
+        if rows.max() < len(obs["input_ids"]):
+            mask, own = obs["attention_mask"][rows], self._texts["attention_mask"][self.sampler.rows]
+            other = (obs["input_ids"][rows] != self._texts["input_ids"][self.sampler.rows]) & (mask != 0)
+            same = (mask == own).all(1) & ~other.any(1)
+        self.sampler.keep(same)
+        return bool(same.any())
 
 
 class Portable:

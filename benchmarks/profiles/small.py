@@ -40,19 +40,24 @@ COMMONGEN = TaskProfile(
     env_id="textgym/CommonGen-v0",
     language_model=LANGUAGE_MODEL,
     supervised=SUPERVISED,
-    episodes=128 * 200,
+    episodes=128 * 80,
     rl=RL | {"episodes_per_iteration": 128, "minibatch_size": 64, "n_epochs": 4, "eval_every": 20},
-    rows=suite(iterations=200, beta=0.8, aggrevated_beta=0.8),
+    rows=suite(iterations=80, beta=0.8, aggrevated_beta=0.8),
     decoding={"min_new_tokens": 5},
 )
 TLDR = TaskProfile(
     env_id="textgym/TLDR-v0",
     language_model=LANGUAGE_MODEL,
     supervised=SUPERVISED,
-    episodes=128 * 60,
-    rl=RL | {"episodes_per_iteration": 128, "minibatch_size": 32, "kl_coef": 0.01},
-    rows=suite(iterations=60, beta=0.8, aggrevated_beta=1.0),
+    episodes=128 * 32,
+    rl=RL | {"episodes_per_iteration": 128, "minibatch_size": 32, "kl_coef": 0.01, "eval_every": 8},
+    rows=suite(iterations=32, beta=0.8, aggrevated_beta=1.0),
     env={"max_prompt_tokens": 256},
 )
 
-SMALL = Profile(name="small", source="hub", tasks={"imdb": IMDB, "commongen": COMMONGEN, "tldr": TLDR})
+SMALL = Profile(
+    name="small",
+    source="hub",
+    tasks={"imdb": IMDB, "commongen": COMMONGEN, "tldr": TLDR},
+    default=("sl", "best-of-4", "ppo", "ppo++", "aggrevated", "lols", "d2lols", "dr-po", "rloo", "guided-rloo"),
+)

@@ -1,6 +1,7 @@
 """Rewards that compare a text with its sample's references: CIDEr-D, concept coverage, ROUGE-L.
 
-CommonGen was published with a SPICE term; SPICE needs a Java scene-graph parser, so this project has none.
+CommonGen was published with a SPICE term; SPICE needs a Java scene-graph parser, so this project has none in a reward
+(`textgym.metrics` can judge by it).
 """
 
 from __future__ import annotations
@@ -179,19 +180,28 @@ def coverage(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
     return fractions
 
 
-def rouge_l(completions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """ROUGE-L F1 with Porter stemming by the `rouge-score` package (Lin 2004), the best over a text's references.
+def rouge(
+    kinds: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """F1 of ROUGE with Porter stemming by the `rouge-score` package (Lin 2004), the best over a text's references.
+
+    Args:
+        kinds: As the package calls them: "rouge1", "rouge2", "rougeL".
+        completions: N texts.
+        references: For each its reference texts.
 
     Returns:
-        float64 (N,) in [0, 1]; 0 for a text without references.
+        For each kind float64 (N,) in [0, 1]; 0 for a text without references.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(completions, references, strict=True)
-    return np.array(
-        [max((scorer.score(t, text)["rougeL"].fmeasure for t in texts), default=0.0) for text, texts in pairs]
-    )
+    scorer = RougeScorer([*kinds], use_stemmer=True)
+    best = {kind: np.zeros(len(completions)) for kind in kinds}
+    for row, (text, targets) in enumerate(zip(completions, references, strict=True)):
+        for target in targets:
+            for kind, score in scorer.score(target, text).items():
+                best[kind][row] = max(best[kind][row], score.fmeasure)
+    return best
 
 
 class CiderCoverage:
@@ -228,7 +238,7 @@ def cider_coverage_reward(source: str) -> CiderCoverage:
 
 
 class RougeL:
-    """ROUGE-L F1 (see `rouge_l`) as a reward."""
+    """ROUGE-L F1 (see `rouge`) as a reward."""
 
     fingerprint = "rouge-score rougeL F1 stemmed max"
 
@@ -236,7 +246,7 @@ class RougeL:
         self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> np.ndarray:
         """Score N texts (see `RewardFunction`)."""
-        return rouge_l(completions, references)
+        return rouge(["rougeL"], completions, references)["rougeL"]
 
 
 def rouge_l_reward(source: str) -> RougeL:

@@ -36,17 +36,22 @@ def load_or_train(
     Returns:
         The model; its fingerprint is 16 hex digits of the recipe's hash.
     """
+    recipe = {**recipe, "threads": 1}  # of how many threads sums are made can be seen in their last digits
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / "rewards" / f"{name}-{fingerprint}"
     if not folder.is_dir():
-        arrays, report = train()
+        import sklearn.linear_model  # noqa: F401  (only libraries that are loaded already are limited)
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1):
+            arrays, report = train()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             dir=folder.parent, prefix=f".{name}-", ignore_cleanup_errors=True
         ) as temporary:
             save_file(arrays, os.path.join(temporary, "weights.safetensors"))
             with open(os.path.join(temporary, "report.json"), "w", encoding="utf-8") as file:
-                json.dump({"recipe": dict(recipe), **report}, file, indent=2)
+                json.dump({"recipe": recipe, **report}, file, indent=2)
             try:
                 os.rename(temporary, folder)
             except OSError:

@@ -33,7 +33,17 @@ TASK = Task(
     max_new_tokens=20,
     reward="cider_coverage",
     rewards={"cider_coverage": _cider_coverage},
-    metrics=("perplexity", "distinct_2", "bleu", "rouge_l", "cider_d", "coverage"),
+    metrics=(
+        "perplexity",
+        "distinct",
+        "bleu",
+        "rouge",
+        "meteor",
+        "cider_d",
+        "spice",
+        "bert_score",
+        "coverage",
+    ),
 )
 
 

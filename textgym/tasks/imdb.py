@@ -47,7 +47,7 @@ TASK = Task(
     truncation_side="left",
     reward="sentiment",
     rewards={"sentiment": _sentiment},
-    metrics=("perplexity", "distinct_1", "distinct_2"),
+    metrics=("perplexity", "distinct", "self_bleu"),
     demonstration=_is_positive,
 )
 

@@ -38,7 +38,7 @@ TASK = Task(
     truncation_side="right",
     reward="rouge_l",
     rewards={"rouge_l": _rouge_l, "preference": _preference},
-    metrics=("perplexity", "distinct_2", "rouge_l", "bleu"),
+    metrics=("perplexity", "distinct", "preference", "rouge", "bleu", "meteor", "bert_score"),
 )
 
 

@@ -1,0 +1,179 @@
+"""Learning curves: as numbers, as a picture, and as what the report draws."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.plots import figure, save
+from benchmarks.results import Record, Runs
+from benchmarks.statistics import Interval, learning_curve
+
+# What curves are drawn against, and what they show: keys of a run's history, but for "tokens", the policy's and the
+# guide's, and "seconds", which are those since the start.
+AXES = {
+    "num_episodes": "episodes",
+    "num_timesteps": "policy tokens",
+    "num_guide_tokens": "guide tokens",
+    "tokens": "all tokens",
+    "seconds": "seconds of training",
+}
+CURVES = {
+    "eval/reward": "validation reward",
+    "reward": "training reward",
+    "kl": "KL to the start, nats a text",
+    "entropy": "entropy, nats a token",
+}
+POINTS = 64  # of a drawn curve; where there are more iterations, means of as many stretches
+# Colours for light and dark paper, which a reader can tell apart; where there are more rows, the next ones are dashed.
+COLOURS = (
+    ("#6b7280", "#a3abb8"),
+    ("#1f6fd1", "#6db1ff"),
+    ("#c2560a", "#ffa45c"),
+    ("#0f8a5f", "#4fd1a1"),
+    ("#a3308f", "#f08ede"),
+    ("#b08900", "#e3c24a"),
+)
+DASHES = ("solid", "dash", "dot")
+
+
+class Line(NamedTuple):
+    """The learning curves of a row on a task.
+
+    Attributes:
+        task: The task.
+        algo: The row.
+        seeds: Its seeds.
+        x: For each of `AXES`, float (seeds, points).
+        y: For each of `CURVES`, float (seeds, points), NaN where there is nothing.
+    """
+
+    task: str
+    algo: str
+    seeds: list[int]
+    x: dict[str, np.ndarray]
+    y: dict[str, np.ndarray]
+
+    def over_seeds(self, curve: str) -> list[Interval | None]:
+        """Interquartile mean over seeds at every point, None where a seed has nothing."""
+        values = self.y[curve].T
+        there = np.isfinite(values).all(1)
+        intervals = iter(learning_curve(values[there]) if there.any() else [])
+        return [next(intervals) if point else None for point in there]
+
+
+def lines(runs: Runs) -> list[Line]:
+    """The curves of every row that has some, iteration by iteration: seeds end where the shortest of them does."""
+    found = []
+    for task, algo, group in runs.groups():
+        length = min(len(record["history"]) for record in group)
+        seeds = [record["seed"] for record in group]
+        parts = [_points(record, length) for record in group] if length else []
+        y = {curve: np.array([part[curve] for part in parts]) for curve in CURVES}
+        if any(np.isfinite(values).any() for values in y.values()):
+            found.append(Line(task, algo, seeds, {axis: np.array([part[axis] for part in parts]) for axis in AXES}, y))
+    return found
+
+
+def as_csv(runs: Runs) -> str:
+    """Every iteration of every run as CSV, a row each: task, algo, seed and the scalars of its history."""
+    scalars = dict.fromkeys(
+        key
+        for record in runs.records
+        for entry in record["history"]
+        for key, value in entry.items()
+        if isinstance(value, int | float)
+    )
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, ["task", "algo", "seed", *scalars], restval="", extrasaction="ignore", lineterminator="\n"
+    )
+    writer.writeheader()
+    for record in runs.records:
+        for entry in record["history"]:
+            writer.writerow(entry | {key: record[key] for key in ("task", "algo", "seed")})
+    return text.getvalue()
+
+
+def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
+    """Draw rewards against all tokens, guide tokens and seconds: interquartile means over seeds, intervals as bands.
+
+    Validation rewards where a task has them, else training rewards.
+
+    Args:
+        lines: What to draw.
+        algos: All rows in their order, by which each has its colour.
+        path: The picture, PNG.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    tasks = list(dict.fromkeys(line.task for line in lines))
+    axes_shown = ("tokens", "num_guide_tokens", "seconds")
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    picture = figure(2.5 + 4 * len(tasks), 3.1 * len(axes_shown))
+    grid = picture.subplots(len(axes_shown), len(tasks), squeeze=False, sharey="col")
+    legend = {}
+    for column, task in enumerate(tasks):
+        of_task = [line for line in lines if line.task == task]
+        validated = any(np.isfinite(line.y["eval/reward"]).any() for line in of_task)
+        curve = "eval/reward" if validated else "reward"
+        for line in of_task:
+            place = algos.index(line.algo)
+            style = {
+                "color": COLOURS[place % len(COLOURS)][0],
+                "linestyle": ("-", "--", ":")[place // len(COLOURS) % len(DASHES)],
+            }
+            points = line.over_seeds(curve)
+            there = np.array([point is not None for point in points])
+            values, low, high = np.array([point for point in points if point is not None]).reshape(-1, 3).T
+            for row, axis in enumerate(axes_shown):
+                x = line.x[axis].mean(0)
+                if not x[-1]:  # no guide
+                    continue
+                panel = grid[row, column]
+                (legend[line.algo],) = panel.plot(x[there], values, linewidth=1.5, **style)
+                panel.fill_between(x[there], low, high, color=style["color"], alpha=0.12, linewidth=0)
+        for row, axis in enumerate(axes_shown):
+            panel = grid[row, column]
+            panel.set(xlabel=AXES[axis])
+            panel.xaxis.set_major_locator(MaxNLocator(6))
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+        grid[0, column].set_title(_literal(f"{task}: {CURVES[curve]}"), fontsize=11)
+    names = [algo for algo in algos if algo in legend]
+    labels = [_literal(name) for name in names]
+    picture.legend([legend[name] for name in names], labels, loc="outside right upper", frameon=False)
+    save(picture, path)
+
+
+def _literal(text: str) -> str:
+    """Text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
+def _points(record: Record, length: int) -> dict[str, np.ndarray]:
+    """A run's history in at most `POINTS` stretches: where each ended, and its means."""
+    history = record["history"][:length]
+    columns = {
+        key: np.array([entry.get(key, np.nan) for entry in history], dtype=np.float64) for key in (*AXES, *CURVES)
+    }
+    columns["seconds"] = np.cumsum(columns["seconds"])
+    columns["tokens"] = columns["num_timesteps"] + columns["num_guide_tokens"]
+    stretches = np.array_split(np.arange(length), min(length, POINTS))
+    ends = [stretch[-1] for stretch in stretches]
+    return {key: columns[key][ends] for key in AXES} | {
+        key: np.array([_mean(columns[key][stretch]) for stretch in stretches]) for key in CURVES
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    there = values[np.isfinite(values)]
+    return float(there.mean()) if there.size else float("nan")

@@ -1,0 +1,178 @@
+"""Fill a page of Markdown from results: ``python -m benchmarks.findings runs/NAME --page docs/evidence.md``.
+
+A person writes the page, but for what stands between ``<!-- PASSAGE -->`` and ``<!-- / -->``, which this command
+writes, again each time. A passage is one of
+
+- ``made``: what was run, and how this page was made; ``curves``: the picture of the learning curves;
+- ``claims``: whether guided algorithms beat PPO, and PPO supervised learning;
+- ``table T``: a table, T being ``results``, ``aggregate``, ``improvement``, ``comparisons``, ``metrics`` or ``costs``;
+- ``reward TASK ROW``, ``normalised ROW``, ``difference TASK ROW BASELINE``, ``improvement ROW BASELINE``,
+  ``ratio METRIC TASK ROW BASELINE``: one number with its interval, for the middle of a sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+from benchmarks import tables
+from benchmarks.analysis import Analysis
+from benchmarks.report import PAGE, PICTURE
+from benchmarks.results import Runs, write_text
+
+# (row, baseline, whether its perplexity must not be higher too): the row's interval of test reward lies above the
+# baseline's, on as many tasks as stand below.
+CLAIMS = (("d2lols", "ppo", True), ("ppo++", "ppo", True), ("ppo", "sl", False))
+TASKS_NEEDED = 2
+
+
+class Findings:
+    """The passages of a page.
+
+    Args:
+        folder: The benchmark folder, with its report.
+        page: Where the page is, for the paths in it.
+    """
+
+    def __init__(self, folder: Path, page: Path) -> None:
+        self.folder, self.page = folder, page
+        self.analysis = Analysis(Runs.read(folder))
+        self.passages: dict[str, Callable[..., str]] = {
+            "made": self.made,
+            "curves": self.curves,
+            "claims": self.claims,
+            "table": self.table,
+            "reward": lambda task, row: f"{self.analysis.reward(task, row):.3f}",
+            "normalised": lambda row: f"{self.analysis.aggregate[row]:.2f}",
+            "difference": lambda *key: f"{self.analysis.differences[key].reward:+.3f}",
+            "improvement": lambda *key: f"{self.analysis.improvement[key]:.2f}",
+            "ratio": self.ratio,
+        }
+
+    def fill(self, text: str) -> str:
+        """Write the passages of a page anew.
+
+        Raises:
+            ValueError: A passage that there is not, or that the results have nothing for, or one without an end.
+        """
+        filled, count = re.subn(r"<!-- ([^>/]+?) -->((?!<!--).)*<!-- / -->", self._passage, text, flags=re.DOTALL)
+        ends = text.count("<!-- / -->")
+        if count != ends:
+            raise ValueError(f"each <!-- / --> must end a passage, got {ends} of them for {count} passages")
+        return filled
+
+    def _passage(self, match: re.Match[str]) -> str:
+        name, *arguments = match[1].split()
+        if name not in self.passages:
+            raise ValueError(f"a passage must be one of {[*self.passages]}, got {name!r}")
+        try:
+            written = self.passages[name](*arguments)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"passage {match[1]!r} asks for what {self.folder} does not have: {error!r}") from error
+        # Lines of their own are Markdown only after an empty one.
+        space = "\n\n" if "\n" in written or name in ("made", "curves") else ""
+        return f"<!-- {match[1]} -->{space}{written}{space}<!-- / -->"
+
+    def made(self) -> str:
+        """What was run, and the command."""
+        runs = self.analysis.runs
+        seeds = sorted({len(group) for _, _, group in runs.groups()})
+        prompts = {record["task"]: len(record["evaluation"]["rewards"]) for record in runs.records}
+        tested = tables.listed([f"{count} prompts of {task}" for task, count in prompts.items()])
+        hours = sum(record["seconds"] for record in runs.records) / 3600
+        return (
+            f"{len(runs.records)} runs of profile `{runs.records[0]['profile']}`: {len(runs.algos)} rows with "
+            f"{' or '.join(map(str, seeds))} seeds, {hours:.1f} hours of training, tested on {tested}. Numbers here "
+            f"were written by `python -m benchmarks.findings {os.path.relpath(self.folder)} --page "
+            f"{os.path.relpath(self.page)}`."
+        )
+
+    def curves(self) -> str:
+        """The picture that the report drew."""
+        path = self.folder / PICTURE
+        if not path.exists():
+            raise ValueError(f'{path} is missing: pip install "textgym[plots]" and write the report')
+        return f"![Learning curves]({Path(os.path.relpath(path, self.page.parent)).as_posix()})"
+
+    def table(self, name: str) -> str:
+        """A table of the report."""
+        made: dict[str, Callable[[Analysis], tables.Table]] = {
+            table.__name__: table
+            for table in (
+                tables.results,
+                tables.aggregate,
+                tables.improvement,
+                tables.comparisons,
+                tables.metrics,
+                tables.costs,
+            )
+        }
+        return made[name](self.analysis).markdown()
+
+    def ratio(self, metric: str, task: str, row: str, baseline: str) -> str:
+        """A ratio of two rows' metric."""
+        found = self.analysis.ratio(task, row, baseline, metric)
+        if found is None:
+            raise ValueError(f"no {metric} above 0 in every run")
+        return f"{found:.2f}"
+
+    def claims(self) -> str:
+        """For each claim where it holds, and what on each task speaks for and against it."""
+        parts = [
+            "A row is above another where its whole interval of test reward, over seeds, is above the other's. Its "
+            "perplexity is higher where the whole interval of their ratio is above 1."
+        ]
+        tasks = self.analysis.runs.tasks
+        for row, baseline, fluent in CLAIMS:
+            judged = {task: self.claim(task, row, baseline, fluent) for task in tasks}
+            where = [task for task, (holds, _) in judged.items() if holds]
+            claim = f"`{row}` above `{baseline}`{', its perplexity no higher' if fluent else ''}"
+            outcome = "holds" if len(where) >= TASKS_NEEDED else f"does not hold on {TASKS_NEEDED} tasks"
+            found = f"on {tables.listed(where)}" if where else "on none"
+            lines = [f"- {task}: {sentence}" for task, (_, sentence) in judged.items()]
+            parts.append("\n".join([f"**{claim}: {outcome}** ({found} of {len(tasks)}).", "", *lines]))
+        return "\n\n".join(parts)
+
+    def claim(self, task: str, row: str, baseline: str, fluent: bool) -> tuple[bool, str]:
+        """Whether a claim holds on a task, and what speaks for and against it."""
+        analysis = self.analysis
+        if missing := [algo for algo in (row, baseline) if not analysis.runs.of(task, algo)]:
+            return False, f"no run of {tables.listed(missing)}."
+        first, second = analysis.reward(task, row), analysis.reward(task, baseline)
+        verdict, seeds = first.against(second), [len(analysis.runs.of(task, algo)) for algo in (row, baseline)]
+        sentences = [
+            f"{verdict}: test reward {first:.3f} over {seeds[0]} seeds against {second:.3f} over {seeds[1]}"
+            + ("" if min(seeds) > 1 else ", and one seed has no interval")
+        ]
+        if difference := analysis.differences.get((task, row, baseline)):
+            sentences.append(f"on the same prompts {difference.reward:+.3f}")
+        higher = {"above": "higher", "below": "lower", "not told apart": "not told apart"}
+        ratio = analysis.ratio(task, row, baseline, "perplexity")
+        told = ratio and higher[ratio.against(1)]
+        sentences.append(f"perplexity {ratio:.3f} times that of {baseline}, {told}" if ratio else "perplexity unknown")
+        holds = verdict == "above" and (not fluent or told in ("lower", "not told apart"))
+        return holds, "; ".join(sentences) + "."
+
+
+def fill_page(folder: tyro.conf.Positional[Path], page: Path) -> None:
+    """Fill a page of Markdown from the results in a benchmark folder; where there is no page yet, begin one.
+
+    Args:
+        folder: The benchmark folder, with its report.
+        page: The page.
+
+    Raises:
+        ValueError: The folder holds no finished run, or the page asks for what there is not.
+    """
+    source = page if page.exists() else PAGE / "findings.md"
+    filled = Findings(folder, page).fill(source.read_text(encoding="utf-8"))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, filled)
+
+
+if __name__ == "__main__":
+    tyro.cli(fill_page)

@@ -1,0 +1,200 @@
+"""Metrics that run a model: perplexity under a language model, BERTScore under an encoder."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Sequence
+
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from textgym.decoding import load_model, resolve_device
+from textgym.metrics.base import Metric
+
+# The layer whose output correlates best with human judgement, as bert-score's authors chose it on WMT16. Their table
+# goes by the model's name, which a folder does not have; this one by its type and number of layers.
+_BEST_LAYERS = {
+    ("bert", 6): 5,
+    ("bert", 12): 9,
+    ("bert", 24): 18,
+    ("roberta", 6): 5,
+    ("roberta", 12): 10,
+    ("roberta", 24): 17,
+    ("distilbert", 6): 5,
+    ("xlm-roberta", 12): 9,
+    ("xlm-roberta", 24): 17,
+}
+
+
+class Perplexity(Metric):
+    """Perplexity of texts under a causal language model: exp of the mean negative log-likelihood of a token.
+
+    It reads token ids and not texts, so that it judges the very tokens that were written. The mean is over all tokens
+    of all predictions, each given its prompt and the tokens before it; a final EOS is a token like any other and counts
+    where the ids hold it. Prompt tokens are conditioned on and not counted.
+
+    Args:
+        model: The judge, on any device; or its hub id or folder. It reads the ids with its own vocabulary.
+        batch_size: Texts at once.
+
+    Returns:
+        ``perplexity``, at least 1.
+
+    Raises:
+        ValueError: The model is not a causal one.
+    """
+
+    inputs = ("prompt_ids", "prediction_ids")
+    paper = "Jelinek et al. Perplexity: A Measure of the Difficulty of Speech Recognition Tasks. JASA 62, 1977."
+
+    def __init__(self, model: PreTrainedModel | str | os.PathLike[str], *, batch_size: int = 16) -> None:
+        super().__init__()
+        self.model = load_model(model) if isinstance(model, str | os.PathLike) else model
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(f"model must be a causal language model, got a {type(self.model).__name__}")
+        self.batch_size = batch_size
+        self.signature = f"model {self.model.name_or_path or type(self.model).__name__}"
+
+    @torch.inference_mode()
+    def _scores(self, prompt_ids: Sequence[Sequence[int]], prediction_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+        if not all(map(len, prompt_ids)):
+            raise ValueError("prompt_ids must each hold at least one token, got an empty one")
+        if not any(map(len, prediction_ids)):
+            raise ValueError("prediction_ids must hold at least one token, got none")
+        total, count = 0.0, 0
+        order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]) - len(prediction_ids[i]))
+        training = self.model.training
+        self.model.eval()
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            # Prompts end and predictions begin at one column, so that logits are needed from there on only.
+            before = max(len(prompt_ids[i]) for i in rows)
+            after = max(len(prediction_ids[i]) for i in rows)
+            if not after:
+                continue
+            ids = torch.zeros(len(rows), before + after, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(rows):
+                columns = slice(before - len(prompt_ids[i]), before + len(prediction_ids[i]))
+                ids[row, columns] = torch.tensor([*prompt_ids[i], *prediction_ids[i]])
+                mask[row, columns] = 1
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                logits_to_keep=after + 1,
+            ).logits[:, :-1]
+            losses = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), ids[:, before:].flatten(), reduction="none"
+            )
+            written = mask[:, before:].flatten()
+            total += float((losses * written).sum(dtype=torch.float64))
+            count += int(written.sum())
+        self.model.train(training)
+        return {"perplexity": math.exp(total / count)}
+
+
+class BertScore(Metric):
+    """BERTScore: tokens matched greedily by the cosine of their contextual embeddings, without idf or rescaling.
+
+    The precision of a text is the mean over its tokens of the largest cosine with a token of the reference, recall the
+    other way round, F1 their harmonic mean, and all are 0 where one of the two is empty; start and end tokens can be
+    matched but do not count. Of several references the best counts, for each of the three. These are the numbers of the
+    package `bert-score`. They compare under one encoder and layer only; published ones are mostly of roberta-large,
+    layer 17.
+
+    Args:
+        encoder: Hub id or folder of an encoder with safetensors weights.
+        layer: The layer whose output is the embedding, counted from 1. None: the one that bert-score's authors chose
+            for BERT, RoBERTa, XLM-RoBERTa and DistilBERT of that depth, else the last.
+        device: "auto" is CUDA where there is one, else CPU.
+        batch_size: Texts at once.
+
+    Returns:
+        ``bert_score_precision``, ``bert_score_recall``, ``bert_score_f1``, means in [-1, 1].
+
+    Raises:
+        ValueError: There is no such encoder, or no such layer.
+    """
+
+    inputs = ("predictions", "references")
+    paper = "Zhang, Kishore, Wu, Weinberger, Artzi. BERTScore: Evaluating Text Generation with BERT. ICLR 2020."
+
+    def __init__(
+        self,
+        encoder: str | os.PathLike[str],
+        *,
+        layer: int | None = None,
+        device: str | torch.device = "auto",
+        batch_size: int = 64,
+    ) -> None:
+        super().__init__()
+        name = os.fspath(encoder)
+        try:
+            model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+            # bert-score gives RoBERTa the first word as one inside of a text: with slow tokenizers, its default. (With
+            # transformers 5, which has none of these, it no longer does.)
+            prefix = {"add_prefix_space": True} if model.config.model_type == "roberta" else {}
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **prefix)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"encoder must be a hub id or a folder of a model with safetensors weights, got {name!r}: {error}"
+            ) from error
+        if model.config.is_encoder_decoder:
+            model = model.get_encoder()
+        depth = model.config.num_hidden_layers
+        if layer is None:
+            layer = _BEST_LAYERS.get((model.config.model_type, depth), depth)
+        if not 1 <= layer <= depth:
+            raise ValueError(f"layer must be in 1 to {depth}, the encoder's number of layers, got {layer!r}")
+        self.model = model.eval().to(resolve_device(device))
+        self.layer = layer
+        self.batch_size = batch_size
+        limit = getattr(model.config, "max_position_embeddings", None)
+        self.max_length = min(self.tokenizer.model_max_length, limit or self.tokenizer.model_max_length)
+        self.signature = f"{name}, layer {layer}, no idf, no rescaling"
+
+    @torch.inference_mode()
+    def _scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        embedded = self._embed({*predictions, *(text for texts in references for text in texts)})
+        best = [
+            torch.stack([_match(embedded[text], embedded[target]) for target in targets]).amax(0)
+            for text, targets in zip(predictions, references, strict=True)
+        ]
+        precision, recall, f1 = torch.stack(best).double().mean(0)
+        return {"bert_score_precision": precision, "bert_score_recall": recall, "bert_score_f1": f1}
+
+    def _embed(self, texts: Collection[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """For every text the unit embeddings (L, D) of its tokens, and which of them count, bool (L,)."""
+        embedded = {}
+        ends = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id} - {None}
+        # Texts of like lengths together, the longest first.
+        order = sorted(texts, key=lambda text: (-len(text), text))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            encoded = self.tokenizer(
+                [text.strip() for text in batch],
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+            states = self.model(**encoded.to(self.model.device), output_hidden_states=True).hidden_states[self.layer]
+            units = torch.nn.functional.normalize(states.float(), dim=-1).cpu()
+            tokens = encoded["attention_mask"].bool().cpu()
+            counted = ~torch.isin(encoded["input_ids"].cpu(), torch.tensor([*ends], dtype=torch.long))
+            for row, text in enumerate(batch):
+                embedded[text] = units[row, tokens[row]], counted[row, tokens[row]]
+        return embedded
+
+
+def _match(text: tuple[torch.Tensor, torch.Tensor], target: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Precision, recall and F1 (3,) of a text against one reference; 0 where one of them is empty."""
+    (written, of_text), (wanted, of_target) = text, target
+    if not (of_text.any() and of_target.any()):
+        return torch.zeros(3)
+    cosines = written @ wanted.T
+    precision, recall = cosines.amax(1)[of_text].mean(), cosines.amax(0)[of_target].mean()
+    return torch.stack([precision, recall, 2 * precision * recall / (precision + recall)])
