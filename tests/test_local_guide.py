@@ -199,7 +199,7 @@ def test_templates_and_chats_are_what_the_model_reads():
         guide.tokenizer = own
         same = guide.complete([begun, fresh], own)
         assert (same[0].text is None) == (not arguments), "ids only where the prompt alone is read"
-        assert guide.fingerprint == text_guide(**arguments)[0].fingerprint
+        assert guide.fingerprint == asked_guide(**arguments)[0].fingerprint
         assert [type(completion.text) for completion in written] == [str, str]
     prints = [text_guide(**options)[0].fingerprint for options in ({}, {"chat": False}, {"stop": ["x"]})]
     assert prints[0] == prints[1] != prints[2]

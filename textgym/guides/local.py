@@ -124,6 +124,8 @@ class LocalGuide:
                 f"guide: the tokenizer has {len(own)} tokens, but the model's vocabulary has only {rows}: "
                 "pass LocalGuide(model, tokenizer=...) the tokenizer that belongs to it"
             )
+        if self.chat and own.chat_template is None:
+            raise ValueError("chat must be False for a tokenizer without a chat template")
         if not self._asks and self._same_vocabulary(own, tokenizer):
             return self._complete_ids(requests, own, tokenizer)
         return self._complete_texts(requests, own, tokenizer)
@@ -258,8 +260,6 @@ class LocalGuide:
             else:
                 own = self.tokenizer
                 self._own_tokenizer = pretrained_tokenizer(own) if isinstance(own, str | os.PathLike) else own
-        if self.chat and getattr(self._own_tokenizer, "chat_template", None) is None:
-            raise ValueError("chat must be False for a tokenizer without a chat template")
 
     def _same_vocabulary(self, own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
         if own is other:
