@@ -166,3 +166,68 @@ def test_naming_a_guide_does_not_import_torch():
         "pickle.loads(pickle.dumps(copy.deepcopy(guide))); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+def asked_guide(**arguments):
+    """A guide and what it was given to continue, as text."""
+    guide, own = text_guide(**arguments)
+    own.chat_template = CHAT
+    read = []
+    write = guide._write
+    guide._write = lambda contexts, *rest: read.extend(own.decode(c[0]) for c in contexts) or write(contexts, *rest)
+    return guide, own, read
+
+
+def test_templates_and_chats_are_what_the_model_reads():
+    begun, fresh = (GuideRequest("a red sun", (2,), prefix, (), 4, 1) for prefix in (" over the", ""))
+    for arguments, first, second in (
+        ({}, "a red sun over the", "a red sun"),
+        ({"template": "{{x}} Go on: {prompt}\n"}, "{x} Go on: a red sun\n over the", "{x} Go on: a red sun\n"),
+        ({"chat": True}, "<user>a red sun</><answer>over the", "<user>a red sun</><answer>"),
+        ({"template": "Say {prompt}!", "chat": True}, "<user>Say a red sun!</><answer>over the",
+         "<user>Say a red sun!</><answer>"),
+    ):  # fmt: skip
+        guide, own, read = asked_guide(**arguments)
+        written = guide.complete([begun, fresh], WORDS)
+        assert read[:2] == [first, second]
+        guide.tokenizer = own
+        same = guide.complete([begun, fresh], own)
+        assert (same[0].text is None) == (not arguments), "ids only where the prompt alone is read"
+        assert guide.fingerprint == asked_guide(**arguments)[0].fingerprint
+        assert [type(completion.text) for completion in written] == [str, str]
+    prints = [text_guide(**options)[0].fingerprint for options in ({}, {"chat": False}, {"stop": ["x"]})]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_text_ends_before_a_stop_string():
+    free, _ = text_guide(decoding=Decoding(temperature=1.5))
+    asked = requests()
+    whole = [completion.text for completion in free.complete(asked, WORDS)]
+    stop = [" s", "e"]
+    stopping, _ = text_guide(decoding=Decoding(temperature=1.5), stop=stop)
+    cut = stopping.complete(asked, WORDS)
+    assert any(end in text for text in whole for end in stop)
+    for text, completion in zip(whole, cut, strict=True):
+        ends = [text.index(end) for end in stop if end in text]
+        if ends:
+            assert (completion.text, completion.finished) == (text[: min(ends)], True)
+        else:
+            assert completion.text.startswith(text)
+            assert not any(end in completion.text for end in stop)
+
+
+def test_what_cannot_be_asked_is_named():
+    with pytest.raises(ValueError, match=r"template must hold \{prompt\}"):
+        LocalGuide("gpt2", template="Go on:")
+    for stop in ("x", [""], [3]):
+        with pytest.raises(ValueError, match="stop must be a sequence of strings"):
+            LocalGuide("gpt2", stop=stop)
+    guide, _ = text_guide(chat=True)
+    with pytest.raises(ValueError, match="chat must be False for a tokenizer without a chat template"):
+        guide.complete(requests(), WORDS)

@@ -32,7 +32,7 @@ class LocalGuide:
     """Continues texts with a language model whose weights never change.
 
     Where the guide's tokenizer has the vocabulary of the environment's, token ids go in and come out untouched. Where
-    it has another one, the guide reads and writes text.
+    it has another one, or is to read more than the prompt, the guide reads and writes text.
 
     Args:
         model: Hub id or folder of a language model, causal or sequence-to-sequence, with safetensors weights, loaded
@@ -46,13 +46,18 @@ class LocalGuide:
         batch_size: Most texts in one pass.
         dtype: What products of matrices are computed in; "auto" is bfloat16 where the device computes fast in it, None
             the type of the weights.
+        template: What the model reads, with ``{prompt}`` for the prompt: an instruction, or examples before it.
+        chat: Whether that is what a user says to a chat model, by the chat template of its tokenizer; the text is then
+            the answer, which a prefix begins.
+        stop: Strings before which a text ends, beside EOS.
         quantization: As for `textgym.decoding.load_model`, where a model is loaded.
         gguf_file: As for `textgym.decoding.load_model`, where a model is loaded.
 
     Attributes:
         author: `Author.GUIDE`.
         can_hand_off: True.
-        fingerprint: 16 hex digits that change when a weight or the decoding does; the first access loads the model.
+        fingerprint: 16 hex digits that change when a weight, the decoding or the template does; the first access loads
+            the model.
 
     Raises:
         ValueError: An argument of another kind; when it is loaded, a model or tokenizer that is not there or that does
@@ -71,9 +76,16 @@ class LocalGuide:
         device: str | torch.device = "auto",
         batch_size: int = 256,
         dtype: torch.dtype | Literal["auto"] | None = None,
+        template: str = "{prompt}",
+        chat: bool = False,
+        stop: Sequence[str] = (),
         quantization: Literal["4bit"] | None = None,
         gguf_file: str | None = None,
     ) -> None:
+        if "{prompt}" not in template:
+            raise ValueError(f"template must hold {{prompt}}, got {template!r}")
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
         if dtype is not None:
@@ -83,6 +95,7 @@ class LocalGuide:
         self.path = str(model) if isinstance(model, str | os.PathLike) else None
         self.tokenizer, self.decoding, self.device, self.batch_size = tokenizer, decoding, device, batch_size
         self.dtype, self.quantization, self.gguf_file = dtype, quantization, gguf_file
+        self.template, self.chat, self.stop = template, chat, tuple(stop)
         self._model: Any = None if self.path is not None else _frozen_copy(model, device)
         self._own_tokenizer: Any = None
         self._compared: tuple[Any, bool] = (None, False)
@@ -111,19 +124,26 @@ class LocalGuide:
                 f"guide: the tokenizer has {len(own)} tokens, but the model's vocabulary has only {rows}: "
                 "pass LocalGuide(model, tokenizer=...) the tokenizer that belongs to it"
             )
-        if self._same_vocabulary(own, tokenizer):
+        if self.chat and own.chat_template is None:
+            raise ValueError("chat must be False for a tokenizer without a chat template")
+        if not self._asks and self._same_vocabulary(own, tokenizer):
             return self._complete_ids(requests, own, tokenizer)
         return self._complete_texts(requests, own, tokenizer)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change when a weight or the decoding does."""
+        """16 hex digits that change when a weight, the decoding or the template does."""
         self._load()
         if self._fingerprint is None:
-            self._fingerprint = fingerprint_of(
-                self._model, self.decoding, *([] if self.dtype is None else [self.dtype])
-            )
+            more = [*([] if self.dtype is None else [self.dtype]), *([self._asks] if self._asks else [])]
+            self._fingerprint = fingerprint_of(self._model, self.decoding, *more)
         return self._fingerprint
+
+    @property
+    def _asks(self) -> tuple[Any, ...]:
+        """What the guide does to prompts and texts; nothing where ids can go in and out."""
+        plain = self.template == "{prompt}" and not self.chat and not self.stop
+        return () if plain else (self.template, self.chat, self.stop)
 
     def _complete_ids(
         self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
@@ -144,14 +164,18 @@ class LocalGuide:
         from textgym.seq2seq import decoder_start
 
         positions = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None) or np.inf
+        asked = [self.template.format(prompt=request.prompt) for request in requests]
         if self._model.config.is_encoder_decoder:
-            prompts = own([request.prompt for request in requests], verbose=False)["input_ids"]
+            prompts = own(asked, verbose=False)["input_ids"]
             begun = own([request.prefix for request in requests], add_special_tokens=False, verbose=False)["input_ids"]
             contexts = list(zip(prompts, begun, strict=True))
             positions -= len(decoder_start(self._model))
         else:
             # As one text: the prefix is part of what the model reads.
-            begun = [_encode_context(own, request.prompt + request.prefix) for request in requests]
+            begun = [
+                _encode_answer(own, text, request.prefix) if self.chat else _encode_context(own, text + request.prefix)
+                for text, request in zip(asked, requests, strict=True)
+            ]
             contexts = [(ids, []) for ids in begun]
         # A model without an end of positions can also go on without end to write what is no text, such as padding.
         room = [
@@ -174,6 +198,9 @@ class LocalGuide:
             for i, ids in zip(waiting, written, strict=True):
                 finished = bool(ids) and ids[-1] == own.eos_token_id
                 text = _decode_continuation(own, begun[i], ids)
+                ends = [text.index(stop) for stop in self.stop if stop in text]
+                if ends:
+                    text, finished = text[: min(ends)], True
                 completions[i] = Completion(text=text, finished=finished)
                 length = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
                 if not finished and length < requests[i].max_new_tokens and limits[i] < room[i]:
@@ -297,6 +324,13 @@ def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1]
     return ids
+
+
+def _encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str) -> list[int]:
+    """Encode what a user says to a chat model, and what the answer begins with."""
+    turn = [{"role": "user", "content": text}]
+    asked: Any = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return tokenizer(asked + prefix.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _decode_continuation(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int]) -> str:
