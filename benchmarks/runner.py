@@ -231,7 +231,9 @@ class Benchmark:
     def guided_env(self, task: TaskProfile, row: Row, start: WarmStart) -> dict[str, Any]:
         """Arguments of the environment that a row learns in; the guide is the supervised policy, frozen."""
         dtype: Any = None if self.dtype == "float32" else "auto"
-        guide = LocalGuide(str(start.supervised), decoding=Decoding(**task.guide_decoding), dtype=dtype)
+        quantization = task.policy.get("quantization")
+        decoding = Decoding(**task.guide_decoding)
+        guide = LocalGuide(str(start.supervised), decoding=decoding, dtype=dtype, quantization=quantization)
         return {"guide": guide, **task.env, **row.env}
 
     def warm_start(self, task: str, report: Report) -> WarmStart:
