@@ -111,6 +111,8 @@ class Benchmark:
         }
         if row.algorithm != SL.name:
             hyperparameters |= {"policy": row.policy, "episodes": task.episodes, **self.arguments(run)}
+            if row.start != "supervised":
+                hyperparameters["start"] = row.start
         settings = {
             "profile": self.profile.name,
             "source": self.source,
@@ -224,7 +226,7 @@ class Benchmark:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def policy(self, path: Path, decoding: Decoding, **arguments: Any) -> LanguageModelPolicy:
+    def policy(self, path: str | Path, decoding: Decoding, **arguments: Any) -> LanguageModelPolicy:
         """Load a policy to compute as the runs do."""
         return load_policy(path, self.dtype, decoding=decoding, compile=self.compile, **arguments)
 
@@ -297,7 +299,8 @@ class Benchmark:
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that had no checkpoint yet, or cannot go on
         folder.mkdir(parents=True)
         write_text(folder / "settings.json", json.dumps(settings, indent=2))
-        policy = self.policy(start.supervised, Decoding(**task.decoding), **row.policy)
+        weights = start.start_model if row.start == "start_model" else start.supervised
+        policy = self.policy(weights, Decoding(**task.decoding), **row.policy)
         arguments = {"seed": seed, "output_dir": folder, "track": self.track, **self.arguments(run)}
         return algorithm(policy, env, **arguments)
 

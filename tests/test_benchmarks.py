@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from plugins import MICRO
 
 from agents import ALGORITHMS, CausalLMPolicy
+from agents.evaluation import make_env
 from benchmarks import run_all, schedule
 from benchmarks.profiles import Row, load_profile
 from benchmarks.results import read_results
-from benchmarks.runner import Benchmark, spread
+from benchmarks.runner import Benchmark, Run, spread
+from benchmarks.warm_start import load_policy
 from textgym.guides import CallableGuide
 
 GUIDE = CallableGuide(lambda requests: [" sea"] * len(requests))
@@ -70,6 +73,7 @@ def test_every_row_runs_and_says_what_it_is(micro, capsys):
         if row.algorithm != "sl":
             assert record["episodes"] == 16
             assert (chosen["policy"], chosen["episodes"]) == (dict(row.policy), 16)
+            assert chosen.get("start", "supervised") == row.start
         # What a log shows
         assert printed.index(f"words {name} seed 0: started") < printed.index(
             f"words {name} seed 0: test reward {record['final_reward']:.3f}"
@@ -111,7 +115,34 @@ def test_a_profile_has_a_row_for_every_algorithm_and_each_takes_its_arguments(na
                 ALGORITHMS[row.algorithm](policy, env, **{**task.rl, **row.arguments})
 
 
+def test_a_learner_can_start_below_its_guide(micro):
+    benchmark = Benchmark(MICRO, None, None, micro)
+    start = benchmark.warm_start("words", lambda *_: None)
+    models = {name: load_policy(getattr(start, name), "float32") for name in ("supervised", "start_model")}
+    for algo, begins_as in (("ppo++", "supervised"), ("ppo++-from-base", "start_model")):
+        run = Run("words", algo, 0)
+        env = make_env(
+            MICRO.tasks["words"].env_id,
+            num_envs=8,
+            tokenizer=start.supervised,
+            **benchmark.guided_env(MICRO.tasks["words"], benchmark.row(run), start),
+        )
+        algorithm = benchmark.begin(run, start, env, 0)
+        own, supervised, base = (
+            policy.model.state_dict() for policy in (algorithm.policy, models["supervised"], models["start_model"])
+        )
+        assert all(torch.equal(own[name], weight) for name, weight in models[begins_as].model.state_dict().items())
+        assert any(not torch.equal(supervised[name], base[name]) for name in base)
+        assert (
+            env.guide.fingerprint == benchmark.guided_env(MICRO.tasks["words"], Row("ppo"), start)["guide"].fingerprint
+        )
+
+
 def test_rows_that_make_no_sense_are_refused(micro):
+    with pytest.raises(ValueError, match="start must be 'supervised' or 'start_model', got 'base'"):
+        Row("ppo", start="base")
+    with pytest.raises(ValueError, match="arguments, env, policy and start must be empty"):
+        Row("sl", start="start_model")
     words = MICRO.tasks["words"]
     with pytest.raises(ValueError, match="best_of must be at least 1, got 0"):
         Row("sl", best_of=0)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -33,30 +33,37 @@ class Row:
     Attributes:
         algorithm: Its name in `agents.ALGORITHMS`, or "package.module:Class" for one of your own or of
             Stable-Baselines3 (see `algorithm_class`). Supervised learning is the warm start itself, so "sl" takes none
-            of the next three.
+            of the next four.
         arguments: The algorithm's arguments, over those that all RL algorithms of the task share.
         env: Arguments of the environment it learns in, over the task's. Tests are in the task's own environment,
             without a guide, unless these say ``handoff=True``: a policy that can hand off is tested with that action,
             the guide and the cost.
         policy: Arguments of `agents.CausalLMPolicy.from_pretrained`.
+        start: What the policy starts as, and stays near: the "supervised" policy, which is also the guide, or the
+            "start_model" as it was before it learned the task, a learner that is weaker than its guide.
         best_of: Texts that are written for every test prompt, of which the one with the highest reward is kept.
 
     Raises:
-        ValueError: `best_of` is below 1, or "sl" is given arguments.
+        ValueError: `best_of` is below 1, `start` is none of these, or "sl" is given arguments.
     """
 
     algorithm: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     env: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
+    start: Literal["supervised", "start_model"] = "supervised"
     best_of: int = 1
 
     def __post_init__(self) -> None:
+        if self.start not in ("supervised", "start_model"):
+            raise ValueError(f"start must be 'supervised' or 'start_model', got {self.start!r}")
         if self.best_of < 1:
             raise ValueError(f"best_of must be at least 1, got {self.best_of!r}")
         given = {name: value for name in ("arguments", "env", "policy") if (value := getattr(self, name))}
+        if self.start != "supervised":
+            given["start"] = self.start
         if self.algorithm == "sl" and given:
-            raise ValueError(f"arguments, env and policy must be empty for 'sl', which is the warm start, got {given}")
+            raise ValueError(f"arguments, env, policy and start must be empty for 'sl', the warm start, got {given}")
 
 
 @dataclass(frozen=True)

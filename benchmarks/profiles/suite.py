@@ -1,8 +1,9 @@
-"""The rows of the profiles here: every algorithm, guided variants, best-of-n, and a guide that costs more and more."""
+"""Rows of the profiles here: all algorithms, guided variants, best-of-n, dearer guides, learners below their guide."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.profiles import Row
@@ -12,6 +13,7 @@ GROUP = {"group_size": 4}
 # the reward means something else here.
 PUBLISHED_GRPO = {"kl_coef": 0.04}
 HANDOFF_COSTS = (0.0, 0.002, 0.01)  # of a token; a reward is about 1 at most
+FROM_BASE = ("ppo", "ppo++", "aggrevated", "d2lols")
 HANDOFF_PROB = 0.02  # of a token, to begin with: most texts of 50 tokens are handed off
 
 
@@ -34,7 +36,7 @@ def suite(
     """
     critic = critic or {}
     d2lols_tau = round(0.4 * iterations) if d2lols_tau is None else d2lols_tau
-    return {
+    rows = {
         "sl": Row("sl"),
         "best-of-4": Row("sl", best_of=4),
         "ppo": Row("ppo", critic),
@@ -56,3 +58,5 @@ def suite(
             for cost in HANDOFF_COSTS
         },
     }
+    # The guide knows more than these learners, which have not learned the task from references.
+    return rows | {f"{name}-from-base": replace(rows[name], start="start_model") for name in FROM_BASE}
