@@ -12,6 +12,7 @@ from agents.advantages import gae, last_of, masked_mean, whiten
 from agents.algorithm import check
 from agents.policy import Evaluation, Policy
 from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule, in_parts
+from agents.processes import add, share
 from agents.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -234,11 +235,13 @@ class PPO(PolicyGradient):
             values = rollout.values  # recorded while sampling
         else:
             columns, values = rollout.columns(states), torch.zeros_like(rollout.values)
-            for rows in in_parts(torch.nonzero(states.any(1)).flatten(), self.minibatch_size):
+            mine = share(self.accelerator, torch.nonzero(states.any(1)).flatten())
+            for rows in in_parts(mine, self.minibatch_size):
                 of_policy, of_guide = self.critic.values(
                     rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows]
                 )
                 values[rows] = (of_policy if self.critic_of == "policy" else of_guide).to(values.dtype)
+            values = add(self.accelerator, values)
         values = values.masked_fill(~states, 0)
         if self.critic_of not in self.centred and states.any():
             shift = float(self.rewards(rollout).mean() - masked_mean(values, states))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -97,6 +97,13 @@ class Rollout:
     def columns(self, mask: torch.Tensor) -> torch.Tensor:
         """int64 (N, T): the columns of `input_ids` of the entries in `mask`, -1 elsewhere (see `Policy.evaluate`)."""
         return torch.where(mask, torch.arange(mask.shape[1], device=mask.device) + self.prompt_columns, -1)
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same episodes with their tensors on another device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        )
 
     @classmethod
     def concatenate(cls, rollouts: list[Rollout]) -> Rollout:

@@ -11,6 +11,7 @@ import torch
 
 from agents.algorithm import Algorithm, Callback, check
 from agents.policy import Policy
+from agents.processes import add_gradients, add_terms, share
 from textgym.task import Split
 from textgym.tokenization import encode_continuation, encode_prompts
 
@@ -65,6 +66,11 @@ def collate(
     return torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(columns)
 
 
+def num_targets(examples: Sequence[Example]) -> int:
+    """How many tokens are learned."""
+    return sum(len(example.target) for example in examples)
+
+
 def supervised_loss(policy: Policy, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
     """Negative log-likelihood a target token, in nats, averaged over the targets of all examples."""
     batch = [tensor.to(policy.device) for tensor in collate(examples, pad_token_id, policy.prompt_columns)]
@@ -86,7 +92,7 @@ class SL(Algorithm):
             "text" learns prompts and references of all rows as a causal language model does.
         n_epochs: Passes over the references in the whole schedule; a fraction is fine.
         episodes_per_iteration: Texts between two looks at the validation loss.
-        minibatch_size: Texts a gradient step.
+        minibatch_size: Texts a gradient step, of all processes.
         learning_rate: Peak step size of AdamW; it rises linearly, then decays linearly to zero.
         warmup: Share of the schedule in which it rises.
         weight_decay: Weight decay of AdamW, on matrices only.
@@ -234,15 +240,21 @@ class SL(Algorithm):
             rate = self.learning_rate * self.schedule(self.num_episodes / self.total_texts)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss = supervised_loss(self.policy, batches[step], self.env.pad_token_id)
-            self.check_finite("loss", loss)
+            mine, terms = share(self.accelerator, batches[step]), {}
             self.optimizer.zero_grad()
-            loss.backward()
+            if mine:
+                part = num_targets(mine) / num_targets(batches[step])
+                loss = part * supervised_loss(self.policy, mine, self.env.pad_token_id)
+                loss.backward()
+                terms = {"loss": loss.detach()}
+            terms = add_terms(self.accelerator, terms)
+            self.check_finite("loss", terms["loss"])
+            add_gradients(self.accelerator, self.trainable)
             self.check_finite("gradient norm", torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm))
             self.optimizer.step()
-            losses.append(loss.detach())
+            losses.append(terms["loss"])
             self.num_episodes += len(batches[step])
-            tokens += sum(len(example.target) for example in batches[step])
+            tokens += num_targets(batches[step])
         self.num_timesteps += tokens
 
         validation_loss = self.validation_loss()
@@ -272,12 +284,11 @@ class SL(Algorithm):
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Nats a token on the validation references."""
-        total, tokens = 0.0, 0
-        for batch in self.batches(self.validation_examples):
-            count = sum(len(example.target) for example in batch)
-            total += count * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
-            tokens += count
-        return total / tokens
+        total = 0.0
+        for batch in share(self.accelerator, self.batches(self.validation_examples)):
+            total += num_targets(batch) * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
+        terms = add_terms(self.accelerator, {"loss": torch.tensor(total, dtype=torch.float64)})
+        return float(terms["loss"]) / num_targets(self.validation_examples)
 
     def order(self, start: int, end: int) -> np.ndarray:
         """Which references stand at places start..end-1 of the schedule: every pass is a shuffle of its own."""
