@@ -7,7 +7,8 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,8 +24,9 @@ from torch import nn
 from agents.card import model_card
 from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
 from agents.policy import LanguageModelPolicy, Policy, replaced_folder
-from agents.processes import DATA_PARALLEL, add, gather, gather_state, own_state, start_equal
+from agents.processes import SUPPORTED, add, gather, gather_state, own_state, start_equal
 from agents.rollout import Rollout, check_handoff, collect
+from agents.sharding import assemble, load_optimizer, scatter, shard, whole
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guidance import Guidance
@@ -95,10 +98,16 @@ class Algorithm(ABC):
             log_with=track,  # type: ignore[arg-type]
             project_dir=output_dir,
         )
-        if (kind := self.accelerator.distributed_type) not in DATA_PARALLEL:
+        kind = self.accelerator.distributed_type
+        if kind not in SUPPORTED or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise ValueError(
-                f"{self.name} runs in processes that each hold the whole policy, got {kind.value}: start it with "
-                "`torchrun` or `accelerate launch --multi_gpu` (docs/processes.md)"
+                f"{self.name} runs in several processes by torchrun, or by accelerate launch with --multi_gpu or FSDP 2, "
+                f"got {kind.value}; examples/accelerate has what goes into --config_file"
+            )
+        if self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision must be 'no', got {self.accelerator.mixed_precision!r}: a policy has its own, "
+                'from_pretrained(..., dtype="auto")'
             )
         processes = self.accelerator.num_processes
         device = self.accelerator.device if device == "auto" else torch.device(device)
@@ -131,7 +140,9 @@ class Algorithm(ABC):
         start_equal(self.accelerator, self.policy)
         self.env = env
         self.policy.prompt_columns = env.max_prompt_tokens
-        self.trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self._twins: list[tuple[Policy, Policy]] = []
+        self.learner = self.twin_of(self.policy)
+        self.trainable = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
         self.episodes_per_iteration = episodes_per_iteration
         self.decoding = decoding
         self.seed = seed
@@ -147,6 +158,22 @@ class Algorithm(ABC):
         self.history: list[dict[str, Any]] = []
         self.iteration = self.num_timesteps = self.num_guide_tokens = self.num_episodes = 0
         self.best_score = -math.inf
+
+    def twin_of(self, policy: Policy) -> Policy:
+        """What `policy`'s gradient steps are taken on: itself, or with FSDP a twin whose weights are in pieces."""
+        twin = shard(self.accelerator, policy)
+        if twin is not policy:
+            self._twins.append((policy, twin))
+        return twin
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around gradient steps on twins: they start with the policies' weights, and the policies end with theirs."""
+        for policy, twin in self._twins:
+            scatter(policy, twin)
+        yield
+        for policy, twin in self._twins:
+            assemble(policy, twin)
 
     @abstractmethod
     def iterate(self) -> dict[str, Any]:
@@ -234,8 +261,8 @@ class Algorithm(ABC):
                         break
         if self.output_dir is not None:
             self.save(self.output_dir / "last")
-        for tracker in self.accelerator.trackers:  # `end_training` would take leave of the other processes too
-            tracker.finish()
+        while self.accelerator.trackers:  # `end_training` would take leave of the other processes too
+            self.accelerator.trackers.pop().finish()
         return self
 
     def _run_iteration(self) -> dict[str, Any]:
@@ -335,7 +362,7 @@ class Algorithm(ABC):
         return {
             "counters": {name: getattr(self, name) for name in counters},
             "history": self.history,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "env": gather_state(self.accelerator, self.env.get_state()),
         }
 
@@ -344,7 +371,7 @@ class Algorithm(ABC):
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self.history = state["history"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.env.set_state(own_state(self.accelerator, _to_arrays(state["env"])))
 
     def models(self) -> dict[str, nn.Module]:

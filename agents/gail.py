@@ -13,7 +13,7 @@ from agents.algorithm import check
 from agents.policy import Policy
 from agents.policy_gradient import in_parts
 from agents.ppo import PPO
-from agents.processes import add, add_gradients, add_terms, share
+from agents.processes import add, add_gradients, add_terms, share, turn
 from agents.rollout import Rollout
 from agents.supervised import Example, collate
 
@@ -109,16 +109,14 @@ class GAIL(PPO):
             order = random.permutation(paired)
             for start in range(0, len(order), self.minibatch_size):
                 chosen = order[start : start + self.minibatch_size]
-                mine, step = share(self.accelerator, chosen), {}
+                mine, weight = turn(self.accelerator, chosen)
+                references = self.log_odds_of([examples[row] for row in mine])
+                texts = self.log_odds(rollout, torch.from_numpy(mine).to(references.device))
+                loss = weight * (softplus(-references).sum() / len(chosen) + softplus(texts).sum() / len(chosen))
+                right = weight * torch.cat([references > 0, texts < 0]).sum() / (2 * len(chosen))
                 self.discriminator_optimizer.zero_grad()
-                if len(mine):
-                    references = self.log_odds_of([examples[row] for row in mine])
-                    texts = self.log_odds(rollout, torch.from_numpy(mine).to(references.device))
-                    loss = softplus(-references).sum() / len(chosen) + softplus(texts).sum() / len(chosen)
-                    loss.backward()
-                    right = torch.cat([references > 0, texts < 0]).sum() / (2 * len(chosen))
-                    step = {"loss": loss.detach(), "accuracy": right}
-                step = add_terms(self.accelerator, step)
+                loss.backward()
+                step = add_terms(self.accelerator, {"loss": loss.detach(), "accuracy": right})
                 self.check_finite("discriminator loss", step["loss"])
                 add_gradients(self.accelerator, parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)

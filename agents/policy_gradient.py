@@ -15,8 +15,9 @@ import torch
 from agents.advantages import kl_estimate, masked_mean
 from agents.algorithm import Algorithm, check
 from agents.policy import Evaluation, Policy
-from agents.processes import add, add_gradients, add_terms, share
+from agents.processes import add, add_gradients, add_terms, share, turn
 from agents.rollout import Rollout
+from agents.sharding import clip_gradients
 from agents.supervised import Example, encode_example, num_targets, supervised_loss
 from textgym.decoding import Decoding
 
@@ -258,7 +259,8 @@ class PolicyGradient(Algorithm):
         rollout = self.play()
         reference_log_probs = self.reference_log_probs(rollout)
         credit = self.credit(rollout, reference_log_probs)
-        losses = self.update(rollout, credit)
+        with self.learning():
+            losses = self.update(rollout, credit)
 
         decisions, states = rollout.decisions, credit.states
         log_ratio = rollout.log_ratio(reference_log_probs)
@@ -316,18 +318,17 @@ class PolicyGradient(Algorithm):
         stopped = False
         for minibatch in self.minibatches(torch.nonzero(judged).flatten()):
             whole = credit[minibatch]
-            rows_of_minibatch = minibatch.tolist() if demonstrations else []
-            examples = {row: demonstrations[row] for row in rows_of_minibatch if row in demonstrations}
-            targets = num_targets([*examples.values()])
+            targets = num_targets(self.among(demonstrations, minibatch))
             step: dict[str, Tensor] = {}
             self.optimizer.zero_grad()
-            mine = share(self.accelerator, minibatch)
-            for rows in in_parts(mine, math.ceil(len(mine) / self.gradient_accumulation_steps)):
+            for part in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
+                rows, weight = turn(self.accelerator, part)
                 terms = self.loss(self.judge(rollout, credit, rows), credit[rows], whole)
-                own = [examples[row] for row in rows.tolist() if row in examples] if examples else []
-                if own:
-                    part = num_targets(own) / targets
-                    terms["target_loss"] = part * supervised_loss(self.policy, own, self.env.pad_token_id)
+                terms = {name: weight * term for name, term in terms.items()}
+                if examples := self.among(demonstrations, part):
+                    texts, weight = turn(self.accelerator, examples)
+                    weight *= num_targets(texts) / targets
+                    terms["target_loss"] = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
                     terms["loss"] = terms["loss"] + self.target_coef * terms["target_loss"]
                 terms["loss"].backward()
                 for name, term in terms.items():
@@ -338,7 +339,7 @@ class PolicyGradient(Algorithm):
             if stopped:
                 break
             add_gradients(self.accelerator, self.trainable)
-            step["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
+            step["gradient_norm"] = clip_gradients(self.trainable, self.max_grad_norm)
             self.check_finite("gradient norm", step["gradient_norm"])
             self.optimizer.step()
             steps.append(step)
@@ -351,7 +352,7 @@ class PolicyGradient(Algorithm):
     def judge(self, rollout: Rollout, credit: Credit, rows: Tensor) -> Evaluation:
         """What the policy says now of some rows' decisions and states."""
         decisions, states = credit.decisions[rows], credit.states[rows]
-        return self.policy.evaluate(
+        return self.learner.evaluate(
             rollout.input_ids[rows],
             rollout.attention_mask[rows],
             rollout.columns(decisions | states),
@@ -390,6 +391,11 @@ class PolicyGradient(Algorithm):
                     self.env.tokenizer, rollout.prompts[row], prompt_ids, text, self.env.max_new_tokens
                 )
         return examples
+
+    @staticmethod
+    def among(demonstrations: dict[int, Example], rows: Tensor) -> list[Example]:
+        """The demonstrations of some rows, in their order."""
+        return [demonstrations[row] for row in rows.tolist() if row in demonstrations] if demonstrations else []
 
     def models(self) -> dict[str, nn.Module]:
         """The reference policy, beside the policy."""

@@ -190,7 +190,8 @@ class PPO(PolicyGradient):
         self.critic = self.policy
         if critic == "separate":
             self.critic = self.policy.copy()
-            parameters = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+            self.critic_learner = self.twin_of(self.critic)
+            parameters = [parameter for parameter in self.critic_learner.parameters() if parameter.requires_grad]
             self.optimizer.add_param_group({"params": parameters})
             self.trainable += parameters
         # Which critics have been shifted to the mean reward of the first episodes that they judge. Without that, the
@@ -255,7 +256,7 @@ class PPO(PolicyGradient):
         if self.critic is self.policy:
             return super().judge(rollout, credit, rows)
         now = super().judge(rollout, replace(credit, states=torch.zeros_like(credit.states)), rows)
-        values, guide_values = self.critic.values(
+        values, guide_values = self.critic_learner.values(
             rollout.input_ids[rows], rollout.attention_mask[rows], rollout.columns(credit.states[rows])
         )
         return now._replace(values=values, guide_values=guide_values)

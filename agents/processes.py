@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 
 from agents.rollout import Rollout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Processes that each hold the whole policy.
-DATA_PARALLEL = (
+SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU,
+    DistributedType.FSDP,
 )
 Items = TypeVar("Items", torch.Tensor, Sequence[Any])
 
@@ -37,26 +38,36 @@ def share(accelerator: Accelerator, items: Items) -> Items:
     return items[len(items) * index // count : len(items) * (index + 1) // count]
 
 
+def turn(accelerator: Accelerator, items: Items) -> tuple[Items, float]:
+    """This process's share and 1.0; where it would have none, the first item and 0.0, the weight of its loss.
+
+    With weights in pieces every process takes part in every pass that gradients come from.
+    """
+    mine = share(accelerator, items)
+    return (mine, 1.0) if len(mine) else (items[:1], 0.0)
+
+
 def add(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes."""
-    return accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
+    return accelerator.reduce(values.to(accelerator.device), "sum") if accelerator.num_processes > 1 else values
 
 
 def add_terms(accelerator: Accelerator, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sums of scalars over all processes, by name; a process can lack some, or all where it has no share."""
+    """The sums of scalars over all processes, which have the same names for them."""
     if accelerator.num_processes == 1:
         return terms
-    gathered = gather_object([{name: term.item() for name, term in terms.items()}])
-    names = dict.fromkeys(name for part in gathered for name in part)
-    return {name: torch.tensor(sum(part.get(name, 0.0) for part in gathered), dtype=torch.float64) for name in names}
+    names = sorted(terms)
+    return dict(zip(names, add(accelerator, torch.stack([terms[name] for name in names])), strict=True))
 
 
 def add_gradients(accelerator: Accelerator, parameters: Sequence[torch.Tensor]) -> None:
     """Make the gradient of each parameter its sum over all processes.
 
-    What has no gradient in one process counts as zero; what has none in any is left without.
+    What has no gradient in one process counts as zero; what has none in any is left without. Gradients of weights in
+    pieces are sums already.
     """
-    if accelerator.num_processes == 1:
+    parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if accelerator.num_processes == 1 or not parameters:
         return
     # In one exchange, which begins with who has a gradient at all.
     exists = torch.tensor([parameter.grad is not None for parameter in parameters], device=parameters[0].device)

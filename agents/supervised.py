@@ -11,7 +11,8 @@ import torch
 
 from agents.algorithm import Algorithm, Callback, check
 from agents.policy import Policy
-from agents.processes import add_gradients, add_terms, share
+from agents.processes import add, add_gradients, share, turn
+from agents.sharding import clip_gradients
 from textgym.task import Split
 from textgym.tokenization import encode_continuation, encode_prompts
 
@@ -236,25 +237,14 @@ class SL(Algorithm):
         examples = self.encode(self.env.data, [self.train_pairs[index] for index in self.order(start, end)])
         batches = self.batches(examples)
         losses, tokens = [], 0
-        for step in np.random.default_rng([self.seed, self.iteration]).permutation(len(batches)):
-            rate = self.learning_rate * self.schedule(self.num_episodes / self.total_texts)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            mine, terms = share(self.accelerator, batches[step]), {}
-            self.optimizer.zero_grad()
-            if mine:
-                part = num_targets(mine) / num_targets(batches[step])
-                loss = part * supervised_loss(self.policy, mine, self.env.pad_token_id)
-                loss.backward()
-                terms = {"loss": loss.detach()}
-            terms = add_terms(self.accelerator, terms)
-            self.check_finite("loss", terms["loss"])
-            add_gradients(self.accelerator, self.trainable)
-            self.check_finite("gradient norm", torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm))
-            self.optimizer.step()
-            losses.append(terms["loss"])
-            self.num_episodes += len(batches[step])
-            tokens += num_targets(batches[step])
+        with self.learning():
+            for step in np.random.default_rng([self.seed, self.iteration]).permutation(len(batches)):
+                rate = self.learning_rate * self.schedule(self.num_episodes / self.total_texts)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                losses.append(self.update(batches[step]))
+                self.num_episodes += len(batches[step])
+                tokens += num_targets(batches[step])
         self.num_timesteps += tokens
 
         validation_loss = self.validation_loss()
@@ -276,6 +266,20 @@ class SL(Algorithm):
             "policy_tokens": tokens,
         }
 
+    def update(self, batch: list[Example]) -> torch.Tensor:
+        """Take a gradient step, each process over its share; the loss before it."""
+        texts, weight = turn(self.accelerator, batch)
+        weight *= num_targets(texts) / num_targets(batch)
+        loss = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
+        self.optimizer.zero_grad()
+        loss.backward()
+        loss = add(self.accelerator, loss.detach())
+        self.check_finite("loss", loss)
+        add_gradients(self.accelerator, self.trainable)
+        self.check_finite("gradient norm", clip_gradients(self.trainable, self.max_grad_norm))
+        self.optimizer.step()
+        return loss
+
     def schedule(self, progress: float) -> float:
         """The step size, as a share of its peak, when a share of the schedule is done: up linearly, then down."""
         first = 1 / self.total_texts  # so that the first step is not zero
@@ -287,8 +291,8 @@ class SL(Algorithm):
         total = 0.0
         for batch in share(self.accelerator, self.batches(self.validation_examples)):
             total += num_targets(batch) * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
-        terms = add_terms(self.accelerator, {"loss": torch.tensor(total, dtype=torch.float64)})
-        return float(terms["loss"]) / num_targets(self.validation_examples)
+        total = float(add(self.accelerator, torch.tensor(total, dtype=torch.float64)))
+        return total / num_targets(self.validation_examples)
 
     def order(self, start: int, end: int) -> np.ndarray:
         """Which references stand at places start..end-1 of the schedule: every pass is a shuffle of its own."""
