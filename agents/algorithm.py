@@ -92,18 +92,19 @@ class Algorithm(ABC):
         check("eval_every", eval_every, eval_every >= 0, "at least 0")
         check("eval_prompts", eval_prompts, eval_prompts >= 1, "at least 1")
         check("seed", seed, seed >= 0, "at least 0")
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError(
+                f"{self.name} does not run under DeepSpeed; FSDP spreads the same over processes: accelerate launch "
+                "--config_file examples/accelerate/fsdp.yaml"
+            )
         self.accelerator = Accelerator(
             # Without this the processes of torchrun would each train a policy of its own where there is no accelerator.
             cpu=not torch.accelerator.is_available(),
             log_with=track,  # type: ignore[arg-type]
             project_dir=output_dir,
         )
-        kind = self.accelerator.distributed_type
-        if kind not in SUPPORTED or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise ValueError(
-                f"{self.name} runs in several processes by torchrun, or by accelerate launch with --multi_gpu or FSDP 2, "
-                f"got {kind.value}; examples/accelerate has what goes into --config_file"
-            )
+        if (kind := self.accelerator.distributed_type) not in SUPPORTED:
+            raise ValueError(f"distributed_type must be one of {[k.value for k in SUPPORTED]}, got {kind.value!r}")
         if self.accelerator.mixed_precision != "no":
             raise ValueError(
                 f"mixed_precision must be 'no', got {self.accelerator.mixed_precision!r}: a policy has its own, "

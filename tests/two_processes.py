@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node 2 tests/two_processes.py FOLDER
 
-Each process writes what it saw into FOLDER.
+Each process writes what it saw into FOLDER: of everything, or of one of `AGENTS` that is named after FOLDER.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from agents import ALGORITHMS, PPO, CausalLMPolicy
+from agents import ALGORITHMS, CausalLMPolicy
 from textgym.guides import CallableGuide, Completion
 from textgym.seeding import hash64
 from textgym.tokenization import train_tokenizer
@@ -52,6 +52,8 @@ AGENTS = {
     "grpo": ("grpo", {**UNEVEN, "length_norm": "batch", "scale": "batch"}),
 }
 AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "d2lols", "rloo")}
+# What `accelerate launch` tells the processes that it starts.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 RECORDED = {"ppo++": {"ent_coef": 0.1}, "aggrevated": {"beta": 0.6}, "rloo": {}, "grpo": {}}
 
 
@@ -78,6 +80,18 @@ def make(name, arguments, rows=ROWS, **env_arguments):
 def numbers(history):
     """A history without its clocks."""
     return [{key: value for key, value in record.items() if "seconds" not in key} for record in history]
+
+
+def learn(name):
+    """Two iterations of one of `AGENTS`."""
+    algorithm, arguments = AGENTS[name]
+    with patch.dict(os.environ, FSDP if "FSDP" in name else {}):
+        return make(algorithm, arguments).learn(total_episodes=2 * EPISODES)
+
+
+def in_pieces(agent):
+    """The share of its weights that are."""
+    return sum(isinstance(weight, DTensor) for weight in agent.trainable) / len(agent.trainable)
 
 
 def weights(agent):
@@ -129,26 +143,27 @@ class Notebook(GeneralTracker):
         self.lines.append(values["iteration"])
 
 
-def refusals():
-    """What is said to arguments that do not go with two processes."""
-    said = {}
-    for what, change in {
-        "episodes_per_iteration": lambda: make("ppo", {"episodes_per_iteration": 12}),
-        "device": lambda: make("ppo", {"device": "meta"}),
-        "order": lambda: make("ppo", {}, order="sequential"),
-        "group_size": lambda: make("rloo", {"episodes_per_iteration": 12}, rows=12),
-    }.items():
+def refusal(make_wrong, environment=None):
+    """What is said to arguments, or an environment, that do not go with two processes."""
+    with patch.dict(os.environ, environment or {}):
         try:
-            change()
+            make_wrong()
         except ValueError as error:
-            said[what] = str(error)
-    return said
+            return str(error)
+    return None
 
 
 def main(folder):
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
-    saw = {"num_processes": state.num_processes, "backend": state.backend, "refused": refusals()}
+    saw = {"num_processes": state.num_processes, "backend": state.backend, "refused": {}}
+    for what, wrong in {
+        "episodes_per_iteration": lambda: make("ppo", {"episodes_per_iteration": 12}),
+        "device": lambda: make("ppo", {"device": "meta"}),
+        "order": lambda: make("ppo", {}, order="sequential"),
+        "group_size": lambda: make("rloo", {"episodes_per_iteration": 12}, rows=12),
+    }.items():
+        saw["refused"][what] = refusal(wrong)
 
     saw["recorded"] = {}
     for name in RECORDED:
@@ -156,27 +171,15 @@ def main(folder):
         save_file(gradients, folder / f"gradients-{name}-{state.process_index}.safetensors")
 
     saw["histories"], saw["pieces"] = {}, {}
-    for name, (algorithm, arguments) in AGENTS.items():
-        # What `accelerate launch` tells the processes that it starts.
-        with patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if "FSDP" in name else {}):
-            agent = make(algorithm, arguments).learn(total_episodes=2 * EPISODES)
-        saw["histories"][name] = numbers(agent.history)
-        saw["pieces"][name] = sum(isinstance(weight, DTensor) for weight in agent.trainable) / len(agent.trainable)
+    for name in AGENTS:
+        agent = learn(name)
+        saw["histories"][name], saw["pieces"][name] = numbers(agent.history), in_pieces(agent)
         save_file(weights(agent), folder / f"weights-{name}-{state.process_index}.safetensors")
+    saw["refused"]["fsdp_version"] = refusal(lambda: make("ppo", {}), {**FSDP, "FSDP_VERSION": "1"})
 
-    notebook, written = Notebook(), []
-    agent = make(
-        "d2lols", {"tau": 1, "output_dir": folder / "run", "track": [notebook], "eval_every": 2, "eval_prompts": 9}
-    )
-    usual = agent._write
-    agent._write = lambda path, state: (written.append(path.name), usual(path, state))
-    agent.learn(total_episodes=2 * EPISODES, progress_bar=True)
-    saw["lines"], saw["written"] = notebook.lines, written
-    agent.learn(total_episodes=EPISODES)
-    resumed = type(agent).load(folder / "run" / "best", agent.env).learn(total_episodes=EPISODES)
-    saw["unbroken"], saw["resumed"] = numbers(agent.history), numbers(resumed.history)
-    there = weights(agent)
-    saw["same_weights"] = all(torch.equal(there[name], weight) for name, weight in weights(resumed).items())
+    for environment, kind in (({}, "whole"), (FSDP, "in pieces")):
+        with patch.dict(os.environ, environment):
+            saw[kind] = resume(folder / kind)
 
     agent = make("ppo", {})
     agent.learn(total_episodes=9 * EPISODES, callback=lambda *_: state.is_main_process)  # the other one stops
@@ -184,5 +187,33 @@ def main(folder):
     (folder / f"saw-{state.process_index}.json").write_text(json.dumps(saw))
 
 
+def resume(folder):
+    """Whether an agent goes on from a checkpoint as if nothing had been, and who wrote what."""
+    notebook, written = Notebook(), []
+    agent = make("d2lols", {"tau": 1, "output_dir": folder, "track": [notebook], "eval_every": 2, "eval_prompts": 9})
+    usual = agent._write
+    agent._write = lambda path, state: (written.append(path.name), usual(path, state))
+    agent.learn(total_episodes=2 * EPISODES, progress_bar=True)
+    agent.output_dir = None
+    agent.learn(total_episodes=EPISODES)
+    resumed = type(agent).load(folder / "best", agent.env, output_dir=None).learn(total_episodes=EPISODES)
+    there = weights(agent)
+    return {
+        "lines": notebook.lines,
+        "written": written,
+        "unbroken": numbers(agent.history),
+        "resumed": numbers(resumed.history),
+        "same_weights": all(torch.equal(there[name], weight) for name, weight in weights(resumed).items()),
+        "in_pieces": in_pieces(resumed),
+    }
+
+
+def main_of_one(folder, name):
+    """The short way: one of `AGENTS`."""
+    agent, state = learn(name), PartialState()
+    saw = {"num_processes": state.num_processes, "in_pieces": in_pieces(agent), "history": numbers(agent.history)}
+    (folder / f"saw-{state.process_index}.json").write_text(json.dumps(saw))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (main if len(sys.argv) == 2 else main_of_one)(Path(sys.argv[1]), *sys.argv[2:])
