@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
@@ -111,6 +111,11 @@ class Algorithm(ABC):
                 'from_pretrained(..., dtype="auto")'
             )
         processes = self.accelerator.num_processes
+        if (started := int(os.environ.get("WORLD_SIZE", 1))) > 1 == processes:
+            raise ValueError(
+                f"WORLD_SIZE={started} processes were started, but each runs alone: make no PartialState or "
+                "Accelerator before the algorithm, or set ACCELERATE_USE_CPU=true where there is no GPU"
+            )
         device = self.accelerator.device if device == "auto" else torch.device(device)
         check("device", device, processes == 1 or device == self.accelerator.device, '"auto" in several processes')
         if not isinstance(policy, Policy):
@@ -453,8 +458,6 @@ class Algorithm(ABC):
         if isinstance(hyperparameters.get("decoding"), dict):
             hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
         device = hyperparameters.get("device", "auto")
-        if device == "auto":  # of several processes each has its own
-            device = PartialState(cpu=not torch.accelerator.is_available()).device
         policy = policy_class.from_pretrained(folder, device=device, **policy_arguments or {})
         for name in description["frozen"]:
             policy.get_parameter(name).requires_grad_(False)

@@ -9,11 +9,11 @@ accelerate launch --config_file examples/accelerate/fsdp.yaml --num_processes 8 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from accelerate import PartialState
 from openai import OpenAI
 
 from agents import LanguageModelPolicy, PPOPlusPlus
@@ -67,11 +67,10 @@ def main(
         total_episodes: Episodes, of all processes.
         output_dir: Where checkpoints go.
     """
-    state = PartialState()
-    learner = LanguageModelPolicy.from_pretrained(policy, device=state.device)
+    learner = LanguageModelPolicy.from_pretrained(policy)
     envs = make_env(
         env,
-        num_envs=episodes_per_iteration // state.num_processes,
+        num_envs=episodes_per_iteration // int(os.environ.get("WORLD_SIZE", 1)),
         tokenizer=learner.tokenizer,
         guide=HTTPGuide(guide, base_url=guide_url, cache=output_dir / "completions", api_key_env=None),
         reward=ServedReward(reward, reward_url),

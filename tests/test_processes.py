@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -182,6 +183,16 @@ def test_configurations_are_what_they_say(launched):
         assert DeepSpeedPlugin().zero_stage == 2
         with pytest.raises(ValueError, match=r"ppo does not run under DeepSpeed.*fsdp\.yaml"):
             make("ppo", {})
+
+
+def test_processes_that_would_each_run_alone_or_in_another_precision_are_refused(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="WORLD_SIZE=2"):
+            make("ppo", {})
+    monkeypatch.setattr(Accelerator, "mixed_precision", "bf16")
+    with pytest.raises(ValueError, match="mixed_precision must be 'no', got 'bf16'"):
+        make("ppo", {})
 
 
 def test_accelerate_launch_with_a_configuration(results, tmp_path):
