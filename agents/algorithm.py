@@ -174,7 +174,10 @@ class Algorithm(ABC):
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Around gradient steps on twins: they start with the policies' weights, and the policies end with theirs."""
+        """Around gradient steps on twins: they start with the policies' weights, and the policies end with theirs.
+
+        Where a step fails, the policies are as they were before all of them.
+        """
         for policy, twin in self._twins:
             scatter(policy, twin)
         yield

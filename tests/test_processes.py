@@ -195,6 +195,7 @@ def test_processes_that_would_each_run_alone_or_in_another_precision_are_refused
         make("ppo", {})
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_a_configuration(results, tmp_path):
     launcher = ["accelerate.commands.launch", "--config_file", CONFIGS / "fsdp.yaml", "--num_processes", "2"]
     for saw in seen(start([*launcher, "--main_process_port", "0"], tmp_path, "rloo"), tmp_path):

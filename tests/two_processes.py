@@ -61,7 +61,7 @@ def make(name, arguments, rows=ROWS, **env_arguments):
     """An agent with a small model in double precision, in which rounding is no excuse."""
     tokenizer = train_tokenizer([" ".join(WORDS), " " + " ".join(reversed(WORDS))] * 3)
     # Started from other weights in each process: the first one's count.
-    torch.manual_seed(PartialState(cpu=True).process_index)
+    torch.manual_seed(PartialState().process_index)
     ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos")}
     shape = {"n_positions": PROMPT_TOKENS + HORIZON, "n_embd": 32, "n_layer": 2, "n_head": 2}
     config = GPT2Config(vocab_size=len(tokenizer), **shape, **ids)
@@ -154,8 +154,7 @@ def refusal(make_wrong, environment=None):
 
 
 def main(folder):
-    torch.set_num_threads(1)
-    state = PartialState(cpu=True)
+    state = PartialState()
     saw = {"num_processes": state.num_processes, "backend": state.backend, "refused": {}}
     for what, wrong in {
         "episodes_per_iteration": lambda: make("ppo", {"episodes_per_iteration": 12}),
@@ -216,4 +215,6 @@ def main_of_one(folder, name):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    PartialState(cpu=True)
     (main if len(sys.argv) == 2 else main_of_one)(Path(sys.argv[1]), *sys.argv[2:])
