@@ -49,12 +49,11 @@ AGENTS = {
     "d2lols": ("d2lols", {**UNEVEN, "tau": 1}),
     "gail": ("gail", {**UNEVEN}),
     "rloo": ("rloo", {**UNEVEN, "beta": 0.5}),
-    "grpo": ("grpo", {**UNEVEN, "length_norm": "batch", "scale": "batch"}),
 }
-AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "d2lols", "rloo")}
+AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "rloo")}
 # What `accelerate launch` tells the processes that it starts.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-RECORDED = {"ppo++": {"ent_coef": 0.1}, "aggrevated": {"beta": 0.6}, "rloo": {}, "grpo": {}}
+RECORDED = {"ppo++": {"ent_coef": 0.1}, "aggrevated": {"beta": 0.6}, "rloo": {}, "grpo": {"scale": "batch"}}
 
 
 def make(name, arguments, rows=ROWS, **env_arguments):
