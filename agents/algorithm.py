@@ -26,7 +26,7 @@ from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
 from agents.policy import LanguageModelPolicy, Policy, replaced_folder
 from agents.processes import SUPPORTED, add, gather, gather_state, own_state, start_equal
 from agents.rollout import Rollout, check_handoff, collect
-from agents.sharding import assemble, load_optimizer, scatter, shard, whole
+from agents.sharding import assemble, load_optimizer, scatter, shard, uses_fsdp, whole
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guidance import Guidance
@@ -97,6 +97,7 @@ class Algorithm(ABC):
                 f"{self.name} does not run under DeepSpeed; FSDP spreads the same over processes: accelerate launch "
                 "--config_file examples/accelerate/fsdp.yaml"
             )
+        uses_fsdp()  # refuses what is not supported, before weights are loaded
         self.accelerator = Accelerator(
             # Without this the processes of torchrun would each train a policy of its own where there is no accelerator.
             cpu=not torch.accelerator.is_available(),

@@ -7,6 +7,7 @@ processes by torch's `fully_shard` (FSDP2); after them the policy is given the t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -24,21 +25,37 @@ if TYPE_CHECKING:
     from agents.policy import Policy
 
 
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was told to use FSDP.
+
+    Raises:
+        ValueError: It was told to do so in a way that is not supported.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    for name, value, needed, why in (
+        ("version", os.environ.get("FSDP_VERSION", "1"), "2", "the first version wraps modules"),
+        ("offload_params", os.environ.get("FSDP_OFFLOAD_PARAMS", "false"), "false", "weights stay on the device"),
+        (
+            "cpu_ram_efficient_loading",
+            os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"),
+            "false",
+            "guides and rewards would have empty weights in all processes but the first",
+        ),
+    ):
+        if value.lower() != needed:
+            raise ValueError(f"fsdp_{name} must be {needed}, got {value}: {why} (see examples/accelerate/fsdp.yaml)")
+    return True
+
+
 def shard(accelerator: Accelerator, policy: Policy) -> Policy:
     """A twin of a policy in pieces where processes were started with FSDP, else the policy itself.
 
     Weights that are frozen stay whole, and are the policy's.
-
-    Raises:
-        ValueError: The processes were started with FSDP 1, or to keep weights off the device.
     """
-    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if accelerator.num_processes == 1 or not uses_fsdp():
         return policy
     plugin = FullyShardedDataParallelPlugin()  # reads what `accelerate launch` was told
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_version must be 2, got {plugin.fsdp_version}")
-    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
-        raise ValueError("fsdp_offload_params must be false: weights that are trained stay on the device")
     twin = policy.copy()
     how: dict[str, Any] = {
         "mesh": init_device_mesh(policy.device.type, (accelerator.num_processes,)),

@@ -176,6 +176,7 @@ def test_configurations_are_what_they_say(launched):
     environment = launched("fsdp")
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     assert {name: environment[name] for name in FSDP} == FSDP
+    assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"].lower() == "false"
     with patch.dict(os.environ, environment):
         plugin = FullyShardedDataParallelPlugin()
     assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)

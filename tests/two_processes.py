@@ -173,7 +173,9 @@ def main(folder):
         agent = learn(name)
         saw["histories"][name], saw["pieces"][name] = numbers(agent.history), in_pieces(agent)
         save_file(weights(agent), folder / f"weights-{name}-{state.process_index}.safetensors")
-    saw["refused"]["fsdp_version"] = refusal(lambda: make("ppo", {}), {**FSDP, "FSDP_VERSION": "1"})
+    for name, value in (("VERSION", "1"), ("OFFLOAD_PARAMS", "true"), ("CPU_RAM_EFFICIENT_LOADING", "True")):
+        wrong = {**FSDP, f"FSDP_{name}": value}
+        saw["refused"][f"fsdp_{name.lower()}"] = refusal(lambda: make("ppo", {}), wrong)
 
     for environment, kind in (({}, "whole"), (FSDP, "in pieces")):
         with patch.dict(os.environ, environment):
