@@ -29,7 +29,7 @@ SUPPORTED = (
     DistributedType.MULTI_NPU,
     DistributedType.FSDP,
 )
-Items = TypeVar("Items", torch.Tensor, Sequence[Any])
+Items = TypeVar("Items", torch.Tensor, np.ndarray, Sequence[Any])
 
 
 def share(accelerator: Accelerator, items: Items) -> Items:

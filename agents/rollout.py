@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -100,10 +100,9 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> Rollout:
         """The same episodes with their tensors on another device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return type(self)(**values | moved)
 
     @classmethod
     def concatenate(cls, rollouts: list[Rollout]) -> Rollout:
