@@ -7,7 +7,8 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,7 +24,9 @@ from torch import nn
 from agents.card import model_card
 from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
 from agents.policy import LanguageModelPolicy, Policy, replaced_folder
+from agents.processes import SUPPORTED, add, gather, gather_state, own_state, start_equal
 from agents.rollout import Rollout, check_handoff, collect
+from agents.sharding import assemble, load_optimizer, scatter, shard, uses_fsdp, whole
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guidance import Guidance
@@ -38,14 +42,17 @@ Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 class Algorithm(ABC):
     """A policy, an environment, and a loop of iterations that improve the one on the other.
 
+    Started as several processes (``torchrun``, ``accelerate launch``) they train one policy together; all of them make
+    the same calls. Numbers of episodes are those of all processes, the rows of `env` those of each (docs/processes.md).
+
     Args:
         policy: A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence.
         env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
         episodes_per_iteration: Episodes (for supervised learning: reference texts) an iteration; a multiple of the
-            rows of `env`.
+            rows of `env` in all processes.
         decoding: How training episodes are sampled (None: as the policy does).
         seed: Seed of everything random here and in the environment.
-        device: "auto" (an accelerator where there is one) or a torch device.
+        device: "auto" (an accelerator where there is one, in several processes each its own) or a torch device.
         eval_every: Iterations between two evaluations on validation prompts; 0 never evaluates.
         eval_prompts: Validation prompts of such an evaluation, always the same ones.
         eval_env: What to evaluate on (None: the validation split of the environment, with a guide only for hand-offs).
@@ -85,21 +92,50 @@ class Algorithm(ABC):
         check("eval_every", eval_every, eval_every >= 0, "at least 0")
         check("eval_prompts", eval_prompts, eval_prompts >= 1, "at least 1")
         check("seed", seed, seed >= 0, "at least 0")
-        self.accelerator = Accelerator(log_with=track, project_dir=output_dir)  # type: ignore[arg-type]
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError(
+                f"{self.name} does not run under DeepSpeed; FSDP spreads the same over processes: accelerate launch "
+                "--config_file examples/accelerate/fsdp.yaml"
+            )
+        uses_fsdp()  # refuses what is not supported, before weights are loaded
+        self.accelerator = Accelerator(
+            # Without this the processes of torchrun would each train a policy of its own where there is no accelerator.
+            cpu=not torch.accelerator.is_available(),
+            log_with=track,  # type: ignore[arg-type]
+            project_dir=output_dir,
+        )
+        if (kind := self.accelerator.distributed_type) not in SUPPORTED:
+            raise ValueError(f"distributed_type must be one of {[k.value for k in SUPPORTED]}, got {kind.value!r}")
+        if self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision must be 'no', got {self.accelerator.mixed_precision!r}: a policy has its own, "
+                'from_pretrained(..., dtype="auto")'
+            )
+        processes = self.accelerator.num_processes
+        if (started := int(os.environ.get("WORLD_SIZE", 1))) > 1 == processes:
+            raise ValueError(
+                f"WORLD_SIZE={started} processes were started, but each runs alone: make no PartialState or "
+                "Accelerator before the algorithm, or set ACCELERATE_USE_CPU=true where there is no GPU"
+            )
         device = self.accelerator.device if device == "auto" else torch.device(device)
+        check("device", device, processes == 1 or device == self.accelerator.device, '"auto" in several processes')
         if not isinstance(policy, Policy):
             policy = LanguageModelPolicy.from_pretrained(policy, device=device)
         self.policy = policy
         self.policy.to(device)
         if isinstance(env, str):
-            env = make_env(env, num_envs=episodes_per_iteration, tokenizer=self.policy.tokenizer)
+            rows = max(1, episodes_per_iteration // processes)
+            env = make_env(env, num_envs=rows, tokenizer=self.policy.tokenizer)
         if not isinstance(env, TextVectorEnv) or not env.parking:
             raise ValueError(f"env must be an environment id or a TextVectorEnv made with parking=True, got {env!r}")
-        if self.plays_episodes and episodes_per_iteration % env.num_envs:
+        if self.plays_episodes and episodes_per_iteration % (env.num_envs * processes):
+            rows_of_all = f"{env.num_envs} rows" + (f" in each of {processes} processes" if processes > 1 else "")
             raise ValueError(
-                f"episodes_per_iteration must be a multiple of the environment's {env.num_envs} rows, "
+                f"episodes_per_iteration must be a multiple of the environment's {rows_of_all}, "
                 f"got {episodes_per_iteration}"
             )
+        if self.plays_episodes and processes > 1 and env.order != "random":
+            raise ValueError(f"env must have order='random' in several processes, got {env.order!r}")
         if env.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise ValueError("env must be made with the policy's tokenizer: make_vec(..., tokenizer=policy.tokenizer)")
         check_handoff(env, self.policy)
@@ -108,9 +144,12 @@ class Algorithm(ABC):
                 "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with "
                 "beams in evaluate(..., decoding=...) and generate"
             )
+        start_equal(self.accelerator, self.policy)
         self.env = env
         self.policy.prompt_columns = env.max_prompt_tokens
-        self.trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self._twins: list[tuple[Policy, Policy]] = []
+        self.learner = self.twin_of(self.policy)
+        self.trainable = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
         self.episodes_per_iteration = episodes_per_iteration
         self.decoding = decoding
         self.seed = seed
@@ -126,6 +165,25 @@ class Algorithm(ABC):
         self.history: list[dict[str, Any]] = []
         self.iteration = self.num_timesteps = self.num_guide_tokens = self.num_episodes = 0
         self.best_score = -math.inf
+
+    def twin_of(self, policy: Policy) -> Policy:
+        """What `policy`'s gradient steps are taken on: itself, or with FSDP a twin whose weights are in pieces."""
+        twin = shard(self.accelerator, policy)
+        if twin is not policy:
+            self._twins.append((policy, twin))
+        return twin
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around gradient steps on twins: they start with the policies' weights, and the policies end with theirs.
+
+        Where a step fails, the policies are as they were before all of them.
+        """
+        for policy, twin in self._twins:
+            scatter(policy, twin)
+        yield
+        for policy, twin in self._twins:
+            assemble(policy, twin)
 
     @abstractmethod
     def iterate(self) -> dict[str, Any]:
@@ -162,7 +220,8 @@ class Algorithm(ABC):
             total_timesteps: Policy tokens, counted from now.
             total_episodes: Episodes, counted from now. Exactly one of the two totals is given.
             callback: Called after each iteration as ``callback(locals(), globals())``, as in Stable-Baselines3;
-                ``locals["self"]`` is the algorithm, ``locals["record"]`` the iteration's record. Returning False stops.
+                ``locals["self"]`` is the algorithm, ``locals["record"]`` the iteration's record. Returning False stops;
+                of several processes each calls its own, and one that returns False stops all.
             progress_bar: Whether to draw a progress bar.
 
         Raises:
@@ -194,7 +253,8 @@ class Algorithm(ABC):
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
         )
-        with Progress(*columns, disable=not progress_bar, transient=True) as progress:
+        shown = progress_bar and self.accelerator.is_main_process
+        with Progress(*columns, disable=not shown, transient=True) as progress:
             bar = progress.add_task(self.name, total=1.0, status="")
             while done() < 1 and not self.finished:
                 try:
@@ -205,12 +265,14 @@ class Algorithm(ABC):
                     )
                     raise
                 progress.update(bar, completed=min(done(), 1.0), status=self.status(record))
-                if callback is not None and callback(locals(), globals()) is False:
-                    break
+                if callback is not None:
+                    stop = torch.tensor(float(callback(locals(), globals()) is False), device=self.policy.device)
+                    if add(self.accelerator, stop) > 0:
+                        break
         if self.output_dir is not None:
             self.save(self.output_dir / "last")
-        if self._tracked:
-            self.accelerator.end_training()
+        while self.accelerator.trackers:  # `end_training` would take leave of the other processes too
+            self.accelerator.trackers.pop().finish()
         return self
 
     def _run_iteration(self) -> dict[str, Any]:
@@ -245,28 +307,35 @@ class Algorithm(ABC):
     def evaluate(self) -> EvaluationResult:
         """Evaluate the policy on the fixed validation prompts, with its own decoding and a fixed seed."""
         assert self._eval_env is not None
-        return evaluate(self.policy, self._eval_env, num_prompts=self.eval_prompts, metrics=())
+        return evaluate(
+            self.policy, self._eval_env, num_prompts=self.eval_prompts, metrics=(), accelerator=self.accelerator
+        )
 
     def collect(self, **options: Any) -> Rollout:
-        """Play `episodes_per_iteration` episodes, and count them.
+        """Play `episodes_per_iteration` episodes, each process its share, and count them.
 
         Args:
             **options: Reset options beside the guidance ("group_size", ...).
+
+        Returns:
+            The episodes of all processes.
         """
-        rollouts = []
-        for part in range(self.episodes_per_iteration // self.env.num_envs):
+        rollouts, rows = [], self.env.num_envs
+        # Rows of all processes are those of one environment; these are the ones before this process's.
+        before = rows * self.accelerator.process_index
+        for part in range(self.episodes_per_iteration // (rows * self.accelerator.num_processes)):
             rollouts.append(
                 collect(
                     self.env,
                     self.policy,
-                    seeds=hash64(self.seed, self.iteration, part, np.arange(self.env.num_envs)),
+                    seeds=hash64(self.seed, self.iteration, part, before + np.arange(rows)),
                     decoding=self.decoding,
                     # Spread, because rows of one environment seeded s are seeded s, s + 1, ...
-                    reset_seed=int(hash64(self.seed)) >> 33 if self.iteration == part == 0 else None,
+                    reset_seed=(int(hash64(self.seed)) >> 33) + before if self.iteration == part == 0 else None,
                     options={"guidance": self.guidance(), **options},
                 )
             )
-        rollout = Rollout.concatenate(rollouts)
+        rollout = Rollout.concatenate(gather(self.accelerator, rollouts))
         self.last_rollout = rollout
         self.check_finite("reward", rollout.rewards)
         self.num_episodes += len(rollout)
@@ -303,8 +372,8 @@ class Algorithm(ABC):
         return {
             "counters": {name: getattr(self, name) for name in counters},
             "history": self.history,
-            "optimizer": self.optimizer.state_dict(),
-            "env": self.env.get_state(),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "env": gather_state(self.accelerator, self.env.get_state()),
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -312,8 +381,8 @@ class Algorithm(ABC):
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self.history = state["history"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.env.set_state(_to_arrays(state["env"]))
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.env.set_state(own_state(self.accelerator, _to_arrays(state["env"])))
 
     def models(self) -> dict[str, nn.Module]:
         """Models beside the policy that a checkpoint holds, by the name of their file."""
@@ -322,15 +391,22 @@ class Algorithm(ABC):
     def save(self, path: str | os.PathLike) -> None:
         """Write a checkpoint: the policy as a model folder, its card, and in ``training`` what else `load` needs.
 
-        It is written under a temporary name and then renamed, so that a folder of this name is always whole.
+        It is written under a temporary name and then renamed, so that a folder of this name is always whole. Of several
+        processes, which all call this, the first one writes, and the others wait for it.
         """
-        with replaced_folder(Path(path)) as folder:
+        state = _plain(self.training_state())
+        if self.accelerator.is_main_process:
+            self._write(Path(path), state)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        with replaced_folder(path) as folder:
             self.policy.save_pretrained(folder)
             training = folder / TRAINING
             training.mkdir()
             for name, model in self.models().items():
                 save_file(self._own_weights(model), training / f"{name}.safetensors")
-            torch.save(_plain(self.training_state()), training / "state.pt")
+            torch.save(state, training / "state.pt")
             description = {
                 "algorithm": self.name,
                 "hyperparameters": _plain(self.hyperparameters),
@@ -360,6 +436,9 @@ class Algorithm(ABC):
         **arguments: Any,
     ) -> Self:
         """Continue from a checkpoint, exactly as if there had been no interruption.
+
+        The number of processes can be another one, if the rows of all environments together are as many as they were;
+        results are then the same up to rounding.
 
         Args:
             path: A folder that `save` wrote.

@@ -19,6 +19,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from agents.policy import LanguageModelPolicy, Policy
+from agents.processes import gather
 from agents.rollout import Rollout, collect
 from textgym.decoding import Decoding
 from textgym.guidance import Guidance
@@ -28,6 +29,7 @@ from textgym.seeding import hash64
 from textgym.task import SplitName
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from agents.algorithm import Algorithm
@@ -170,6 +172,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     start_model: PreTrainedModel | str | os.PathLike | None = None,
     encoder: str | os.PathLike | None = None,
+    accelerator: Accelerator | None = None,
     **env_arguments: Any,
 ) -> EvaluationResult:
     """Write a text for every prompt of a split, once, and judge it.
@@ -197,6 +200,8 @@ def evaluate(
         start_model: The model under which "perplexity" is measured, or its hub id or folder; it must have the
             environment's tokenizer.
         encoder: Hub id or folder of the encoder of "bert_score".
+        accelerator: Whose processes share the prompts out among them; all of them call this, with an environment of the
+            same number of rows each, and have the same result. None: this process alone.
         **env_arguments: Further arguments of the environment ("source", "reward", "guide", ...); only with an id.
 
     Raises:
@@ -230,10 +235,11 @@ def evaluate(
     indices = np.random.default_rng(0).permutation(len(env.data))[:num_prompts]
     indices.sort()
     # The last round is filled up with samples that were already judged; what they give is dropped.
-    rounds = np.resize(indices, (-(-len(indices) // env.num_envs), env.num_envs))
+    index, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rounds = np.resize(indices, (-(-len(indices) // (processes * env.num_envs)), processes, env.num_envs))
     rollouts = []
     for attempt in range(best_of):
-        for rows in rounds:
+        for rows in rounds[:, index]:
             seeds = hash64(seed, rows, attempt) if attempt else hash64(seed, rows)
             rollouts.append(
                 collect(
@@ -247,6 +253,8 @@ def evaluate(
                     options={"index": rows.tolist(), "guidance": Guidance()},
                 )
             )
+    if accelerator is not None:
+        rollouts = gather(accelerator, rollouts)
     rollout, count = Rollout.concatenate(rollouts), len(indices)
     attempts = rollout.rewards.view(best_of, -1)[:, :count].cpu().numpy().argmax(0)
     kept = attempts * rounds.size + np.arange(count)

@@ -11,7 +11,9 @@ from torch.nn.functional import softplus
 
 from agents.algorithm import check
 from agents.policy import Policy
+from agents.policy_gradient import in_parts
 from agents.ppo import PPO
+from agents.processes import add, add_gradients, add_terms, share, turn
 from agents.rollout import Rollout
 from agents.supervised import Example, collate
 
@@ -71,8 +73,11 @@ class GAIL(PPO):
         rollout = super().play()
         self.discriminator_record = self.teach(rollout)
         with torch.no_grad():
-            rows = torch.arange(len(rollout), device=rollout.rewards.device).split(self.minibatch_size)
-            self._rewards = softplus(torch.cat([self.log_odds(rollout, part) for part in rows]))
+            mine = share(self.accelerator, torch.arange(len(rollout), device=rollout.rewards.device))
+            rewards = torch.zeros_like(rollout.rewards)
+            for rows in in_parts(mine, self.minibatch_size):
+                rewards[rows] = softplus(self.log_odds(rollout, rows)).to(rewards.dtype)
+            self._rewards = add(self.accelerator, rewards)
         self.check_finite("discriminator reward", self._rewards)
         return rollout
 
@@ -98,20 +103,25 @@ class GAIL(PPO):
                 "that the task says to imitate"
             )
         paired = np.array(sorted(examples))
+        parameters = [weight for weight in self.discriminator.parameters() if weight.requires_grad]
         random, steps = np.random.default_rng([self.seed, self.iteration, 2]), []
         for _ in range(self.discriminator_epochs):
             order = random.permutation(paired)
             for start in range(0, len(order), self.minibatch_size):
                 chosen = order[start : start + self.minibatch_size]
-                references = self.log_odds_of([examples[row] for row in chosen])
-                texts = self.log_odds(rollout, torch.from_numpy(chosen).to(references.device))
-                loss = softplus(-references).mean() + softplus(texts).mean()
-                self.check_finite("discriminator loss", loss)
+                mine, weight = turn(self.accelerator, chosen)
+                references = self.log_odds_of([examples[row] for row in mine])
+                texts = self.log_odds(rollout, torch.from_numpy(mine).to(references.device))
+                loss = weight * (softplus(-references).sum() / len(chosen) + softplus(texts).sum() / len(chosen))
+                right = weight * torch.cat([references > 0, texts < 0]).sum() / (2 * len(chosen))
                 self.discriminator_optimizer.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.max_grad_norm)
+                step = add_terms(self.accelerator, {"loss": loss.detach(), "accuracy": right})
+                self.check_finite("discriminator loss", step["loss"])
+                add_gradients(self.accelerator, parameters)
+                torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
                 self.discriminator_optimizer.step()
-                steps.append((float(loss.detach()), float(torch.cat([references > 0, texts < 0]).float().mean())))
+                steps.append((float(step["loss"]), float(step["accuracy"])))
         loss_mean, accuracy = np.mean(steps, axis=0)
         return {"discriminator_loss": float(loss_mean), "discriminator_accuracy": float(accuracy)}
 

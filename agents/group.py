@@ -24,7 +24,7 @@ class GroupPolicyGradient(PolicyGradient):
 
     Args:
         policy: As for `PolicyGradient`.
-        env: As for `PolicyGradient`; its number of rows is a multiple of `group_size`.
+        env: As for `PolicyGradient`; its number of rows is a multiple of `group_size`, in every process.
         group_size: k. Texts with other prefixes would be other states, which need other baselines.
         beta: Probability that a group starts from a guide's prefix, cut as in PPO++; 0 needs no guide.
         **shared: As for `PolicyGradient`.

@@ -15,8 +15,10 @@ import torch
 from agents.advantages import kl_estimate, masked_mean
 from agents.algorithm import Algorithm, check
 from agents.policy import Evaluation, Policy
+from agents.processes import add, add_gradients, add_terms, share, turn
 from agents.rollout import Rollout
-from agents.supervised import Example, encode_example, supervised_loss
+from agents.sharding import clip_gradients
+from agents.supervised import Example, encode_example, num_targets, supervised_loss
 from textgym.decoding import Decoding
 
 if TYPE_CHECKING:
@@ -86,8 +88,8 @@ class PolicyGradient(Algorithm):
     Args:
         policy: A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence.
         env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
-        episodes_per_iteration: Episodes an iteration, a multiple of the rows of `env`.
-        minibatch_size: Episodes a gradient step.
+        episodes_per_iteration: Episodes an iteration, a multiple of the rows of `env` in all processes.
+        minibatch_size: Episodes a gradient step, of all processes.
         gradient_accumulation_steps: Passes into which a gradient step is cut, to save memory; the gradient is the same.
         n_epochs: Passes over an iteration's episodes.
         learning_rate: Step size of Adam, at the start.
@@ -257,7 +259,8 @@ class PolicyGradient(Algorithm):
         rollout = self.play()
         reference_log_probs = self.reference_log_probs(rollout)
         credit = self.credit(rollout, reference_log_probs)
-        losses = self.update(rollout, credit)
+        with self.learning():
+            losses = self.update(rollout, credit)
 
         decisions, states = rollout.decisions, credit.states
         log_ratio = rollout.log_ratio(reference_log_probs)
@@ -292,14 +295,17 @@ class PolicyGradient(Algorithm):
         """Log-probabilities (N, T) of the decisions under the reference policy, zero elsewhere."""
         decisions = rollout.decisions
         columns, result = rollout.columns(decisions), torch.zeros_like(rollout.log_probs)
-        for rows in in_parts(torch.nonzero(decisions.any(1)).flatten(), self.minibatch_size):
+        mine = share(self.accelerator, torch.nonzero(decisions.any(1)).flatten())
+        for rows in in_parts(mine, self.minibatch_size):
             result[rows] = self.reference.evaluate(
                 rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], rollout.handoffs[rows]
             ).log_probs.to(result.dtype)
-        return result
+        return add(self.accelerator, result)
 
     def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
         """Take gradient steps over the episodes that have a decision, or a state to learn from.
+
+        Each process goes over its share of a minibatch; gradients and losses are their sums.
 
         Returns:
             Losses and diagnostics, means over the gradient steps that were taken.
@@ -312,26 +318,28 @@ class PolicyGradient(Algorithm):
         stopped = False
         for minibatch in self.minibatches(torch.nonzero(judged).flatten()):
             whole = credit[minibatch]
-            rows_of_minibatch = minibatch.tolist() if demonstrations else []
-            examples = {row: demonstrations[row] for row in rows_of_minibatch if row in demonstrations}
-            targets = sum(len(example.target) for example in examples.values())
+            targets = num_targets(self.among(demonstrations, minibatch))
             step: dict[str, Tensor] = {}
             self.optimizer.zero_grad()
-            for rows in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
+            for part in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
+                rows, weight = turn(self.accelerator, part)
                 terms = self.loss(self.judge(rollout, credit, rows), credit[rows], whole)
-                own = [examples[row] for row in rows.tolist() if row in examples] if examples else []
-                if own:
-                    share = sum(len(example.target) for example in own) / targets
-                    terms["target_loss"] = share * supervised_loss(self.policy, own, self.env.pad_token_id)
+                terms = {name: weight * term for name, term in terms.items()}
+                if examples := self.among(demonstrations, part):
+                    texts, weight = turn(self.accelerator, examples)
+                    weight *= num_targets(texts) / targets
+                    terms["target_loss"] = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
                     terms["loss"] = terms["loss"] + self.target_coef * terms["target_loss"]
                 terms["loss"].backward()
                 for name, term in terms.items():
                     step[name] = step.get(name, 0) + term.detach()
+            step = add_terms(self.accelerator, step)
             self.check_finite("loss", step["loss"])
             stopped = self.target_kl is not None and float(step["approx_kl"]) > 1.5 * self.target_kl
             if stopped:
                 break
-            step["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
+            add_gradients(self.accelerator, self.trainable)
+            step["gradient_norm"] = clip_gradients(self.trainable, self.max_grad_norm)
             self.check_finite("gradient norm", step["gradient_norm"])
             self.optimizer.step()
             steps.append(step)
@@ -344,7 +352,7 @@ class PolicyGradient(Algorithm):
     def judge(self, rollout: Rollout, credit: Credit, rows: Tensor) -> Evaluation:
         """What the policy says now of some rows' decisions and states."""
         decisions, states = credit.decisions[rows], credit.states[rows]
-        return self.policy.evaluate(
+        return self.learner.evaluate(
             rollout.input_ids[rows],
             rollout.attention_mask[rows],
             rollout.columns(decisions | states),
@@ -383,6 +391,11 @@ class PolicyGradient(Algorithm):
                     self.env.tokenizer, rollout.prompts[row], prompt_ids, text, self.env.max_new_tokens
                 )
         return examples
+
+    @staticmethod
+    def among(demonstrations: dict[int, Example], rows: Tensor) -> list[Example]:
+        """The demonstrations of some rows, in their order."""
+        return [demonstrations[row] for row in rows.tolist() if row in demonstrations] if demonstrations else []
 
     def models(self) -> dict[str, nn.Module]:
         """The reference policy, beside the policy."""

@@ -12,6 +12,7 @@ from agents.advantages import gae, last_of, masked_mean, whiten
 from agents.algorithm import check
 from agents.policy import Evaluation, Policy
 from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule, in_parts
+from agents.processes import add, share
 from agents.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ class PPO(PolicyGradient):
         self.critic = self.policy
         if critic == "separate":
             self.critic = self.policy.copy()
-            parameters = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+            self.critic_learner = self.twin_of(self.critic)
+            parameters = [parameter for parameter in self.critic_learner.parameters() if parameter.requires_grad]
             self.optimizer.add_param_group({"params": parameters})
             self.trainable += parameters
         # Which critics have been shifted to the mean reward of the first episodes that they judge. Without that, the
@@ -234,11 +236,13 @@ class PPO(PolicyGradient):
             values = rollout.values  # recorded while sampling
         else:
             columns, values = rollout.columns(states), torch.zeros_like(rollout.values)
-            for rows in in_parts(torch.nonzero(states.any(1)).flatten(), self.minibatch_size):
+            mine = share(self.accelerator, torch.nonzero(states.any(1)).flatten())
+            for rows in in_parts(mine, self.minibatch_size):
                 of_policy, of_guide = self.critic.values(
                     rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows]
                 )
                 values[rows] = (of_policy if self.critic_of == "policy" else of_guide).to(values.dtype)
+            values = add(self.accelerator, values)
         values = values.masked_fill(~states, 0)
         if self.critic_of not in self.centred and states.any():
             shift = float(self.rewards(rollout).mean() - masked_mean(values, states))
@@ -252,7 +256,7 @@ class PPO(PolicyGradient):
         if self.critic is self.policy:
             return super().judge(rollout, credit, rows)
         now = super().judge(rollout, replace(credit, states=torch.zeros_like(credit.states)), rows)
-        values, guide_values = self.critic.values(
+        values, guide_values = self.critic_learner.values(
             rollout.input_ids[rows], rollout.attention_mask[rows], rollout.columns(credit.states[rows])
         )
         return now._replace(values=values, guide_values=guide_values)

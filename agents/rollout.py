@@ -98,6 +98,12 @@ class Rollout:
         """int64 (N, T): the columns of `input_ids` of the entries in `mask`, -1 elsewhere (see `Policy.evaluate`)."""
         return torch.where(mask, torch.arange(mask.shape[1], device=mask.device) + self.prompt_columns, -1)
 
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same episodes with their tensors on another device."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return type(self)(**values | moved)
+
     @classmethod
     def concatenate(cls, rollouts: list[Rollout]) -> Rollout:
         """Join rollouts of one environment, row after row."""

@@ -11,6 +11,8 @@ import torch
 
 from agents.algorithm import Algorithm, Callback, check
 from agents.policy import Policy
+from agents.processes import add, add_gradients, share, turn
+from agents.sharding import clip_gradients
 from textgym.task import Split
 from textgym.tokenization import encode_continuation, encode_prompts
 
@@ -65,6 +67,11 @@ def collate(
     return torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(columns)
 
 
+def num_targets(examples: Sequence[Example]) -> int:
+    """How many tokens are learned."""
+    return sum(len(example.target) for example in examples)
+
+
 def supervised_loss(policy: Policy, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
     """Negative log-likelihood a target token, in nats, averaged over the targets of all examples."""
     batch = [tensor.to(policy.device) for tensor in collate(examples, pad_token_id, policy.prompt_columns)]
@@ -86,7 +93,7 @@ class SL(Algorithm):
             "text" learns prompts and references of all rows as a causal language model does.
         n_epochs: Passes over the references in the whole schedule; a fraction is fine.
         episodes_per_iteration: Texts between two looks at the validation loss.
-        minibatch_size: Texts a gradient step.
+        minibatch_size: Texts a gradient step, of all processes.
         learning_rate: Peak step size of AdamW; it rises linearly, then decays linearly to zero.
         warmup: Share of the schedule in which it rises.
         weight_decay: Weight decay of AdamW, on matrices only.
@@ -230,19 +237,14 @@ class SL(Algorithm):
         examples = self.encode(self.env.data, [self.train_pairs[index] for index in self.order(start, end)])
         batches = self.batches(examples)
         losses, tokens = [], 0
-        for step in np.random.default_rng([self.seed, self.iteration]).permutation(len(batches)):
-            rate = self.learning_rate * self.schedule(self.num_episodes / self.total_texts)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss = supervised_loss(self.policy, batches[step], self.env.pad_token_id)
-            self.check_finite("loss", loss)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.check_finite("gradient norm", torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm))
-            self.optimizer.step()
-            losses.append(loss.detach())
-            self.num_episodes += len(batches[step])
-            tokens += sum(len(example.target) for example in batches[step])
+        with self.learning():
+            for step in np.random.default_rng([self.seed, self.iteration]).permutation(len(batches)):
+                rate = self.learning_rate * self.schedule(self.num_episodes / self.total_texts)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                losses.append(self.update(batches[step]))
+                self.num_episodes += len(batches[step])
+                tokens += num_targets(batches[step])
         self.num_timesteps += tokens
 
         validation_loss = self.validation_loss()
@@ -264,6 +266,20 @@ class SL(Algorithm):
             "policy_tokens": tokens,
         }
 
+    def update(self, batch: list[Example]) -> torch.Tensor:
+        """Take a gradient step, each process over its share; the loss before it."""
+        texts, weight = turn(self.accelerator, batch)
+        weight *= num_targets(texts) / num_targets(batch)
+        loss = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
+        self.optimizer.zero_grad()
+        loss.backward()
+        loss = add(self.accelerator, loss.detach())
+        self.check_finite("loss", loss)
+        add_gradients(self.accelerator, self.trainable)
+        self.check_finite("gradient norm", clip_gradients(self.trainable, self.max_grad_norm))
+        self.optimizer.step()
+        return loss
+
     def schedule(self, progress: float) -> float:
         """The step size, as a share of its peak, when a share of the schedule is done: up linearly, then down."""
         first = 1 / self.total_texts  # so that the first step is not zero
@@ -272,12 +288,11 @@ class SL(Algorithm):
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Nats a token on the validation references."""
-        total, tokens = 0.0, 0
-        for batch in self.batches(self.validation_examples):
-            count = sum(len(example.target) for example in batch)
-            total += count * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
-            tokens += count
-        return total / tokens
+        total = 0.0
+        for batch in share(self.accelerator, self.batches(self.validation_examples)):
+            total += num_targets(batch) * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
+        total = float(add(self.accelerator, torch.tensor(total, dtype=torch.float64)))
+        return total / num_targets(self.validation_examples)
 
     def order(self, start: int, end: int) -> np.ndarray:
         """Which references stand at places start..end-1 of the schedule: every pass is a shuffle of its own."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -31,6 +35,58 @@ def example(monkeypatch):
         return module
 
     return load
+
+
+class _Servers(BaseHTTPRequestHandler):
+    """Answers as vLLM does: a guide's completions, and the classes of texts, of which the last is their length."""
+
+    asked: ClassVar[dict[str, list]] = {}
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.setdefault(self.path, []).append(body)
+        if self.path == "/classify":
+            data = [{"index": i, "probs": [1 - len(text) / 99, len(text) / 99]} for i, text in enumerate(body["input"])]
+            answer = {"data": data[::-1]}
+        else:
+            usage = {"prompt_tokens": 1, "completion_tokens": 1}
+            answer = {"choices": [{"text": " sun moon star", "index": 0, "finish_reason": "stop"}], "usage": usage}
+        payload = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_guide_and_reward_are_asked_at_their_servers(example, make_policy, tmp_path):
+    make_policy().save_pretrained(tmp_path / "policy")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Servers) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        agent = example("served").main(
+            "writer",
+            f"{url}/v1",
+            "judge",
+            url,
+            policy=str(tmp_path / "policy"),
+            env=ENV_ID,
+            episodes_per_iteration=16,
+            total_episodes=32,
+            output_dir=tmp_path / "run",
+        )
+        server.shutdown()
+    rollout, asked = agent.last_rollout, _Servers.asked
+    assert agent.num_guide_tokens > 0
+    assert {body["model"] for body in asked["/v1/completions"]} == {"writer"}
+    assert [body["model"] for body in asked["/classify"]] == ["judge"] * 2
+    texts = [prompt + text for prompt, text in zip(rollout.prompts, rollout.texts, strict=True)]
+    assert asked["/classify"][-1]["input"] == texts
+    assert rollout.rewards.tolist() == pytest.approx([len(text) / 99 for text in texts])
+    assert (tmp_path / "run" / "last").is_dir()
 
 
 def test_cleanrl_script_runs_on_imdb(example, capsys):

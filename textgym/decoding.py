@@ -682,4 +682,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """Read a device argument; "auto" is CUDA where there is one, else CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and (rank := os.environ.get("LOCAL_RANK")):  # each process of a machine has its own
+            device = f"cuda:{int(rank) % torch.cuda.device_count()}"
     return torch.device(device)

@@ -133,7 +133,8 @@ class SB3Algorithm(Algorithm):
         **arguments: The algorithm's own, over what is said above (`batch_size`, `gamma`, `policy_kwargs`, ...).
 
     Raises:
-        ValueError: An argument is wrong, or the algorithm takes no dictionaries as observations.
+        ValueError: An argument is wrong, the algorithm takes no dictionaries as observations, or it was started as
+            several processes.
 
     Attributes:
         model: The algorithm of Stable-Baselines3.
@@ -187,6 +188,8 @@ class SB3Algorithm(Algorithm):
             track=track,
             hyperparameters={**hyperparameters, **arguments},
         )
+        if self.accelerator.num_processes > 1:
+            raise ValueError(f"{self.name} runs in one process, got {self.accelerator.num_processes}")
         self.env = _without_parking(self.env)
         self.steps = episodes_per_iteration * self.env.max_new_tokens
         sb3_policy: Any = "MultiInputPolicy"

@@ -1,0 +1,123 @@
+"""Weights in pieces: with FSDP every process keeps a part of what gradient steps need.
+
+Texts are written and judged by a whole policy in every process, as many at a time and for as long as each has to.
+Gradient steps are taken on a twin of it, of which weights, gradients and the state of the optimiser are spread over the
+processes by torch's `fully_shard` (FSDP2); after them the policy is given the twin's weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from agents.policy import Policy
+
+
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was told to use FSDP.
+
+    Raises:
+        ValueError: It was told to do so in a way that is not supported.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    for name, value, needed, why in (
+        ("version", os.environ.get("FSDP_VERSION", "1"), "2", "the first version wraps modules"),
+        ("offload_params", os.environ.get("FSDP_OFFLOAD_PARAMS", "false"), "false", "weights stay on the device"),
+        (
+            "cpu_ram_efficient_loading",
+            os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"),
+            "false",
+            "guides and rewards would have empty weights in all processes but the first",
+        ),
+    ):
+        if value.lower() != needed:
+            raise ValueError(f"fsdp_{name} must be {needed}, got {value}: {why} (see examples/accelerate/fsdp.yaml)")
+    return True
+
+
+def shard(accelerator: Accelerator, policy: Policy) -> Policy:
+    """A twin of a policy in pieces where processes were started with FSDP, else the policy itself.
+
+    Weights that are frozen stay whole, and are the policy's.
+    """
+    if accelerator.num_processes == 1 or not uses_fsdp():
+        return policy
+    plugin = FullyShardedDataParallelPlugin()  # reads what `accelerate launch` was told
+    twin = policy.copy()
+    how: dict[str, Any] = {
+        "mesh": init_device_mesh(policy.device.type, (accelerator.num_processes,)),
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "ignored_params": {weight for weight in twin.parameters() if not weight.requires_grad},
+    }
+    layers = getattr(getattr(twin, "model", None), "_no_split_modules", None) or ()
+    heads = set(getattr(twin, "heads", torch.nn.ModuleDict()).values())  # in a precision of their own
+    for module in list(twin.modules()):
+        if type(module).__name__ in layers or module in heads:
+            fully_shard(module, **how)
+    fully_shard(twin, **how)
+    for name in ("evaluate", "values"):
+        register_fsdp_forward_method(twin, name)
+    for module in twin.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # losses are shares of one mean
+    return twin
+
+
+@torch.no_grad()
+def scatter(policy: Policy, twin: Policy) -> None:
+    """Give the twin the policy's weights."""
+    for weight, piece in zip(policy.parameters(), twin.parameters(), strict=True):
+        if isinstance(piece, DTensor):
+            piece.copy_(_piece(weight.detach(), piece))
+
+
+@torch.no_grad()
+def assemble(policy: Policy, twin: Policy) -> None:
+    """Give the policy the twin's weights."""
+    for weight, piece in zip(policy.parameters(), twin.parameters(), strict=True):
+        if isinstance(piece, DTensor):
+            weight.copy_(piece.full_tensor())
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a norm, and return what it was, also where they are in pieces."""
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def whole(state: Any) -> Any:
+    """Nested containers with whole tensors in the place of pieces."""
+    return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, state)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Continue from an optimiser's state of whole tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = copy(state)
+    state["state"] = {
+        index: {
+            name: _piece(value, parameters[index])
+            if isinstance(parameters[index], DTensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict(state)
+
+
+def _piece(value: torch.Tensor, like: DTensor) -> DTensor:
+    # Every process has the whole, so none has to be sent anything.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
