@@ -676,8 +676,6 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     def _serve(self, mask: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
         """End the episodes of all waiting rows: one call of the guide, one of the reward. Fills `rewards`."""
-        from textgym.tokenization import decode
-
         handed = np.flatnonzero(self._wants_guide)
         if len(handed):
             limits = (self.max_new_tokens - self._length[handed]).tolist()
@@ -691,7 +689,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             # Should the reward fail now, a step that is tried again must not write a second completion.
             self._wants_guide[handed] = False
         rows = np.flatnonzero(mask)
-        texts = decode(self.tokenizer, [self._tokens(row) for row in rows.tolist()])
+        texts = self.texts([self._tokens(row) for row in rows.tolist()])
         value = self.reward_function(
             prompts=self._prompts[rows].tolist(), completions=texts, references=self._references[rows].tolist()
         )
@@ -715,6 +713,20 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._add(infos, "policy_tokens", mask, self._policy_tokens[rows])
         self._add(infos, "guide_tokens", mask, (self._authors[rows] == Author.GUIDE).sum(1))
         return infos
+
+    def texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """What the reward reads of token ids: the text up to where an episode of them would have ended.
+
+        Args:
+            token_ids: For each text what follows the prompt, prefix included.
+        """
+        from textgym.tokenization import decode
+
+        texts = []
+        for ids in token_ids:
+            ids = list(ids)[: self.max_new_tokens]
+            texts.append(ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids)
+        return decode(self.tokenizer, texts)
 
     def action_masks(self) -> np.ndarray:
         """Which actions are allowed now, for libraries that mask those that are not; `step` takes every action.
