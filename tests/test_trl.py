@@ -25,11 +25,8 @@ def test_prompts_are_those_the_environment_shows(id):
     for index in (0, 3, len(data) - 1):
         observation, info = env.reset(seed=0, options={"index": index})
         row = dataset[index]
-        assert (row["prompt"], tuple(row["references"]), row["sample_id"]) == (
-            info["prompt"],
-            info["references"],
-            info["sample_id"],
-        )
+        assert row["prompt"] == row["task_prompt"] == info["prompt"]
+        assert (tuple(row["references"]), row["sample_id"]) == (info["references"], info["sample_id"])
         shown = observation["input_ids"][observation["attention_mask"] == 1].tolist()
         if "IMDB" in id:  # read again, the rest of a cut text can be split otherwise
             assert env.unwrapped.tokenizer.decode(shown) == row["prompt"]
@@ -62,6 +59,7 @@ def test_reward_is_what_the_environment_pays():
 
     logged = {}
     columns = {"prompts": infos["prompt"].tolist(), "references": infos["references"].tolist()}
+    columns["task_prompt"] = columns["prompts"]
     completions = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
     reward = reward_function(env)
     arguments = {**columns, "completions": completions, "completion_ids": ids.tolist(), "sample_id": [0] * 8}

@@ -26,49 +26,47 @@ def prompt_dataset(env: gym.Env | VectorEnv) -> datasets.Dataset:
         env: A text environment, single or vector. Its guide takes no part.
 
     Returns:
-        A dataset with the columns ``prompt`` (str, after truncation), ``references`` (list of str) and ``sample_id``
-        (int). Its ``info.description`` names the task, split and source, and the fingerprint of the data.
+        A dataset with the columns ``prompt`` (what the policy reads: str, or with ``chat=True`` the user's message in a
+        list), ``task_prompt`` (str, without the template), ``references`` (list of str) and ``sample_id`` (int). Its
+        ``info.description`` names the task, split and source, and the fingerprint of the data.
 
     Raises:
         ValueError: `env` is not a text environment.
     """
-    from datasets import Dataset, DatasetInfo, Features, List, Value
-
-    from textgym.tokenization import encode_prompts
+    from datasets import Dataset, DatasetInfo
 
     engine = _engine(env)
     task, data = engine.task, engine.data
-    prompts = encode_prompts(
-        engine.tokenizer,
-        [task.prompt_of(row) for row in data.rows],
-        engine.max_prompt_tokens,
-        engine.truncation_side,
-    )
+    prompts = [text for text, _ in engine.encode_prompts([task.prompt_of(row) for row in data.rows])]
+    shown: list[Any] = [engine.in_template(text) for text in prompts]
+    if engine.chat:  # whose template TRL applies itself
+        shown = [[{"role": "user", "content": engine.template.format(prompt=text)}] for text in prompts]
     description = f"{task.name}, split {engine.split!r} of source {engine.source!r}, fingerprint {data.fingerprint}"
-    features = Features({"prompt": Value("string"), "references": List(Value("string")), "sample_id": Value("int64")})
     return Dataset.from_dict(
         {
-            "prompt": [text for text, _ in prompts],
+            "prompt": shown,
+            "task_prompt": prompts,
             "references": [list(task.references_of(row)) for row in data.rows],
             "sample_id": list(range(len(data))),
         },
-        info=DatasetInfo(description=description, features=features),
+        info=DatasetInfo(description=description),
     )
 
 
 def reward_function(env: gym.Env | VectorEnv) -> Callable[..., list[float]]:
     """What an environment would pay for texts, as a reward function of TRL.
 
-    A text ends where its episode would, at an end-of-sequence token or after T tokens, whatever follows.
+    A text ends where its episode would, at an end-of-sequence token, a string of ``stop`` or after T tokens, whatever
+    follows.
 
     Args:
         env: A text environment, single or vector.
 
     Returns:
-        A function of ``prompts``, ``completions``, ``completion_ids`` and ``references``, the rest of TRL's keyword
-        arguments being ignored, but for ``log_metric``, through which it logs the parts of the reward. TRL logs it
-        under the name of the task. It raises ValueError where ids and texts show that the trainer's tokenizer is not
-        the environment's.
+        A function of ``prompts``, ``completions``, ``completion_ids``, ``task_prompt`` and ``references``, the rest of
+        TRL's keyword arguments being ignored, but for ``log_metric``, through which it logs the parts of the reward.
+        TRL logs it under the name of the task. It raises ValueError where ids and texts show that the trainer's
+        tokenizer is not the environment's.
 
     Raises:
         ValueError: `env` is not a text environment.
@@ -76,21 +74,22 @@ def reward_function(env: gym.Env | VectorEnv) -> Callable[..., list[float]]:
     engine = _engine(env)
 
     def reward(
-        prompts: Sequence[str],
-        completions: Sequence[str],
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
+        task_prompt: Sequence[str],
         references: Sequence[Sequence[str]],
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> list[float]:
         ids = [list(text) for text in completion_ids]
-        if list(completions) != engine.tokenizer.batch_decode(ids, skip_special_tokens=True):
+        if not engine.chat and list(completions) != engine.tokenizer.batch_decode(ids, skip_special_tokens=True):
             raise ValueError(
                 "completion_ids must be tokens of the environment's tokenizer, got ids that are other texts in it: "
                 "give the trainer processing_class=env.unwrapped.tokenizer, or make the environment with tokenizer="
             )
         values = engine.reward_function(
-            prompts=list(prompts),
+            prompts=list(task_prompt),
             completions=engine.texts(ids),
             references=[tuple(texts) for texts in references],
         )
