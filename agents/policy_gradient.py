@@ -387,9 +387,8 @@ class PolicyGradient(Algorithm):
             if references and self.env.imitates(int(sample)):
                 text = references[random.integers(len(references))]
                 prompt_ids = prompts[row][masks[row] > 0].tolist()
-                examples[row] = encode_example(
-                    self.env.tokenizer, rollout.prompts[row], prompt_ids, text, self.env.max_new_tokens
-                )
+                prompt = self.env.in_template(rollout.prompts[row])
+                examples[row] = encode_example(self.env.tokenizer, prompt, prompt_ids, text, self.env.max_new_tokens)
         return examples
 
     @staticmethod

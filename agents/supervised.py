@@ -14,7 +14,7 @@ from agents.policy import Policy
 from agents.processes import add, add_gradients, share, turn
 from agents.sharding import clip_gradients
 from textgym.task import Split
-from textgym.tokenization import encode_continuation, encode_prompts
+from textgym.tokenization import encode_continuation
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -317,11 +317,15 @@ class SL(Algorithm):
         """Encode (row, reference) pairs of a split."""
         env = self.env
         rows = [split.rows[index] for index, _ in pairs]
-        prompts = encode_prompts(
-            env.tokenizer, [env.task.prompt_of(row) for row in rows], env.max_prompt_tokens, env.truncation_side
-        )
+        prompts = env.encode_prompts([env.task.prompt_of(row) for row in rows])
         examples = [
-            encode_example(env.tokenizer, prompt, ids, env.task.references_of(row)[reference], env.max_new_tokens)
+            encode_example(
+                env.tokenizer,
+                env.in_template(prompt),
+                ids,
+                env.task.references_of(row)[reference],
+                env.max_new_tokens,
+            )
             for (prompt, ids), row, (_, reference) in zip(prompts, rows, pairs, strict=True)
         ]
         if self.loss_on == "text":  # nothing predicts the first token

@@ -50,6 +50,10 @@ class Turns(TrainerCallback):
             input()
 
 
+def _length(completions: list[str], **_: Any) -> list[float | None]:
+    return [float(len(text) % 7) for text in completions]
+
+
 def main(algorithm: str, iterations: int, workload: dict[str, Any], answers: TextIO) -> None:
     """Train for some iterations, each when it is asked for."""
     for setting in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
@@ -134,7 +138,7 @@ def main(algorithm: str, iterations: int, workload: dict[str, Any], answers: Tex
             tokenizer.save_pretrained(folder)
             trainer = GRPOTrainer(
                 model=folder,
-                reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
+                reward_funcs=_length,
                 args=config,
                 train_dataset=Dataset.from_dict({"prompt": texts}),
                 processing_class=tokenizer,

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import stable_baselines3
 import torch
-from conftest import HORIZON, PROMPT_TOKENS
+from conftest import ENV_ID, HORIZON, PROMPT_TOKENS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_algorithms import make_agent, numbers
+from test_sb3_policy import lively, one_by_one, transitions
 from tokenizers import processors
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from agents import ALGORITHMS, GRPO, PPO, SL, CausalLMPolicy, Seq2SeqPolicy, evaluate
+from agents.sb3 import CausalLMActorCriticPolicy, Portable, TextVecEnv
+from agents.sb3.policies import _Texts
 from agents.supervised import supervised_loss
 from textgym import Guidance
 from textgym.decoding import Decoding
@@ -216,3 +223,67 @@ def test_predict_knows_the_prefix_by_the_columns(make_env, make_policy):
         decoding=Decoding(greedy=True),
     )  # fmt: skip
     assert actions.tolist() == sampler.sample().tokens.tolist()
+
+
+def test_stable_baselines3_reads_and_trains_it(words_tokenizer, make_policy, tmp_path):
+    guided = {"guide": "references", "guidance": {"restart_prob": 0.5}}  # decoders begin at different lengths
+    envs = TextVecEnv(gym.make_vec(ENV_ID, num_envs=4, tokenizer=words_tokenizer, **guided))
+    policy = lively(make_policy())
+    arguments = {"model": policy, "prompt_columns": PROMPT_TOKENS}
+    with pytest.raises(ValueError, match="prompt_columns must be given where the model encodes prompts"):
+        CausalLMActorCriticPolicy(envs.observation_space, envs.action_space, lambda _: 1e-3, model=policy)
+    inside = CausalLMActorCriticPolicy(envs.observation_space, envs.action_space, lambda _: 1e-3, **arguments)
+    obs, actions = transitions(envs)
+    expected = one_by_one(policy, obs, actions)
+    values, log_probs, entropy = inside.evaluate_actions(obs, actions)
+    for ours, theirs in zip(expected, (log_probs, entropy, values[:, 0]), strict=False):
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inside.predict_values(obs)[:, 0], expected[2], atol=1e-5, rtol=1e-5)
+    # A distribution over actions leaves out the rows of the vocabulary beyond the tokenizer.
+    every = inside._log_probs(inside._states(obs))
+    torch.testing.assert_close(every.gather(1, actions[:, None])[:, 0], expected[0], atol=1e-5, rtol=1e-5)
+    distribution = inside.get_distribution(obs).distribution
+    torch.testing.assert_close(distribution.logits, every.log_softmax(1), atol=1e-5, rtol=1e-5)
+    texts = _Texts(obs["input_ids"], obs["attention_mask"], prompt_columns=PROMPT_TOKENS)
+    assert len(texts.input_ids) < len(actions) / 2, "texts are shared"
+
+    model = stable_baselines3.PPO(
+        CausalLMActorCriticPolicy, envs, n_steps=2 * HORIZON, batch_size=24, n_epochs=1, seed=3, device="cpu",
+        policy_kwargs={"model": Portable(policy), "prompt_columns": PROMPT_TOKENS},
+    )  # fmt: skip
+    before = copy.deepcopy(policy.state_dict())
+    model.learn(2 * HORIZON * 4)
+    # What was sampled a token a step is what the update read.
+    buffer = model.rollout_buffer
+    assert any(not torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    policy.load_state_dict(before)
+    seen = {name: torch.from_numpy(array) for name, array in buffer.observations.items()}
+    now = inside.evaluate_actions(seen, torch.from_numpy(buffer.actions).long().flatten())
+    np.testing.assert_allclose(now[1].detach(), buffer.log_probs.flatten(), atol=1e-4)
+    np.testing.assert_allclose(now[0].detach().flatten(), buffer.values.flatten(), atol=1e-4)
+
+    model.save(tmp_path / "ppo")
+    loaded = stable_baselines3.PPO.load(tmp_path / "ppo", env=envs)
+    arrays = {name: array.numpy() for name, array in obs.items()}
+    choices = [each.predict(arrays, deterministic=True)[0] for each in (model, loaded)]
+    np.testing.assert_array_equal(*choices)
+    loaded.learn(2 * HORIZON * 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 2), min_size=1, max_size=3), st.lists(st.integers(1, 2), max_size=3)))
+)
+def test_texts_share_a_row_only_with_the_same_prompt(pairs):
+    ids, mask = torch.zeros(2, len(pairs) + 1, 6, dtype=torch.long)
+    for row, (prompt, new) in enumerate([([1], []), *pairs]):
+        ids[row, 3 - len(prompt) : 3 + len(new)] = torch.tensor([*prompt, *new])
+        mask[row, 3 - len(prompt) : 3 + len(new)] = 1
+    texts = _Texts(ids, mask, prompt_columns=3)
+    for row, (prompt, new) in enumerate([([1], []), *pairs]):
+        shared, entry = texts._row[row], texts._entry[row]
+        end = texts.columns[shared, entry]
+        assert end == 3 + len(new)
+        valid = texts.attention_mask[shared, :end]
+        assert texts.input_ids[shared, :end][valid].tolist() == [*prompt, *new]
+        assert valid[:3].tolist() == (mask[row, :3] == 1).tolist()

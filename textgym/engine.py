@@ -53,9 +53,16 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         source: "mini", "hub" or a folder; None reads ``TEXTGYM_SOURCE``, else "mini".
         tokenizer: A tokenizer, its hub id or path, or None for the task's own (see
             `textgym.tokenization.load_tokenizer`).
-        max_prompt_tokens: P, columns for the prompt; None for the task's own.
+        max_prompt_tokens: P, columns for the prompt, template included; None for the task's own and those of the
+            template.
         max_new_tokens: T, the horizon, EOS counted; None for the task's own.
         truncation_side: Which end of a long prompt's body is dropped, "left" or "right"; None for the task's own.
+        template: What the policy reads in the place of a prompt, with ``{prompt}`` for it: an instruction, or examples
+            before it. It is never truncated. Rewards, guides and infos see the prompt alone.
+        chat: Whether that is what a user says to a chat model, by the chat template of the tokenizer; the text is then
+            the answer.
+        stop: Strings that end an episode as EOS does: the reward reads the text before the first of them. The name of
+            a special token, such as "<|im_end|>", means that token.
         reward: None for the task's own, the name of one of the task's rewards, the hub id or path of a
             sequence-classification model, or a callable (see `textgym.rewards.base.RewardFunction`).
         guide: "references" (which restarts only, from references that the task says to imitate), the hub id or path of
@@ -63,7 +70,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         guidance: When the guide takes part: a `Guidance` or a mapping of its fields.
         handoff: Whether there is an extra action, the last one, by which the policy asks the guide to finish.
         handoff_cost: Subtracted from the reward for every token of a guide's completion.
-        min_new_tokens: Tokens, prefix counted, before which `action_masks` leaves EOS out.
+        min_new_tokens: Tokens, prefix counted, before which `action_masks` leaves out the tokens that end a text.
         banned_tokens: Token ids that `action_masks` leaves out.
         order: "random" draws samples uniformly, "sequential" visits every sample of the split once over all rows.
         render_mode: "ansi", "human" or None.
@@ -94,6 +101,9 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         max_prompt_tokens: int | None = None,
         max_new_tokens: int | None = None,
         truncation_side: Literal["left", "right"] | None = None,
+        template: str = "{prompt}",
+        chat: bool = False,
+        stop: Sequence[str] = (),
         reward: str | RewardFunction | None = None,
         guide: str | Guide | Callable | None = None,
         guidance: Guidance | Mapping[str, Any] | None = None,
@@ -111,13 +121,16 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             self.task = task
         task = self.task
         self.num_envs = _positive("num_envs", num_envs)
-        self.max_prompt_tokens = _positive("max_prompt_tokens", max_prompt_tokens, task.max_prompt_tokens)
         self.max_new_tokens = _positive("max_new_tokens", max_new_tokens, task.max_new_tokens)
         self.split: SplitName = _one_of("split", split, SPLITS)
         self.order = _one_of("order", order, ORDERS)
         self.truncation_side: Any = _one_of(
             "truncation_side", truncation_side or task.truncation_side, ("left", "right")
         )
+        self.chat = _one_of("chat", chat, (False, True))
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
+        self.stop = tuple(stop)
         self.render_mode = _one_of("render_mode", render_mode, (None, *self.metadata["render_modes"]))
         self.handoff = _one_of("handoff", handoff, (False, True))
         self.parking = _one_of("parking", parking, (False, True))
@@ -144,7 +157,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._reward = reward
         self._reward_function: RewardFunction | None = None
 
-        from textgym.tokenization import load_tokenizer
+        from textgym.tokenization import Ends, load_tokenizer, template_parts
 
         self.source = resolve_source(source)
         self.data: Split = task.split(self.split, self.source)
@@ -153,6 +166,13 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self.tokenizer = load_tokenizer(tokenizer, task, self.source)
         self.vocab_size = len(self.tokenizer)
         self.eos_token_id: int = self.tokenizer.eos_token_id
+        self._ends = Ends(self.tokenizer, self.stop)
+        self.template = template
+        self._template_parts = template_parts(self.tokenizer, template, self.chat)
+        own = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in self._template_parts if part]
+        self.max_prompt_tokens = _positive(
+            "max_prompt_tokens", max_prompt_tokens, task.max_prompt_tokens + sum(map(len, own))
+        )
         pad = self.tokenizer.pad_token_id
         # Without a padding token EOS fills the gaps; what is padding is told by the mask, never by the id.
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
@@ -429,7 +449,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             if own_prompt is not None:
                 if own_index is not None:
                     raise ValueError("options['prompt'] and options['index'] exclude each other")
-                sample, (text, ids) = USER_SAMPLE, self._encode(("", own_prompt, ""))
+                sample, ((text, encoded),) = USER_SAMPLE, self.encode_prompts([("", own_prompt, "")])
+                ids = tuple(encoded)
                 refs = (references[leader] if references else None) or ()
             else:
                 if references and references[leader] is not None:
@@ -455,23 +476,49 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 refs,
             )
 
-    def _encode(self, parts: tuple[str, str, str]) -> tuple[str, tuple[int, ...]]:
+    def encode_prompts(self, prompts: Sequence[tuple[str, str, str]]) -> list[tuple[str, list[int]]]:
+        """Encode prompts as the policy reads them: truncated, and in the template.
+
+        Args:
+            prompts: Triples (before, body, after) of which only the body may be truncated (see `Task.prompt_of`).
+
+        Returns:
+            For each what is left of its text, without the template, and the token ids, with it.
+
+        Raises:
+            ValueError: A prompt that is too long without its body, or that has no tokens at all.
+        """
         from textgym.tokenization import encode_prompts
 
-        text, ids = encode_prompts(self.tokenizer, [parts], self.max_prompt_tokens, self.truncation_side)[0]
-        return text, tuple(ids)
+        start, end = self._template_parts
+        encoded = encode_prompts(
+            self.tokenizer,
+            [(start + before, body, after + end) for before, body, after in prompts],
+            self.max_prompt_tokens,
+            self.truncation_side,
+            add_special_tokens=not self.chat,
+        )
+        return [(text[len(start) : len(text) - len(end)], ids) for text, ids in encoded]
+
+    def in_template(self, prompt: str) -> str:
+        """What the policy reads in the place of a prompt, as text."""
+        start, end = self._template_parts
+        return start + prompt + end
 
     def _encoded_sample(self, sample: int) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
         if sample not in self._encoded:
             row = self.data.rows[sample]
-            self._encoded[sample] = (*self._encode(self.task.prompt_of(row)), self.task.references_of(row))
+            ((text, ids),) = self.encode_prompts([self.task.prompt_of(row)])
+            self._encoded[sample] = text, tuple(ids), self.task.references_of(row)
         return self._encoded[sample]
 
     def _user_prefix(self, row: int, prefix: str | Sequence[int]) -> list[int]:
         from textgym.tokenization import encode_continuation
 
         ids = (
-            encode_continuation(self.tokenizer, self._prompts[row], [prefix])[0] if isinstance(prefix, str) else prefix
+            encode_continuation(self.tokenizer, self.in_template(self._prompts[row]), [prefix])[0]
+            if isinstance(prefix, str)
+            else prefix
         )
         ids = [int(token) for token in ids]
         if len(ids) >= self.max_new_tokens:
@@ -479,10 +526,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 f"options['prefix'] must leave a token to write: at most {self.max_new_tokens - 1} tokens, "
                 f"got {len(ids)}"
             )
-        if any(not 0 <= token < self.vocab_size or token == self.eos_token_id for token in ids):
+        if any(not 0 <= token < self.vocab_size for token in ids) or self._ends.cut(ids) is not None:
             raise ValueError(
-                f"options['prefix'] must hold token ids in [0, {self.vocab_size}) and no EOS ({self.eos_token_id}), "
-                f"got {ids}"
+                f"options['prefix'] must hold token ids in [0, {self.vocab_size}), no EOS ({self.eos_token_id}) and "
+                f"nothing of stop={self.stop}, got {ids}"
             )
         return ids
 
@@ -521,7 +568,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             self._append(row, ids, self.guide.author)
 
     def _ask(self, rows: np.ndarray, limits: list[int], seeds: list[int]) -> list[tuple[list[int], bool]]:
-        """Ask the guide to continue `rows`; token ids (with EOS where there is room) and whether it ended the text."""
+        """Ask the guide to continue `rows`; token ids, and whether the last of them ends the text."""
         from textgym.tokenization import decode, encode_continuation
 
         if not len(rows):
@@ -559,16 +606,15 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 if any(not 0 <= token < self.vocab_size for token in ids):
                     raise ValueError(f"guide must return token ids in [0, {self.vocab_size}), got {ids}")
             elif completion.text is not None:
-                before = request.prompt + request.prefix
+                before = self.in_template(request.prompt) + request.prefix
                 ids = encode_continuation(self.tokenizer, before, [completion.text])[0]
             else:
                 raise ValueError(f"guide must return text or token ids, {type(self.guide).__name__} returned neither")
-            if self.eos_token_id in ids:
-                ids = ids[: ids.index(self.eos_token_id) + 1]
-            elif completion.finished:
-                ids = [*ids, self.eos_token_id]
-            ids = ids[: request.max_new_tokens]
-            result.append((ids, bool(ids) and ids[-1] == self.eos_token_id))
+            ended = self._ends.cut(ids, request.prefix_ids)
+            if ended is None and completion.finished:
+                ended = [*ids, self.eos_token_id]
+            ids = (ids if ended is None else ended)[: request.max_new_tokens]
+            result.append((ids, ids == ended))
         return result
 
     def _tokens(self, row: int) -> list[int]:
@@ -664,7 +710,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._authors[rows, position] = Author.POLICY
         self._length[rows] = position + 1
         self._policy_tokens[rows] += 1
-        stopped = actions == self.eos_token_id
+        stopped = self._ends.reached(actions, lambda i: self._tokens(rows[i]))
         ended = stopped | (position + 1 == self.max_new_tokens)
         handed = ~ended & (self._policy_tokens[rows] == self._handoff_at[rows])
         waiting = ended | handed
@@ -676,8 +722,6 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     def _serve(self, mask: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
         """End the episodes of all waiting rows: one call of the guide, one of the reward. Fills `rewards`."""
-        from textgym.tokenization import decode
-
         handed = np.flatnonzero(self._wants_guide)
         if len(handed):
             limits = (self.max_new_tokens - self._length[handed]).tolist()
@@ -691,7 +735,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             # Should the reward fail now, a step that is tried again must not write a second completion.
             self._wants_guide[handed] = False
         rows = np.flatnonzero(mask)
-        texts = decode(self.tokenizer, [self._tokens(row) for row in rows.tolist()])
+        texts = self._ends.texts([self._tokens(row) for row in rows.tolist()])
         value = self.reward_function(
             prompts=self._prompts[rows].tolist(), completions=texts, references=self._references[rows].tolist()
         )
@@ -716,12 +760,21 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._add(infos, "guide_tokens", mask, (self._authors[rows] == Author.GUIDE).sum(1))
         return infos
 
+    def texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """What the reward reads of token ids: the text up to where an episode of them would have ended.
+
+        Args:
+            token_ids: For each text what follows the prompt, prefix included.
+        """
+        texts = [list(ids)[: self.max_new_tokens] for ids in token_ids]
+        return self._ends.texts([self._ends.cut(ids) or ids for ids in texts])
+
     def action_masks(self) -> np.ndarray:
         """Which actions are allowed now, for libraries that mask those that are not; `step` takes every action.
 
-        Left out are EOS while a text has fewer than `min_new_tokens`, the `banned_tokens`, and what the reward's
-        `allowed_tokens` leaves out, where it has that method (see `textgym.rewards.base.RewardFunction`). A row that
-        reads no action is allowed all.
+        Left out are the tokens that end a text while it has fewer than `min_new_tokens` (but not what can complete a
+        string of `stop`), the `banned_tokens`, and what the reward's `allowed_tokens` leaves out, where it has that
+        method (see `textgym.rewards.base.RewardFunction`). A row that reads no action is allowed all.
 
         Returns:
             bool (N, actions).
@@ -734,7 +787,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         masks = np.ones((self.num_envs, self.vocab_size + self.handoff), bool)
         rows = np.flatnonzero(self._active)
         masks[rows[:, None], list(self.banned_tokens)] = False
-        masks[rows[self._length[rows] < self.min_new_tokens], self.eos_token_id] = False
+        masks[np.ix_(rows[self._length[rows] < self.min_new_tokens], np.flatnonzero(self._ends.tokens))] = False
         allowed_tokens = getattr(self.reward_function, "allowed_tokens", None)
         if allowed_tokens is not None and len(rows):
             masks[rows, : self.vocab_size] &= allowed_tokens(

@@ -6,10 +6,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from textgym.data.sources import cache_dir
@@ -134,11 +135,47 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, pad_token=PAD)
 
 
+def template_parts(tokenizer: PreTrainedTokenizerBase, template: str, chat: bool) -> tuple[str, str]:
+    """What a template puts before and after a prompt.
+
+    Args:
+        tokenizer: The tokenizer, whose chat template is used with `chat`.
+        template: A text with ``{prompt}``.
+        chat: Whether the filled template is what a user says to a chat model, whose answer comes next.
+
+    Raises:
+        ValueError: The template does not hold ``{prompt}`` once and nothing else to fill in, or `chat` is True without
+            a chat template that shows what a user says once.
+    """
+    place = "\0"
+    try:
+        text = template.format(prompt=place)
+    except (AttributeError, IndexError, KeyError, ValueError):
+        text = ""
+    if text.count(place) != 1:
+        raise ValueError(f"template must hold {{prompt}} once, and braces of its own doubled, got {template!r}")
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ValueError("chat must be False for a tokenizer without a chat template")
+        text = as_chat(tokenizer, text)
+        if text.count(place) != 1:
+            raise ValueError(f"chat must be False for a chat template that does not show a prompt once: {text!r}")
+    before, _, after = text.partition(place)
+    return before, after
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What a chat model reads when a user says `text`, up to where its answer begins."""
+    turn = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[str, str, str]],
     max_prompt_tokens: int,
     truncation_side: Literal["left", "right"] = "right",
+    add_special_tokens: bool = True,
 ) -> list[tuple[str, list[int]]]:
     """Encode prompts, dropping tokens of the body where one is too long.
 
@@ -151,6 +188,7 @@ def encode_prompts(
         prompts: Triples (before, body, after); only the body may be truncated.
         max_prompt_tokens: Most tokens of a prompt.
         truncation_side: Which end of the body is dropped.
+        add_special_tokens: False where the prompts hold them already, as those of a chat do.
 
     Returns:
         For each prompt the text that is left and its token ids.
@@ -159,9 +197,16 @@ def encode_prompts(
         ValueError: A prompt that is too long without its body, or that has no tokens at all.
     """
     if not tokenizer.is_fast:
-        return [_encode_parts(tokenizer, parts, max_prompt_tokens, truncation_side) for parts in prompts]
+        arguments = (max_prompt_tokens, truncation_side, add_special_tokens)
+        return [_encode_parts(tokenizer, parts, *arguments) for parts in prompts]
     texts = ["".join(parts) for parts in prompts]
-    encoded = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
     result = []
     for (before, body, _), text, ids, offsets, special in zip(
         prompts, texts, *(encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask")), strict=True
@@ -174,26 +219,28 @@ def encode_prompts(
             inside = [i for i, (low, high) in enumerate(offsets) if low >= start and high <= end and not special[i]]
             if len(inside) < excess:
                 raise _too_long(max_prompt_tokens, len(ids) - len(inside), text)
-            if truncation_side == "right":
-                first, last = inside[-excess], inside[-1]
-                keep = (offsets[first - 1][1] if first else 0, end)
-            else:
-                first, last = inside[0], inside[excess - 1]
-                keep = (start, offsets[last][1])
+            first, last = (
+                (inside[-excess], inside[-1]) if truncation_side == "right" else (inside[0], inside[excess - 1])
+            )
             ids = ids[:first] + ids[last + 1 :]
-            text = text[: keep[0]] + text[keep[1] :]
+            # A token that is partly of the part before or after the body stays, and so does its text.
+            text = text[: max(start, offsets[first - 1][1] if first else 0)] + text[offsets[last][1] :]
         result.append((text, ids))
     return result
 
 
 def _encode_parts(
-    tokenizer: PreTrainedTokenizerBase, parts: tuple[str, str, str], max_prompt_tokens: int, truncation_side: str
+    tokenizer: PreTrainedTokenizerBase,
+    parts: tuple[str, str, str],
+    max_prompt_tokens: int,
+    truncation_side: str,
+    add_special_tokens: bool,
 ) -> tuple[str, list[int]]:
     """For tokenizers that do not tell which characters a token covers: each part is encoded on its own."""
     before, body, after = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts)
     if not before + body + after:
         raise ValueError(f"a prompt must have at least one token, got {''.join(parts)!r}")
-    letter = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True, verbose=False)
     ids, special = letter["input_ids"], letter["special_tokens_mask"]
     before = ids[: special.index(0)] + before
     after = after + ids[len(ids) - special[::-1].index(0) :]
@@ -240,3 +287,79 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str
     if not ids:
         return []
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Ends:
+    """Where a text ends: after EOS or another token that ends it, or before a string.
+
+    Args:
+        tokenizer: The tokenizer.
+        stop: Strings before which a text ends. The name of a special token, such as "<|im_end|>", means that token.
+
+    Attributes:
+        tokens: bool (V,), the tokens that end a text whatever stands before them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self.tokens = np.zeros(len(tokenizer), bool)
+        self.tokens[tokenizer.eos_token_id] = True
+        self._strings: tuple[str, ...] = ()
+        vocabulary = tokenizer.get_vocab() if stop else {}
+        for string in stop:
+            if string in vocabulary and not decode(tokenizer, [[vocabulary[string]]])[0]:
+                self.tokens[vocabulary[string]] = True  # texts are decoded without it
+            else:
+                self._strings = (*self._strings, string)
+        # Whether a token can complete a string (-1: not known yet), so that few texts are decoded while they grow.
+        self._near = np.full(len(tokenizer), -1, np.int8)
+
+    def reached(self, tokens: np.ndarray, written: Callable[[int], list[int]]) -> np.ndarray:
+        """Which texts ended with their last token.
+
+        Args:
+            tokens: (n,) integers, each text's last token.
+            written: All tokens of text i, the last included; asked for few.
+
+        Returns:
+            bool (n,).
+        """
+        ended = self.tokens[tokens]
+        if self._strings:
+            near = np.flatnonzero(self._can_complete(tokens) & ~ended)
+            ended[near] = [
+                self._holds_one(text) for text in decode(self._tokenizer, [written(i) for i in near.tolist()])
+            ]
+        return ended
+
+    def cut(self, ids: Sequence[int], begun: Sequence[int] = ()) -> list[int] | None:
+        """What of `ids` is written after `begun` until the text ends, its end included; None where it does not end."""
+        array = np.asarray(ids, np.int64)
+        near = self.tokens[array] | self._can_complete(array)
+        for length in (np.flatnonzero(near) + 1).tolist():
+            if self.tokens[array[length - 1]] or self._holds_one(decode(self._tokenizer, [[*begun, *ids[:length]]])[0]):
+                return list(ids[:length])
+        return None
+
+    def texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of token ids that go no further than their ends, without these."""
+        kept = [list(ids[:-1]) if len(ids) and self.tokens[ids[-1]] else list(ids) for ids in token_ids]
+        return [text[: min(self._starts(text), default=None)] for text in decode(self._tokenizer, kept)]
+
+    def _can_complete(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether tokens (n,) hold the last character of a string, or bytes that can be part of it."""
+        if not self._strings:
+            return np.zeros(tokens.shape, bool)
+        new = np.unique(tokens[self._near[tokens] < 0]).tolist()
+        # After a letter, because decoded alone some tokens lose a leading space.
+        letter = self._tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"] if new else []
+        (start, *texts) = decode(self._tokenizer, [letter, *([*letter, token] for token in new)])
+        last = {string[-1] for string in self._strings} | {"\ufffd"}
+        self._near[new] = [not last.isdisjoint(text[len(start) :]) for text in texts]
+        return self._near[tokens] > 0
+
+    def _holds_one(self, text: str) -> bool:
+        return any(string in text for string in self._strings)
+
+    def _starts(self, text: str) -> list[int]:
+        return [text.index(string) for string in self._strings if string in text]

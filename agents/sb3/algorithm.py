@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor, nn
 
 from agents.algorithm import Algorithm, check
-from agents.policy import CausalLMPolicy, Evaluation, Policy, replaced_folder
+from agents.policy import Evaluation, LanguageModelPolicy, Policy, replaced_folder
 from agents.sb3.policies import CausalLMActorCriticPolicy, MaskableCausalLMActorCriticPolicy, evaluate_transitions
 from agents.sb3.vec_env import TextVecEnv
 from textgym.decoding import Decoding, Sample, Sampler
@@ -113,7 +113,7 @@ class SB3Algorithm(Algorithm):
     iteration is `episodes_per_iteration` times T steps, and so at least that many episodes.
 
     Args:
-        policy: A `CausalLMPolicy`, or the hub id or path of a causal language model.
+        policy: A `LanguageModelPolicy`, or the hub id or path of a language model.
         env: The id of an environment, or a `TextVectorEnv` made with ``parking=True`` by `gymnasium.make_vec`.
         episodes_per_iteration: Episodes an iteration, a multiple of the rows of `env`. A rollout of an actor-critic
             algorithm is at most an iteration.
@@ -146,7 +146,7 @@ class SB3Algorithm(Algorithm):
 
     def __init__(
         self,
-        policy: CausalLMPolicy | str | os.PathLike,
+        policy: LanguageModelPolicy | str | os.PathLike,
         env: TextVectorEnv | str,
         *,
         episodes_per_iteration: int = 64,
@@ -305,7 +305,7 @@ class SB3Algorithm(Algorithm):
         Raises:
             ValueError: The algorithm learns from a memory of transitions, which a checkpoint does not hold.
         """
-        if not isinstance(self.policy, CausalLMPolicy):
+        if not isinstance(self.policy, LanguageModelPolicy):
             raise ValueError(f"{self.name} cannot be resumed: its checkpoints do not hold the replay buffer")
         super().load_training_state(state)
         self.model.num_timesteps = self.num_timesteps

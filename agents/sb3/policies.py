@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, pad
 
 from agents.algorithm import check
-from agents.policy import CausalLMPolicy, Evaluation, Policy, left_packed
+from agents.policy import Evaluation, LanguageModelPolicy, Policy, left_packed
 from textgym.decoding import Decoding, Sample, Sampler, at_least_float32, choose, nucleus, on_host
 from textgym.packing import autocast, head
 
@@ -34,7 +34,7 @@ _MOST_READERS = 8
 
 
 class CausalLMActorCriticPolicy(ActorCriticPolicy):
-    """A `CausalLMPolicy` as policy and critic of PPO, A2C and TRPO.
+    """A `LanguageModelPolicy` as policy and critic of PPO, A2C and TRPO.
 
     Actions, log-probabilities, entropies and values are those of the language model and its value head: sampling
     follows ``model.decoding``, and log-probabilities are of the untruncated softmax at temperature 1, as everywhere in
@@ -45,11 +45,12 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         observation_space: The environment's.
         action_space: The environment's.
         lr_schedule: Learning rate by the share of training that remains.
-        model: The hub id or folder of a language model, a `CausalLMPolicy`, which is then trained itself, or a
-            `Portable`. What Stable-Baselines3 saves names the hub id or folder, or holds a `CausalLMPolicy` with its
-            weights, beside those it saves anyway.
+        model: The hub id or folder of a language model, causal or sequence-to-sequence; a `LanguageModelPolicy`, which
+            is then trained itself; or a `Portable`. What Stable-Baselines3 saves names the hub id or folder, or holds
+            a `LanguageModelPolicy` with its weights, beside those it saves anyway.
         prompt_columns: P, columns of an observation that are the prompt's (the environment's ``max_prompt_tokens``);
-            needed only where ``model.decoding`` has a `min_new_tokens`, which counts those after them.
+            needed only by a model that encodes the prompt, like T5, and where ``model.decoding`` has a
+            `min_new_tokens`, which counts the tokens after them.
         optimizer_class: The optimiser.
         optimizer_kwargs: Its arguments beside the learning rate; None for those of Stable-Baselines3.
         use_sde: Always False; exploration noise is for continuous actions.
@@ -58,7 +59,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         ValueError: `model` does not fit the spaces, or `prompt_columns` is missing.
 
     Attributes:
-        language_model: The `CausalLMPolicy`.
+        language_model: The `LanguageModelPolicy`.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         action_space: spaces.Space,
         lr_schedule: Callable[[float], float],
         *,
-        model: str | os.PathLike | CausalLMPolicy | Portable,
+        model: str | os.PathLike | LanguageModelPolicy | Portable,
         prompt_columns: int | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -80,8 +81,10 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
             self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
         check("use_sde", use_sde, not use_sde, "False with discrete actions")
-        self.prompt_columns = prompt_columns
         self.language_model = Portable(model).policy
+        if prompt_columns is not None:
+            self.language_model.prompt_columns = prompt_columns
+        self.prompt_columns = prompt_columns
         size = len(self.language_model.tokenizer) + self.language_model.can_hand_off
         if not isinstance(action_space, spaces.Discrete) or action_space.n != size:
             raise ValueError(
@@ -90,8 +93,13 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
             )
         if not isinstance(observation_space, spaces.Dict) or {"input_ids", "attention_mask"} - {*observation_space}:
             raise ValueError(f"observation_space must be that of a textgym environment, got {observation_space}")
-        if self.language_model.decoding.min_new_tokens and prompt_columns is None:
-            raise ValueError("prompt_columns must be given where the model's decoding has min_new_tokens")
+        if prompt_columns is None and (
+            self.language_model.decoding.min_new_tokens or self.language_model.encodes_prompts
+        ):
+            raise ValueError(
+                "prompt_columns must be given where the model encodes prompts or its decoding has min_new_tokens: "
+                "policy_kwargs={..., 'prompt_columns': env.max_prompt_tokens}"
+            )
         self._readers: list[_Reader] = []
         self._build(lr_schedule)
 
@@ -185,7 +193,8 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
 
     def predict_values(self, obs: Observation) -> Tensor:  # type: ignore[override]
         """What the critic says of states: (n, 1)."""
-        texts = _Texts(obs["input_ids"], obs["attention_mask"])
+        columns = self.language_model.prompt_columns
+        texts = _Texts(obs["input_ids"], obs["attention_mask"], prompt_columns=columns)
         values, _ = self.language_model.values(texts.input_ids, texts.attention_mask, texts.columns)
         return texts.of_each(values)[:, None]
 
@@ -194,9 +203,10 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         log_probs = self._log_probs(self._states(obs))
         return CategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
 
-    def _states(self, obs: Observation, model: CausalLMPolicy | None = None) -> Tensor:
+    def _states(self, obs: Observation, model: LanguageModelPolicy | None = None) -> Tensor:
         """Hidden states (n, d) of the language model, or of another, after texts."""
-        texts, model = _Texts(obs["input_ids"], obs["attention_mask"]), model or self.language_model
+        model = model or self.language_model
+        texts = _Texts(obs["input_ids"], obs["attention_mask"], prompt_columns=model.prompt_columns)
         rows, entries = (texts.columns >= 0).nonzero(as_tuple=True)
         # Only the plain kernel of attention has a second derivative.
         plain = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else contextlib.nullcontext()
@@ -205,7 +215,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         spread = states.new_zeros(*texts.columns.shape, states.shape[1]).index_put((rows, entries), states)
         return texts.of_each(spread)
 
-    def _log_probs(self, states: Tensor, model: CausalLMPolicy | None = None) -> Tensor:
+    def _log_probs(self, states: Tensor, model: LanguageModelPolicy | None = None) -> Tensor:
         """Log-probabilities (n, actions) of all actions after hidden states."""
         model = model or self.language_model
         with autocast(model.device, model._dtype):
@@ -244,7 +254,7 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
         check("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")
         check("mask_updates", mask_updates, mask_updates >= 1, "at least 1")
         self.top_p, self.mask_updates = top_p, mask_updates
-        self.masking_model: CausalLMPolicy | None = None
+        self.masking_model: LanguageModelPolicy | None = None
         if top_p < 1:
             self.masking_model = copy.deepcopy(self.language_model).requires_grad_(False)
         self.updates_left: Tensor
@@ -368,20 +378,20 @@ class Portable:
     ``policy_kwargs={"model": Portable("my-model")}``.
 
     Args:
-        model: The hub id or folder of a language model, or a `CausalLMPolicy`.
+        model: The hub id or folder of a language model, or a `LanguageModelPolicy`.
 
     Attributes:
-        policy: The `CausalLMPolicy`.
+        policy: The `LanguageModelPolicy`.
     """
 
-    def __init__(self, model: str | os.PathLike | CausalLMPolicy | Portable) -> None:
-        self.policy: CausalLMPolicy
+    def __init__(self, model: str | os.PathLike | LanguageModelPolicy | Portable) -> None:
+        self.policy: LanguageModelPolicy
         if isinstance(model, Portable):
             self.policy = model.policy
-        elif isinstance(model, CausalLMPolicy):
+        elif isinstance(model, LanguageModelPolicy):
             self.policy = model
         else:  # on the CPU, because Stable-Baselines3 moves it to where it computes
-            self.policy = CausalLMPolicy.from_pretrained(model, device="cpu")
+            self.policy = LanguageModelPolicy.from_pretrained(model, device="cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Portable:
         return Portable(copy.deepcopy(self.policy, memo))
@@ -419,26 +429,35 @@ class _Texts:
         attention_mask: (n, S), nonzero where valid.
         actions: (n,) tokens that follow; None where only the texts are to be read.
         is_token: (n,) bool, which of the actions are tokens; None for all.
+        prompt_columns: P, where new tokens begin in each row; None to move texts into the first column.
 
     Attributes:
-        input_ids: int64 (m, S+1), rows with m <= n different texts, which begin in the first column.
+        input_ids: int64 (m, S+1), rows with m <= n different texts.
         attention_mask: bool (m, S+1).
         columns: int64 (m, k), the columns that follow the n texts, where their actions stand; -1 for none.
     """
 
     def __init__(
-        self, input_ids: Tensor, attention_mask: Tensor, actions: Tensor | None = None, is_token: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        actions: Tensor | None = None,
+        is_token: Tensor | None = None,
+        prompt_columns: int | None = None,
     ) -> None:
         valid = attention_mask != 0
-        ends = lengths = valid.sum(1)
-        ids, count = pad(left_packed(input_ids.long(), valid), (0, 1)), len(input_ids)
+        if prompt_columns is None:
+            ids, lengths = left_packed(input_ids.long(), valid), valid.sum(1)
+        else:  # texts whose prompts differ in padding do not begin each other
+            ids, lengths = input_ids.long().masked_fill(~valid, -2), prompt_columns + valid[:, prompt_columns:].sum(1)
+        ids, ends, count = pad(ids, (0, 1)), lengths, len(input_ids)
         if actions is not None:
             ids = ids.scatter(1, lengths[:, None], actions[:, None])
             ends = lengths + (1 if is_token is None else is_token.long())
         columns = torch.arange(ids.shape[1], device=ids.device)
         # In the order of `unique`, -1 first, the texts that begin another stand right before it.
         different, which = ids.masked_fill(columns >= ends[:, None], -1).unique(dim=0, return_inverse=True)
-        begins_next = ((different[:-1] == different[1:]) | (different[:-1] < 0)).all(1)
+        begins_next = ((different[:-1] == different[1:]) | (different[:-1] == -1)).all(1)
         last = pad(~begins_next, (0, 1), value=True)
         self._row = (last.cumsum(0) - last.long())[which]
         different = different[last]
@@ -472,7 +491,7 @@ def evaluate_transitions(policy: Policy, obs: Observation, actions: Tensor) -> E
         As `Policy.evaluate`, each entry (n,).
     """
     handed = actions == len(policy.tokenizer)
-    texts = _Texts(obs["input_ids"], obs["attention_mask"], actions, ~handed)
+    texts = _Texts(obs["input_ids"], obs["attention_mask"], actions, ~handed, policy.prompt_columns)
     handoffs = texts.to_columns(handed) if policy.can_hand_off else None
     now = policy.evaluate(texts.input_ids, texts.attention_mask, texts.columns, handoffs)
     return Evaluation(*(texts.of_each(part) for part in now))

@@ -27,8 +27,8 @@ class GuideRequest:
     """One text to continue.
 
     Attributes:
-        prompt: The prompt's text, as the policy sees it (after truncation).
-        prompt_ids: The prompt's token ids in the environment's vocabulary, without padding.
+        prompt: The task's prompt after truncation, without the template of the environment.
+        prompt_ids: What the policy reads, in the environment's vocabulary, without padding: the prompt in the template.
         prefix: Text of the tokens already written after the prompt.
         prefix_ids: Their ids in the environment's vocabulary.
         max_new_tokens: Most tokens to write, EOS included, counted in the environment's vocabulary.

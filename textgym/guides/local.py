@@ -31,8 +31,9 @@ _LOADED: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 class LocalGuide:
     """Continues texts with a language model whose weights never change.
 
-    Where the guide's tokenizer has the vocabulary of the environment's, token ids go in and come out untouched. Where
-    it has another one, or is to read more than the prompt, the guide reads and writes text.
+    Where the guide's tokenizer has the vocabulary of the environment's, token ids go in and come out untouched: the
+    guide reads what the policy reads. Where it has another one, or a template of its own, it reads and writes text, and
+    of the environment's template nothing.
 
     Args:
         model: Hub id or folder of a language model, causal or sequence-to-sequence, with safetensors weights, loaded
@@ -328,9 +329,10 @@ def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str) -> list[int]:
     """Encode what a user says to a chat model, and what the answer begins with."""
-    turn = [{"role": "user", "content": text}]
-    asked: Any = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return tokenizer(asked + prefix.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+    from textgym.tokenization import as_chat
+
+    asked = as_chat(tokenizer, text) + prefix.lstrip()
+    return tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _decode_continuation(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int]) -> str:

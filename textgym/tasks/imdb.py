@@ -78,8 +78,8 @@ class IMDBEnv(TextEnv):
         new ``guidance``.
 
     Episode End
-        The episode terminates at the end-of-sequence token ("stop"), after T tokens ("length"), or when the guide
-        completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
+        The episode terminates at the end-of-sequence token or a string of ``stop`` ("stop"), after T tokens ("length"),
+        or when the guide completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
 
     Arguments
         ``split``: "train" (default), "validation" or "test".
@@ -88,6 +88,9 @@ class IMDBEnv(TextEnv):
         ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
         ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 64 and 48.
         ``truncation_side``: which end of the truncatable text is dropped, by default "left".
+        ``template``: what the policy reads in the place of a prompt, such as "Q: {prompt} A:". ``chat``: True makes
+        that what a user says to a chat model. ``stop``: strings, or names of special tokens, that end the text; the
+        reward reads it up to there.
         ``reward``: "sentiment" (None for the first); the hub id or path of a sequence-classification
         model; or a callable ``(prompts, completions, references) -> floats or named parts``.
         ``guide``: "references" (which restarts from positive reviews only), the hub id or path of a causal language

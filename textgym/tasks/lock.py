@@ -340,8 +340,8 @@ class CombinationLockEnv(_WithLock, TextEnv):
         ``guidance``; the prompt changes nothing.
 
     Episode End
-        The episode terminates at the end-of-sequence token ("stop"), after T tokens ("length"), or when the guide
-        completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
+        The episode terminates at the end-of-sequence token or a string of ``stop`` ("stop"), after T tokens ("length"),
+        or when the guide completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
 
     Arguments
         ``vocab_size``: K, by default 20. ``length``: H, by default 10.
@@ -351,6 +351,9 @@ class CombinationLockEnv(_WithLock, TextEnv):
         ``split``: "train" (default), "validation" or "test", which are the same here. ``source`` changes nothing.
         ``tokenizer``: one with the lock's vocabulary; None makes it.
         ``max_prompt_tokens``: P, by default 1. ``max_new_tokens``: None or H.
+        ``template``: what the policy reads in the place of a prompt, such as "Q: {prompt} A:". ``chat``: True makes
+        that what a user says to a chat model. ``stop``: strings, or names of special tokens, that end the text; the
+        reward reads it up to there.
         ``reward``: None for the worth of the text; or as for every task, the hub id or path of a
         sequence-classification model; or a callable ``(prompts, completions, references) -> floats or named parts``.
         ``guide``: "scripted" (default), None, "references", the hub id or path of a language model, a

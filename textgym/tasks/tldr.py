@@ -68,8 +68,8 @@ class TLDREnv(TextEnv):
         new ``guidance``.
 
     Episode End
-        The episode terminates at the end-of-sequence token ("stop"), after T tokens ("length"), or when the guide
-        completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
+        The episode terminates at the end-of-sequence token or a string of ``stop`` ("stop"), after T tokens ("length"),
+        or when the guide completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
 
     Arguments
         ``split``: "train" (default), "validation" or "test".
@@ -78,6 +78,9 @@ class TLDREnv(TextEnv):
         ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
         ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 500 and 50.
         ``truncation_side``: which end of the truncatable text is dropped, by default "right".
+        ``template``: what the policy reads in the place of a prompt, such as "Q: {prompt} A:". ``chat``: True makes
+        that what a user says to a chat model. ``stop``: strings, or names of special tokens, that end the text; the
+        reward reads it up to there.
         ``reward``: "rouge_l" or "preference" (None for the first); the hub id or path of a sequence-classification
         model; or a callable ``(prompts, completions, references) -> floats or named parts``.
         ``guide``: "references", the hub id or path of a language model, a `textgym.guides.Guide`, or a function
