@@ -8,7 +8,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/run_all.py --profile quick
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
