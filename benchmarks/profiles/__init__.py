@@ -37,7 +37,8 @@ class Row:
         arguments: The algorithm's arguments, over those that all RL algorithms of the task share.
         env: Arguments of the environment it learns in, over the task's. Tests are in the task's own environment,
             without a guide, unless these say ``handoff=True``: a policy that can hand off is tested with that action,
-            the guide and the cost.
+            the guide and the cost. An object among them, such as another guide, must pickle and have a fingerprint, by
+            which records tell it.
         policy: Arguments of `agents.CausalLMPolicy.from_pretrained`.
         best_of: Texts that are written for every test prompt, of which the one with the highest reward is kept.
 
