@@ -316,9 +316,10 @@ def page(report: dict[str, Any]) -> str:
             ["run", "calls", "cache hits", "failures", "tokens read", "written", "hit rate", "tokens/s",
              "tokens/CPU s", "s in the guide", "s in all", "load"],
             used,
+            names=1,
         ),
-        Table("What they write is worth", f"Mean over {len(cells)} validation prompts.", ["who", *scores], judged),
-        Table("Samples", "The first of these prompts.", ["concepts", *names.values()], cells[:12]),
+        Table("What they write is worth", f"{len(cells)} validation prompts.", ["who", *scores], judged, names=1),
+        Table("Samples", "The first of these prompts.", ["concepts", *names.values()], cells[:12], names=4),
     ]  # fmt: skip
     asked = " ".join(f"--{name} {value}" for name, value in settings.items() if value is not None)
     return "\n\n".join(
