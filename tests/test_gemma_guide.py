@@ -133,9 +133,9 @@ def test_it_knows_the_task_from_examples(url):
 def test_the_example_runs_twice_and_says_what_it_used(url, tmp_path, capsys):
     env = gym.make_vec(gemma_guide.ENV, num_envs=1, source="mini").unwrapped
     size = {"vocab_size": len(env.tokenizer), "n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 1}
-    CausalLMPolicy(GPT2LMHeadModel(GPT2Config(**size)), env.tokenizer).save_pretrained(tmp_path / "base")
+    CausalLMPolicy(GPT2LMHeadModel(GPT2Config(**size)), env.tokenizer).save_pretrained(tmp_path / "policy")
     report = gemma_guide.main(
-        source="mini", base=str(tmp_path / "base"), url=url, iterations=2, episodes=4, prompts=4, shots=4,
+        source="mini", policy=str(tmp_path / "policy"), url=url, iterations=2, episodes=4, prompts=4, shots=4,
         json_file=tmp_path / "report.json", page_file=tmp_path / "report.md",
     )  # fmt: skip
     assert json.loads((tmp_path / "report.json").read_text()) == report
