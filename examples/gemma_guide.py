@@ -233,15 +233,8 @@ def main(
                     cache=cache or temporary,
                     budget=budget,
                 )
-                result = train(
-                    guide,
-                    source=source,
-                    base=base,
-                    iterations=iterations,
-                    episodes=episodes,
-                    prompts=prompts,
-                    seed=seed,
-                )
+                learner = CausalLMPolicy.from_pretrained(policy, decoding=Decoding(**COMMONGEN.decoding))
+                result = train(learner, guide, source, iterations, episodes, prompts, seed)
             after = os.times()
             # A server of ours is a child that has ended by now.
             server = sum(after[2:4]) - sum(before[2:4])
