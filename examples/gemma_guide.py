@@ -119,14 +119,19 @@ def alone(guide: Guide, sample_ids: np.ndarray, **arguments: Any) -> dict[str, A
         **arguments: Of the environment ("source", "tokenizer", ...).
 
     Returns:
-        The mean "reward", each of its parts, and "texts".
+        The mean "reward", each of its parts, the "rewards" of all texts, and "texts".
     """
     env = make_env(ENV, num_envs=len(sample_ids), split="validation", guide=guide, **arguments)
     everything = Guidance(handoff_prob=1.0, no_body_prob=1.0)
     env.reset(seed=0, options={"index": sample_ids.tolist(), "guidance": everything})
     _, rewards, _, _, infos = env.step(np.zeros(len(sample_ids), np.int64))
     parts = {name: float(part.mean()) for name, part in infos["reward_parts"].items() if not name.startswith("_")}
-    return {"reward": float(rewards.mean()), **parts, "texts": infos["text"].tolist()}
+    return told(rewards, parts, infos["text"])
+
+
+def told(rewards: np.ndarray, parts: dict[str, float], texts: Any) -> dict[str, Any]:
+    """What somebody wrote and what it was worth, as JSON takes it."""
+    return {"reward": float(rewards.mean()), **parts, "rewards": rewards.tolist(), "texts": list(texts)}
 
 
 def train(
@@ -144,7 +149,7 @@ def train(
 
     def judge() -> tuple[np.ndarray, dict[str, Any]]:
         result = evaluate(policy, ENV, "validation", num_prompts=prompts, metrics=(), **arguments)
-        return result.sample_ids, {"reward": result.reward, **result.reward_parts, "texts": result.completions}
+        return result.sample_ids, told(result.rewards, result.reward_parts, result.completions)
 
     sample_ids, before = judge()
     writes = {"guide": alone(guide, sample_ids, **arguments), "before": before}
@@ -177,7 +182,7 @@ def main(
     url: str | None = None,
     model: str = MODEL,
     iterations: int = 20,
-    episodes: int = 32,
+    episodes: int = 64,
     prompts: int = 100,
     shots: int = 12,
     calls: int = 2_000,
@@ -296,7 +301,7 @@ def page(report: dict[str, Any]) -> str:
     first = runs[0]
     same = all((run["writes"], run["history"]) == (first["writes"], first["history"]) for run in runs)
     names = {"guide": "the guide alone", "before": "the policy, supervised", "after": "the policy, after PPO++"}
-    scores = [name for name in first["writes"]["guide"] if name != "texts"]
+    scores = [name for name, value in first["writes"]["guide"].items() if isinstance(value, float)]
     judged = [[names[who], *(f"{written[score]:.3f}" for score in scores)] for who, written in first["writes"].items()]
     cells = [
         [text.strip().replace("|", "\\|").replace("\n", " ") for text in (prompt.split(": ")[-1], *texts)]
@@ -305,6 +310,7 @@ def page(report: dict[str, Any]) -> str:
         )
     ]
     guide, before, after = (first["writes"][who]["reward"] for who in names)
+    gains = np.subtract(*(first["writes"][who]["rewards"] for who in ("after", "before")))
     tables = [
         Table(
             "What the guide used",
@@ -325,7 +331,7 @@ def page(report: dict[str, Any]) -> str:
         [
             "# A guide that is a real service",
             f"`python examples/gemma_guide.py {asked} --json docs/gemma_guide.json --page docs/gemma_guide.md` on "
-            f"{machine['processors']} processors, {machine['threads']} threads of server and policy each. The load is "
+            f"{machine['processors']} processors, {machine['threads']} thread(s) of server and of policy. The load is "
             "the mean number of processes that wanted to compute in the last five minutes of a run: where it is above "
             "the number of processors, times are longer than the work.",
             f"{settings['model']} reads {settings['shots']} references of the train split before each prompt, and "
@@ -334,7 +340,8 @@ def page(report: dict[str, Any]) -> str:
             f"the same seed and the completions of the first: rewards and texts are "
             f"{'the same' if same else 'not the same'}.",
             f"Alone the guide earns {guide:.3f}: {'more' if guide > before else 'less'} than the supervised policy "
-            f"that it guides ({before:.3f}). PPO++ ends at {after:.3f}.",
+            f"that it guides ({before:.3f}). PPO++ ends at {after:.3f}, a gain of {gains.mean():.3f} with a standard error "
+            f"over prompts of {gains.std(ddof=1) / len(gains) ** 0.5:.3f}, from one training seed.",
             *(table.markdown() for table in tables),
             "",
         ]
