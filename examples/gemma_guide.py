@@ -340,8 +340,8 @@ def page(report: dict[str, Any]) -> str:
             f"the same seed and the completions of the first: rewards and texts are "
             f"{'the same' if same else 'not the same'}.",
             f"Alone the guide earns {guide:.3f}: {'more' if guide > before else 'less'} than the supervised policy "
-            f"that it guides ({before:.3f}). PPO++ ends at {after:.3f}, a gain of {gains.mean():.3f} with a standard error "
-            f"over prompts of {gains.std(ddof=1) / len(gains) ** 0.5:.3f}, from one training seed.",
+            f"that it guides ({before:.3f}). PPO++ ends at {after:.3f}, a gain of {gains.mean():.3f} with a standard "
+            f"error over prompts of {gains.std(ddof=1) / len(gains) ** 0.5:.3f}, from one training seed.",
             *(table.markdown() for table in tables),
             "",
         ]
