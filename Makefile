@@ -9,6 +9,7 @@ bench: .venv/installed
 
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -m llm
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -21,9 +21,11 @@ def read_results(folder: str | Path) -> list[Record]:
 
     Returns:
         One mapping a run, with the keys ``task, algo, seed, place, profile, source, base, final_reward, best_reward,
-        reward_parts, metrics, policy_tokens, guide_tokens, episodes, seconds, hyperparameters, fingerprints, versions,
-        evaluation, history, samples, rollouts, finished``; ``algo`` is the name of the row, ``place`` where it stands
-        in the profile, ``hyperparameters["algorithm"]`` what it runs. Empty if nothing has finished.
+        reward_parts, metrics, policy_tokens, guide_tokens, guide_usage, episodes, seconds, hyperparameters,
+        fingerprints, versions, evaluation, history, samples, rollouts, finished``; ``algo`` is the name of the row,
+        ``place`` where it stands in the profile, ``hyperparameters["algorithm"]`` what it runs, ``guide_usage`` what a
+        guide that keeps accounts used in the run's process (a `textgym.guides.http.Usage`), else None. Empty if nothing
+        has finished.
 
     Raises:
         ValueError: A line that is not JSON.

@@ -62,8 +62,8 @@ class Benchmark:
         finished: The runs that have a record.
 
     Raises:
-        ValueError: A row of the profile names an algorithm that there is not, or `out` holds runs with another profile,
-            source, base or hyperparameters.
+        ValueError: A row of the profile names an algorithm that there is not, or has arguments that a record cannot
+            tell; or `out` holds runs with another profile, source, base or hyperparameters.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class Benchmark:
         self._warm_starts: dict[str, WarmStart] = {}
         for algorithm in dict.fromkeys(row.algorithm for task in profile.tasks.values() for row in task.rows.values()):
             algorithm_class(algorithm)
+        for run in (Run(task, algo, 0) for task in profile.tasks for algo in profile.rows):
+            self.settings(run)
         self.finished: set[Run] = set()
         self._fingerprints: dict[str, dict[str, str]] = {}  # of the warm starts of finished runs
         for record in read_results(out):
@@ -121,7 +123,10 @@ class Benchmark:
             "compile": self.compile,
             "hyperparameters": hyperparameters,
         }
-        return json.loads(json.dumps(settings))  # as it will be read: tuples become lists
+        try:
+            return json.loads(json.dumps(settings, default=described))  # as it will be read: tuples become lists
+        except TypeError as error:
+            raise ValueError(f"{run.task}, {run.algo}: what a profile gives must be JSON values, {error}") from error
 
     def base_of(self, task: TaskProfile) -> str | None:
         """Hub id or folder of a task's start model; None where one is trained from scratch."""
@@ -185,6 +190,7 @@ class Benchmark:
             reads = isinstance(policy, LanguageModelPolicy)
             best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best), ()).reward
         history = start.history if algorithm is None else algorithm.history
+        usage = getattr(self.guided_env(task, row, start)["guide"], "usage", None)
         return {
             **run._asdict(),
             "place": self.profile.rows.index(run.algo),
@@ -198,6 +204,7 @@ class Benchmark:
             "episodes": history[-1]["num_episodes"],
             "policy_tokens": 0 if algorithm is None else algorithm.num_timesteps,
             "guide_tokens": 0 if algorithm is None else algorithm.num_guide_tokens,
+            "guide_usage": None if usage is None else asdict(usage),
             "seconds": sum(record["seconds"] for record in history),
             "history": history,
             "evaluation": {
@@ -231,7 +238,7 @@ class Benchmark:
         return load_policy(path, self.dtype, decoding=decoding, compile=self.compile, **arguments)
 
     def guided_env(self, task: TaskProfile, row: Row, start: WarmStart) -> dict[str, Any]:
-        """Arguments of the environment that a row learns in; the guide is the supervised policy, frozen."""
+        """Arguments of the environment that a row learns in; by default the guide is the supervised policy, frozen."""
         dtype: Any = None if self.dtype == "float32" else "auto"
         quantization = task.policy.get("quantization")
         decoding = Decoding(**task.guide_decoding)
@@ -303,6 +310,18 @@ class Benchmark:
         policy = self.policy(weights, Decoding(**task.decoding), **row.policy)
         arguments = {"seed": seed, "output_dir": folder, "track": self.track, **self.arguments(run)}
         return algorithm(policy, env, **arguments)
+
+
+def described(value: Any) -> str:
+    """How settings tell an object, such as a guide: its class, and what tells it from others of that class.
+
+    Raises:
+        TypeError: It has no fingerprint.
+    """
+    fingerprint = getattr(value, "fingerprint", None)
+    if not isinstance(fingerprint, str):
+        raise TypeError(f"or objects with a fingerprint, got {value!r}")
+    return f"{type(value).__name__} {fingerprint}"
 
 
 def spread(seed: int) -> tuple[int, int]:

@@ -133,6 +133,7 @@ def record(
         "episodes": history[-1]["num_episodes"],
         "policy_tokens": history[-1]["num_timesteps"],
         "guide_tokens": history[-1]["num_guide_tokens"],
+        "guide_usage": None,
         "seconds": sum(entry["seconds"] for entry in history),
         "history": history,
         "evaluation": {

@@ -47,6 +47,7 @@ def test_runs_finish_are_reported_and_are_not_run_again(micro, monkeypatch, caps
         assert len(record["evaluation"]["rewards"]) == 12
         assert record["metrics"]["perplexity"] > 1
         assert (record["guide_tokens"] > 0) == (record["algo"] == "ppo++")
+        assert record["guide_usage"] is None
         if record["algo"] != "sl":
             assert record["episodes"] == 16
             assert len(record["history"]) == 2

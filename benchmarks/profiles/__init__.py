@@ -37,7 +37,8 @@ class Row:
         arguments: The algorithm's arguments, over those that all RL algorithms of the task share.
         env: Arguments of the environment it learns in, over the task's. Tests are in the task's own environment,
             without a guide, unless these say ``handoff=True``: a policy that can hand off is tested with that action,
-            the guide and the cost.
+            the guide and the cost. An object among them, such as another guide, must pickle and have a fingerprint, by
+            which records tell it.
         policy: Arguments of `agents.CausalLMPolicy.from_pretrained`.
         start: What the policy starts as, and stays near: the "supervised" policy, which is also the guide, or the
             "start_model" as it was before it learned the task, a learner that is weaker than its guide.
