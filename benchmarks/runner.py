@@ -190,7 +190,7 @@ class Benchmark:
             reads = isinstance(policy, LanguageModelPolicy)
             best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best), ()).reward
         history = start.history if algorithm is None else algorithm.history
-        usage = getattr(self.guided_env(task, row, start)["guide"], "usage", None)
+        usage = getattr({**task.env, **row.env}.get("guide"), "usage", None)
         return {
             **run._asdict(),
             "place": self.profile.rows.index(run.algo),
