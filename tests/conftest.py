@@ -5,6 +5,7 @@ from __future__ import annotations
 import gymnasium as gym
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from gymnasium.vector import AutoresetMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -45,6 +46,27 @@ TASK = textgym.Task(
 )
 ENV_ID = "test/Words-v0"
 textgym.register(ENV_ID, TASK)
+
+
+class Notebook(GeneralTracker):
+    """Keeps what is logged."""
+
+    name = "notebook"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    @property
+    def tracker(self):
+        return self.lines
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step, **kwargs):
+        self.lines.append((step, values))
 
 
 @pytest.fixture(autouse=True, scope="session")

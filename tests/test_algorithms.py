@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
+from conftest import Notebook
 
 from agents import ALGORITHMS, PPO, SL, CausalLMPolicy, PPOPlusPlus
 from agents.supervised import supervised_loss
@@ -169,27 +169,6 @@ def test_numbers_that_are_not_finite_stop_with_a_clear_error(make_env, make_poli
     with pytest.raises(ValueError, match="finite") as error:
         PPO(make_policy(), undefined, episodes_per_iteration=16).learn(total_episodes=16)
     assert "iteration 1 of ppo" in error.value.__notes__[0]
-
-
-class Notebook(GeneralTracker):
-    """Keeps what is logged."""
-
-    name = "notebook"
-    requires_logging_directory = False
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    @property
-    def tracker(self):
-        return self.lines
-
-    def store_init_configuration(self, values):
-        self.config = values
-
-    def log(self, values, step, **kwargs):
-        self.lines.append((step, values))
 
 
 def test_learning_evaluates_tracks_and_keeps_best_and_last(make_env, make_policy, tmp_path):

@@ -18,8 +18,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.tracking import GeneralTracker
-from conftest import ENV_ID, HORIZON, PROMPT_TOKENS, WORDS
+from conftest import ENV_ID, HORIZON, PROMPT_TOKENS, WORDS, Notebook
 from gymnasium.vector import AutoresetMode
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -121,27 +120,6 @@ def judge_recorded(name, file):
     return losses, gradients
 
 
-class Notebook(GeneralTracker):
-    """Keeps what is logged."""
-
-    name = "notebook"
-    requires_logging_directory = False
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    @property
-    def tracker(self):
-        return self.lines
-
-    def store_init_configuration(self, values):
-        pass
-
-    def log(self, values, step, **kwargs):
-        self.lines.append(values["iteration"])
-
-
 def refusal(make_wrong, environment=None):
     """What is said to arguments, or an environment, that do not go with two processes."""
     with patch.dict(os.environ, environment or {}):
@@ -199,7 +177,7 @@ def resume(folder):
     resumed = type(agent).load(folder / "best", agent.env, output_dir=None).learn(total_episodes=EPISODES)
     there = weights(agent)
     return {
-        "lines": notebook.lines,
+        "lines": [values["iteration"] for _, values in notebook.lines],
         "written": written,
         "unbroken": numbers(agent.history),
         "resumed": numbers(resumed.history),
