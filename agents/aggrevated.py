@@ -71,8 +71,8 @@ class AggreVaTeD(PPO):
         """
         decisions, completion = rollout.decisions, rollout.completion
         written = decisions | completion
-        values = self.state_values(rollout, written)
         rewards = self.token_rewards(rollout, reference_log_probs, written)
+        values = self.state_values(rollout, rewards, written, completion)
         trace, returns = gae(rewards, values, written, self.gamma, self.gae_lambda)
         one_step, _ = gae(rewards, values, written, self.gamma, 0.0)
         return Credit(

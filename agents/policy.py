@@ -226,6 +226,14 @@ class Policy(nn.Module, ABC):
             of_guide: Added to the values if the guide goes on.
         """
 
+    @abstractmethod
+    def copy_values(self, to: Literal["policy", "guide"]) -> None:
+        """Let one of the two critics say what the other says of every state.
+
+        Args:
+            to: The critic that changes: of the policy's values, or of the guide's.
+        """
+
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
     ) -> list[str]:
@@ -583,6 +591,11 @@ class LanguageModelPolicy(Policy):
         """Move the biases of the critics' heads (see `Policy.shift_values`)."""
         for name, shift in (("value", of_policy), ("guide_value", of_guide)):
             self.heads[name].get_parameter("bias").add_(shift)
+
+    def copy_values(self, to: Literal["policy", "guide"]) -> None:
+        """Copy the head of the other critic (see `Policy.copy_values`)."""
+        learned, new = ("guide_value", "value") if to == "policy" else ("value", "guide_value")
+        self.heads[new].load_state_dict(self.heads[learned].state_dict())
 
     def merged(self) -> Self:
         """The same policy with its adapters added to the weights of a copy of the model, for use without PEFT."""

@@ -194,9 +194,7 @@ class PPO(PolicyGradient):
             parameters = [parameter for parameter in self.critic_learner.parameters() if parameter.requires_grad]
             self.optimizer.add_param_group({"params": parameters})
             self.trainable += parameters
-        # Which critics have been shifted to the mean reward of the first episodes that they judge. Without that, the
-        # first advantages of a reward that is always positive would mostly say how near the end a token is.
-        self.centred: list[str] = []
+        self.started: list[str] = []  # the critics that have judged episodes, see `state_values`
 
     @property
     def critic_of(self) -> Literal["policy", "guide"]:
@@ -206,8 +204,8 @@ class PPO(PolicyGradient):
     def estimate(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
         """Advantages and value targets by GAE over the decisions, before advantages are normalised."""
         decisions = rollout.decisions
-        values = self.state_values(rollout, decisions)
         rewards = self.token_rewards(rollout, reference_log_probs, decisions)
+        values = self.state_values(rollout, rewards, decisions, decisions)
         advantages, returns = gae(rewards, values, decisions, self.gamma, self.gae_lambda)
         return Credit(
             decisions=decisions,
@@ -229,27 +227,52 @@ class PPO(PolicyGradient):
         kl_coef = self.kl_coef if self.kl_penalty == "reward" else 0.0
         return token_rewards(self.rewards(rollout), rollout.log_ratio(reference_log_probs), written, kl_coef)
 
-    @torch.no_grad()
-    def state_values(self, rollout: Rollout, states: torch.Tensor) -> torch.Tensor:
-        """What the critic says of the states before the steps in `states`, (N, T), zero elsewhere."""
-        if self.critic is self.policy and self.critic_of == "policy":
-            values = rollout.values  # recorded while sampling
-        else:
-            columns, values = rollout.columns(states), torch.zeros_like(rollout.values)
-            mine = share(self.accelerator, torch.nonzero(states.any(1)).flatten())
-            for rows in in_parts(mine, self.minibatch_size):
-                of_policy, of_guide = self.critic.values(
-                    rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows]
-                )
-                values[rows] = (of_policy if self.critic_of == "policy" else of_guide).to(values.dtype)
-            values = add(self.accelerator, values)
+    def state_values(
+        self, rollout: Rollout, rewards: torch.Tensor, states: torch.Tensor, learned: torch.Tensor
+    ) -> torch.Tensor:
+        """What the critic says of the states before the steps in `states`.
+
+        A critic that judges for the first time is started first. It begins as a copy of the other one where that has
+        learned already, since the features of the network now serve that head; and it is shifted to the mean return of
+        the states that it will learn. Gradient steps of a size that suits the policy hardly move a bias: an offset
+        would be learned through the mean of the features, in the wrong order of the states, and the first advantages
+        would mostly say how near the end a token is.
+
+        Args:
+            rollout: N episodes.
+            rewards: float (N, T), of the steps in `states`.
+            states: bool (N, T), the steps to judge, up to the end of each episode.
+            learned: bool (N, T), those of them whose value the critic learns.
+
+        Returns:
+            float (N, T), zero outside of `states`.
+        """
+        starts = self.critic_of not in self.started and bool(learned.any())
+        copied = starts and bool(self.started)
+        if copied:
+            self.critic.copy_values(to=self.critic_of)
+        recorded = self.critic is self.policy and self.critic_of == "policy" and not copied
+        values = rollout.values if recorded else self.judged_again(rollout, states)
         values = values.masked_fill(~states, 0)
-        if self.critic_of not in self.centred and states.any():
-            shift = float(self.rewards(rollout).mean() - masked_mean(values, states))
+        if starts:
+            _, returns = gae(rewards, values, states, self.gamma, 1.0)
+            shift = float(masked_mean(returns - values, learned))
             self.critic.shift_values(**{f"of_{self.critic_of}": shift})
-            self.centred.append(self.critic_of)
+            self.started.append(self.critic_of)
             values = (values + shift).masked_fill(~states, 0)
         return values
+
+    @torch.no_grad()
+    def judged_again(self, rollout: Rollout, states: torch.Tensor) -> torch.Tensor:
+        """Values (N, T) of the states before the steps in `states`, as the critic's network says now."""
+        columns, values = rollout.columns(states), torch.zeros_like(rollout.values)
+        mine = share(self.accelerator, torch.nonzero(states.any(1)).flatten())
+        for rows in in_parts(mine, self.minibatch_size):
+            of_policy, of_guide = self.critic.values(
+                rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows]
+            )
+            values[rows] = (of_policy if self.critic_of == "policy" else of_guide).to(values.dtype)
+        return add(self.accelerator, values)
 
     def judge(self, rollout: Rollout, credit: Credit, rows: torch.Tensor) -> Evaluation:
         """Let a separate critic judge the states, and the policy only its decisions."""
@@ -289,10 +312,10 @@ class PPO(PolicyGradient):
         return super().models() if self.critic is self.policy else {**super().models(), "critic": self.critic}
 
     def training_state(self) -> dict[str, Any]:
-        """Add which critics have been shifted."""
-        return {**super().training_state(), "centred": list(self.centred)}
+        """Add which critics have been started."""
+        return {**super().training_state(), "started": list(self.started)}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from a `training_state`."""
         super().load_training_state(state)
-        self.centred = list(state["centred"])
+        self.started = list(state["started"])

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -151,6 +151,13 @@ class TabularPolicy(Policy):
         """Move the tables of values (see `Policy.shift_values`)."""
         self.value_table.add_(of_policy)
         self.guide_value_table.add_(of_guide)
+
+    @torch.no_grad()
+    def copy_values(self, to: Literal["policy", "guide"]) -> None:
+        """Copy the table of the other critic (see `Policy.copy_values`)."""
+        tables = (self.guide_value_table, self.value_table)
+        learned, new = tables if to == "policy" else reversed(tables)
+        new.copy_(learned)
 
     def _values_of(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the two critics say of states, zero outside of `mask`."""

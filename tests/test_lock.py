@@ -98,7 +98,7 @@ def test_the_advantages_of_aggrevated_are_the_guides_q_minus_v(lock_arguments):
     policy, _ = fixed_policy(lock)
     value = {state: lock.guide_value(prefix) for state, prefix in prefixes(lock)}
     agent = AggreVaTeD(policy, env, episodes_per_iteration=4096, kl_coef=0.0, device="cpu")
-    agent.centred.append("guide")
+    agent.started.append("guide")
     with torch.no_grad():
         for state, exact in value.items():
             policy.guide_value_table[state] = exact

@@ -494,4 +494,4 @@ def test_a_separate_critic_leaves_the_policy_alone(critic, make_env, make_policy
         assert torch.equal(loaded.critic.state_dict()[name], value), name
     assert not torch.equal(loaded.critic.heads["value"].weight, loaded.policy.heads["value"].weight)
     states = rollout.decisions
-    assert torch.equal(loaded.state_values(rollout, states), agent.state_values(rollout, states))
+    assert torch.equal(loaded.judged_again(rollout, states), agent.judged_again(rollout, states))

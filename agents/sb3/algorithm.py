@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import gymnasium as gym
 import numpy as np
@@ -346,6 +346,10 @@ class SB3Policy(Policy):
     def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
         """Not possible: there are no values."""
         raise NotImplementedError("an SB3Policy can only write: it has no values to shift")
+
+    def copy_values(self, to: Literal["policy", "guide"]) -> None:
+        """Not possible: there are no values."""
+        raise NotImplementedError("an SB3Policy can only write: it has no values to copy")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write Stable-Baselines3's zip, the class of its algorithm, and the tokenizer into a folder."""
