@@ -15,12 +15,10 @@ LANGUAGE_MODEL = LanguageModel(
 )
 SUPERVISED = {"n_epochs": 2, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-4}
 RL = {
-    "episodes_per_iteration": 112,
-    "minibatch_size": 28,
+    "minibatch_size": 64,
     "n_epochs": 2,
     "learning_rate": 1e-4,
-    "kl_coef": 0.02,
-    "eval_every": 12,
+    "eval_every": 5,
     "eval_prompts": 112,
 }
 
@@ -28,11 +26,10 @@ IMDB = TaskProfile(
     env_id="textgym/IMDB-v0",
     language_model=LANGUAGE_MODEL,
     supervised=SUPERVISED,
-    episodes=112 * 40,
-    # At 0.02 PPO reaches a higher reward in texts that are less varied: their distinct-2 falls below 0.8 times that of
-    # supervised learning.
-    rl=RL | {"minibatch_size": 56, "learning_rate": 1.5e-4, "kl_coef": 0.04, "eval_every": 10},
-    rows=suite(iterations=40, beta=0.6, aggrevated_beta=0.8),
+    episodes=112 * 20,
+    # At 0.04 PPO pays more for its KL than it gains in reward: it ends below supervised learning on its own objective.
+    rl=RL | {"episodes_per_iteration": 112, "minibatch_size": 56, "kl_coef": 0.01},
+    rows=suite(iterations=20, beta=0.6, aggrevated_beta=0.8),
     decoding={"top_k": 50, "min_new_tokens": 48},
     test_prompts=1000,
 )
@@ -41,28 +38,29 @@ COMMONGEN = TaskProfile(
     language_model=LANGUAGE_MODEL,
     # Looked at less often: after 2,048 of these short texts the validation loss is noise, and patience ends too early.
     supervised=SUPERVISED | {"episodes_per_iteration": 8192, "learning_rate": 1e-3},
-    episodes=128 * 80,
-    rl=RL
-    | {"episodes_per_iteration": 128, "minibatch_size": 64, "learning_rate": 2e-4, "kl_coef": 0.005, "eval_every": 20},
-    rows=suite(iterations=80, beta=0.8, aggrevated_beta=0.8),
+    episodes=128 * 60,
+    rl=RL | {"episodes_per_iteration": 128, "learning_rate": 1.5e-4, "kl_coef": 0.005, "eval_every": 15},
+    rows=suite(iterations=60, beta=0.8, aggrevated_beta=0.8),
     decoding={"min_new_tokens": 5},
+    test_prompts=1000,
 )
 TLDR = TaskProfile(
     env_id="textgym/TLDR-v0",
     language_model=LANGUAGE_MODEL,
     supervised=SUPERVISED,
-    episodes=128 * 32,
+    episodes=128 * 16,
+    # One pass in smaller steps: a pass over these prompts costs as much as writing the texts.
     rl=RL
     | {
         "episodes_per_iteration": 128,
-        "minibatch_size": 64,
+        "minibatch_size": 32,
         "n_epochs": 1,
         "learning_rate": 1.5e-4,
         "kl_coef": 0.2,
-        "eval_every": 8,
+        "eval_every": 4,
     },
     # Rewards of the model of preferences are log-odds, about ten times as far apart as those of the other tasks.
-    rows=suite(iterations=32, beta=0.8, aggrevated_beta=1.0, critic={"clip_range_vf": None, "vf_coef": 0.01}),
+    rows=suite(iterations=16, beta=0.8, aggrevated_beta=1.0, critic={"clip_range_vf": None, "vf_coef": 0.01}),
     env={"max_prompt_tokens": 256, "reward": "preference"},
 )
 
