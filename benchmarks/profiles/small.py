@@ -62,6 +62,8 @@ TLDR = TaskProfile(
     # Rewards of the model of preferences are log-odds, about ten times as far apart as those of the other tasks.
     rows=suite(iterations=16, beta=0.8, aggrevated_beta=1.0, critic={"clip_range_vf": None, "vf_coef": 0.01}),
     env={"max_prompt_tokens": 256, "reward": "preference"},
+    # Without, PPO learns to write next to nothing: a model this small says least wrong in "I buy it."
+    decoding={"min_new_tokens": 24},
 )
 
 SMALL = Profile(
