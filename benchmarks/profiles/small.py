@@ -38,9 +38,9 @@ COMMONGEN = TaskProfile(
     language_model=LANGUAGE_MODEL,
     # Looked at less often: after 2,048 of these short texts the validation loss is noise, and patience ends too early.
     supervised=SUPERVISED | {"episodes_per_iteration": 8192, "learning_rate": 1e-3},
-    episodes=128 * 60,
-    rl=RL | {"episodes_per_iteration": 128, "learning_rate": 1.5e-4, "kl_coef": 0.005, "eval_every": 15},
-    rows=suite(iterations=60, beta=0.8, aggrevated_beta=0.8),
+    episodes=128 * 40,
+    rl=RL | {"episodes_per_iteration": 128, "learning_rate": 1.5e-4, "kl_coef": 0.005, "eval_every": 10},
+    rows=suite(iterations=40, beta=0.8, aggrevated_beta=0.8),
     decoding={"min_new_tokens": 5},
     test_prompts=1000,
 )
@@ -48,7 +48,7 @@ TLDR = TaskProfile(
     env_id="textgym/TLDR-v0",
     language_model=LANGUAGE_MODEL,
     supervised=SUPERVISED,
-    episodes=128 * 16,
+    episodes=128 * 12,
     # One pass in smaller steps: a pass over these prompts costs as much as writing the texts.
     rl=RL
     | {
@@ -60,7 +60,7 @@ TLDR = TaskProfile(
         "eval_every": 4,
     },
     # Rewards of the model of preferences are log-odds, about ten times as far apart as those of the other tasks.
-    rows=suite(iterations=16, beta=0.8, aggrevated_beta=1.0, critic={"clip_range_vf": None, "vf_coef": 0.01}),
+    rows=suite(iterations=12, beta=0.8, aggrevated_beta=1.0, critic={"clip_range_vf": None, "vf_coef": 0.01}),
     env={"max_prompt_tokens": 256, "reward": "preference"},
     # Without, PPO learns to write next to nothing: a model this small says least wrong in "I buy it."
     decoding={"min_new_tokens": 24},
