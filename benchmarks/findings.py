@@ -7,7 +7,8 @@ writes, again each time. A passage is one of
 - ``claims``: whether guided algorithms beat PPO, and PPO supervised learning;
 - ``table T``: a table, T being ``results``, ``aggregate``, ``improvement``, ``comparisons``, ``metrics`` or ``costs``;
 - ``reward TASK ROW``, ``normalised ROW``, ``difference TASK ROW BASELINE``, ``improvement ROW BASELINE``,
-  ``ratio METRIC TASK ROW BASELINE``: one number with its interval, for the middle of a sentence.
+  ``ratio METRIC TASK ROW BASELINE``: one number with its interval, for the middle of a sentence;
+- ``history METRIC TASK ROW ITERATION``: what a row's runs recorded in an iteration, mean and extremes over seeds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import tyro
 
@@ -51,6 +53,7 @@ class Findings:
             "difference": lambda *key: f"{self.analysis.differences[key].reward:+.3f}",
             "improvement": lambda *key: f"{self.analysis.improvement[key]:.2f}",
             "ratio": self.ratio,
+            "history": self.history,
         }
 
     def fill(self, text: str) -> str:
@@ -119,6 +122,16 @@ class Findings:
         if found is None:
             raise ValueError(f"no {metric} above 0 in every run")
         return f"{found:.2f}"
+
+    def history(self, metric: str, task: str, row: str, iteration: str) -> str:
+        """A training metric in an iteration."""
+        values = [
+            entry[metric]
+            for record in self.analysis.runs.of(task, row)
+            for entry in record["history"]
+            if entry["iteration"] == int(iteration)
+        ]
+        return f"{fmean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
     def claims(self) -> str:
         """For each claim where it holds, and what on each task speaks for and against it."""

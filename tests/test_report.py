@@ -397,6 +397,7 @@ def test_passages_of_one_number_stand_in_sentences(results, tmp_path):
         "PPO gets <!-- reward imdb ppo -->?<!-- / -->, <!-- difference imdb ppo sl -->?<!-- / --> above;\n"
         "normalised <!-- normalised ppo -->?<!-- / -->, P = <!-- improvement ppo sl -->?<!-- / -->,\n"
         "perplexity times <!-- ratio perplexity imdb ppo sl -->?<!-- / -->. <!-- a comment of ours -->\n"
+        "In iteration 2: <!-- history seconds imdb ppo 2 -->?<!-- / --> s.\n"
     )
     fill_page(results, page)
     text = re.sub(r"<!-- .*? -->", "", page.read_text())
@@ -404,6 +405,9 @@ def test_passages_of_one_number_stand_in_sentences(results, tmp_path):
     number = r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]"
     assert text.startswith(f"PPO gets {entry['iqm']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}], +")
     assert len(re.findall(number, text)) == 5
+    seconds = [run["history"][1]["seconds"] for run in Runs.read(results).of("imdb", "ppo")]
+    expected = f"{sum(seconds) / 5:.3g} ({min(seconds):.3g} to {max(seconds):.3g}) s."
+    assert f"In iteration 2: {expected}" in text
     assert "?" not in text
 
 
@@ -414,6 +418,7 @@ def test_passages_of_one_number_stand_in_sentences(results, tmp_path):
         ("<!-- reward imdb grpo --><!-- / -->", "asks for what .* does not have"),
         ("<!-- table losses --><!-- / -->", "asks for what .* does not have"),
         ("<!-- normalised --><!-- / -->", "asks for what .* does not have"),
+        ("<!-- history kl imdb ppo 1000 --><!-- / -->", "asks for what .* does not have"),
         ("<!-- / --> <!-- claims --><!-- / -->", "got 2 of them for 1"),
     ],
 )
