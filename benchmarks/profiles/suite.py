@@ -1,4 +1,7 @@
-"""Rows of the profiles here: all algorithms, guided variants, best-of-n, dearer guides, learners below their guide."""
+"""Rows of the profiles here: all algorithms, guided variants, best-of-n, dearer guides, learners below their guide.
+
+`d2lols-early` imitates for half as long as `d2lols`.
+"""
 
 from __future__ import annotations
 
@@ -59,4 +62,5 @@ def suite(
         },
     }
     # The guide knows more than these learners, which have not learned the task from references.
-    return rows | {f"{name}-from-base": replace(rows[name], start="start_model") for name in FROM_BASE}
+    rows |= {f"{name}-from-base": replace(rows[name], start="start_model") for name in FROM_BASE}
+    return rows | {"d2lols-early": Row("d2lols", {**rows["d2lols"].arguments, "tau": d2lols_tau // 2})}
