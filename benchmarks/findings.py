@@ -4,7 +4,8 @@ A person writes the page, but for what stands between ``<!-- PASSAGE -->`` and `
 writes, again each time. A passage is one of
 
 - ``made``: what was run, and how this page was made; ``curves``: the picture of the learning curves;
-- ``claims``: whether guided algorithms beat PPO, and PPO supervised learning;
+- ``claims``: whether guided algorithms beat PPO, and PPO supervised learning; ``claims ROW BASELINE``: whether a row
+  beats another with a perplexity that is no higher;
 - ``table T``: a table, T being ``results``, ``aggregate``, ``improvement``, ``comparisons``, ``metrics`` or ``costs``;
 - ``reward TASK ROW``, ``normalised ROW``, ``difference TASK ROW BASELINE``, ``improvement ROW BASELINE``,
   ``ratio METRIC TASK ROW BASELINE``: one number with its interval, for the middle of a sentence;
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -133,14 +134,18 @@ class Findings:
         ]
         return f"{fmean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
-    def claims(self) -> str:
-        """For each claim where it holds, and what on each task speaks for and against it."""
+    def claims(self, *key: str) -> str:
+        """For each claim, or that of a row and a baseline, where it holds, and what speaks for and against it."""
+        asked: Sequence[tuple[str, str, bool]] = CLAIMS
+        if key:
+            row, baseline = key
+            asked = ((row, baseline, True),)
         parts = [
             "A row is above another where its whole interval of test reward, over seeds, is above the other's. Its "
             "perplexity is higher where the whole interval of their ratio is above 1."
         ]
         tasks = self.analysis.runs.tasks
-        for row, baseline, fluent in CLAIMS:
+        for row, baseline, fluent in asked:
             judged = {task: self.claim(task, row, baseline, fluent) for task in tasks}
             where = [task for task, (holds, _) in judged.items() if holds]
             claim = f"`{row}` above `{baseline}`{', its perplexity no higher' if fluent else ''}"

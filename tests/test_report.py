@@ -371,6 +371,10 @@ def test_claims_are_judged_by_intervals(results, tmp_path):
             assert sentence.startswith("above:" if task in above else "not told apart:")
             entry = summary[task][row]
             assert f"{entry['iqm']:.3f} [{entry['ci_low']:.3f}, {entry['ci_high']:.3f}] over 5 seeds" in sentence
+    page.write_text("<!-- claims d2lols ppo --><!-- / -->")
+    fill_page(results, page)
+    assert page.read_text().count("**`") == 1
+    assert re.search(r"\*\*`d2lols` above `ppo`.*?\n\n(- .*\n)*", text)[0] in page.read_text() + "\n"
 
 
 def test_a_claim_fails_where_perplexity_rises_or_runs_are_missing(tmp_path):
@@ -419,6 +423,7 @@ def test_passages_of_one_number_stand_in_sentences(results, tmp_path):
         ("<!-- table losses --><!-- / -->", "asks for what .* does not have"),
         ("<!-- normalised --><!-- / -->", "asks for what .* does not have"),
         ("<!-- history kl imdb ppo 1000 --><!-- / -->", "asks for what .* does not have"),
+        ("<!-- claims ppo --><!-- / -->", "asks for what .* does not have"),
         ("<!-- / --> <!-- claims --><!-- / -->", "got 2 of them for 1"),
     ],
 )
