@@ -63,7 +63,7 @@ class Findings:
         Raises:
             ValueError: A passage that there is not, or that the results have nothing for, or one without an end.
         """
-        filled, count = re.subn(r"<!-- ([^>/]+?) -->((?!<!--).)*<!-- / -->", self._passage, text, flags=re.DOTALL)
+        filled, count = re.subn(r"<!-- ([^>/][^>]*?) -->((?!<!--).)*<!-- / -->", self._passage, text, flags=re.DOTALL)
         ends = text.count("<!-- / -->")
         if count != ends:
             raise ValueError(f"each <!-- / --> must end a passage, got {ends} of them for {count} passages")
@@ -87,12 +87,13 @@ class Findings:
         seeds = sorted({len(group) for _, _, group in runs.groups()})
         prompts = {record["task"]: len(record["evaluation"]["rewards"]) for record in runs.records}
         tested = tables.listed([f"{count} prompts of {task}" for task, count in prompts.items()])
-        hours = sum(record["seconds"] for record in runs.records) / 3600
+        # Rows that train nothing tell the seconds of the warm start, which all share.
+        hours = sum(record["seconds"] for record in runs.records if record["policy_tokens"]) / 3600
         return (
             f"{len(runs.records)} runs of profile `{runs.records[0]['profile']}`: {len(runs.algos)} rows with "
-            f"{' or '.join(map(str, seeds))} seeds, {hours:.1f} hours of training, tested on {tested}. Numbers here "
-            f"were written by `python -m benchmarks.findings {os.path.relpath(self.folder)} --page "
-            f"{os.path.relpath(self.page)}`."
+            f"{' or '.join(map(str, seeds))} seeds, {hours:.1f} hours of training after the warm starts, tested on "
+            f"{tested}. Numbers here were written by `python -m benchmarks.findings {os.path.relpath(self.folder)} "
+            f"--page {os.path.relpath(self.page)}`."
         )
 
     def curves(self) -> str:

@@ -402,6 +402,7 @@ def test_passages_of_one_number_stand_in_sentences(results, tmp_path):
         "normalised <!-- normalised ppo -->?<!-- / -->, P = <!-- improvement ppo sl -->?<!-- / -->,\n"
         "perplexity times <!-- ratio perplexity imdb ppo sl -->?<!-- / -->. <!-- a comment of ours -->\n"
         "In iteration 2: <!-- history seconds imdb ppo 2 -->?<!-- / --> s.\n"
+        "Validated: <!-- history eval/reward imdb ppo 8 -->?<!-- / -->\n"
     )
     fill_page(results, page)
     text = re.sub(r"<!-- .*? -->", "", page.read_text())
