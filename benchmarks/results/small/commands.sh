@@ -1,6 +1,6 @@
 # What made results.jsonl, from the root of a checkout whose ../shared holds data and model. Each line goes on where it
 # was cut off, and a record that is there is not made again. IMDB of the first line ran at 7d014df, whose settings of
-# IMDB are those of f761f8a; the next two ran at f761f8a, the others at d6c86b4, which adds a row.
+# IMDB are those of f761f8a; the next two ran at f761f8a, the others at d6c86b4, which adds a row. METEOR needs Java.
 export OMP_NUM_THREADS=1
 run() {
     python benchmarks/run_all.py --profile small --source ../shared/data --base ../shared/models/base-7m --dtype auto \
