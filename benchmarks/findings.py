@@ -87,13 +87,11 @@ class Findings:
         seeds = sorted({len(group) for _, _, group in runs.groups()})
         prompts = {record["task"]: len(record["evaluation"]["rewards"]) for record in runs.records}
         tested = tables.listed([f"{count} prompts of {task}" for task, count in prompts.items()])
-        # Rows that train nothing tell the seconds of the warm start, which all share.
-        hours = sum(record["seconds"] for record in runs.records if record["policy_tokens"]) / 3600
         return (
             f"{len(runs.records)} runs of profile `{runs.records[0]['profile']}`: {len(runs.algos)} rows with "
-            f"{' or '.join(map(str, seeds))} seeds, {hours:.1f} hours of training after the warm starts, tested on "
-            f"{tested}. Numbers here were written by `python -m benchmarks.findings {os.path.relpath(self.folder)} "
-            f"--page {os.path.relpath(self.page)}`."
+            f"{' or '.join(map(str, seeds))} seeds, {runs.training_hours:.1f} hours of training after the warm starts, "
+            f"tested on {tested}. Numbers here were written by `python -m benchmarks.findings "
+            f"{os.path.relpath(self.folder)} --page {os.path.relpath(self.page)}`."
         )
 
     def curves(self) -> str:

@@ -65,14 +65,14 @@ def _page(analysis: Analysis, drawn: list[Line], name: str) -> str:
 
     runs = analysis.runs
     first = runs.records[0]
-    hours = sum(record["seconds"] for record in runs.records) / 3600
+    hours = runs.training_hours
     facts = {
         "profile": first["profile"],
         "source": first["source"],
         "base model": first["base"] or "trained from scratch on the task's text",
         "runs": str(len(runs.records)),
         "test prompts": ", ".join(f"{_prompts(runs, task)} {task}" for task in runs.tasks),
-        "computing": f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes",
+        "training": f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes",
         "finished": max(record["finished"] for record in runs.records)[:16].replace("T", " "),
     }
     baselines = [algo for algo in BASELINES if algo in runs.algos][-1:]

@@ -67,6 +67,11 @@ class Runs:
             raise ValueError(f"{Path(folder) / RESULTS} holds no finished run, so there is nothing to report")
         return runs
 
+    @property
+    def training_hours(self) -> float:
+        """Hours that the runs trained after their warm starts, whose seconds the rows that train nothing tell."""
+        return sum(record["seconds"] for record in self.records if record["policy_tokens"]) / 3600
+
     def of(self, task: str, algo: str) -> list[Record]:
         """The runs of one row on one task, by seed."""
         return self._groups.get((task, algo), [])
