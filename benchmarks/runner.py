@@ -100,12 +100,13 @@ class Benchmark:
     def settings(self, run: Run) -> dict[str, Any]:
         """What was chosen for a run, as it stands in its record."""
         task, row = self.profile.tasks[run.task], self.row(run)
+        test_decoding = task.decoding if task.test_decoding is None else task.test_decoding
         hyperparameters = {
             "algorithm": row.algorithm,
             "best_of": row.best_of,
             "env": {**task.env, **row.env},
             "decoding": task.decoding,
-            "test_decoding": task.decoding if task.test_decoding is None else task.test_decoding,
+            "test_decoding": task.guide_decoding if row.as_guide else test_decoding,
             "guide_decoding": task.guide_decoding,
             "test_prompts": task.test_prompts,
             "start_model": self.base_of(task) or (task.language_model and asdict(task.language_model)),

@@ -43,6 +43,7 @@ class Row:
         start: What the policy starts as, and stays near: the "supervised" policy, which is also the guide, or the
             "start_model" as it was before it learned the task, a learner that is weaker than its guide.
         best_of: Texts that are written for every test prompt, of which the one with the highest reward is kept.
+        as_guide: Whether the test is written with the guide's decoding: supervised learning then is the guide.
 
     Raises:
         ValueError: `best_of` is below 1, `start` is none of these, or "sl" is given arguments.
@@ -54,6 +55,7 @@ class Row:
     policy: Mapping[str, Any] = field(default_factory=dict)
     start: Literal["supervised", "start_model"] = "supervised"
     best_of: int = 1
+    as_guide: bool = False
 
     def __post_init__(self) -> None:
         if self.start not in ("supervised", "start_model"):

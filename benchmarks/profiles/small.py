@@ -62,8 +62,10 @@ TLDR = TaskProfile(
     # Rewards of the model of preferences are log-odds, about ten times as far apart as those of the other tasks.
     rows=suite(iterations=12, beta=0.8, aggrevated_beta=1.0, critic={"clip_range_vf": None, "vf_coef": 0.01}),
     env={"max_prompt_tokens": 256, "reward": "preference"},
-    # Without, PPO learns to write next to nothing: a model this small says least wrong in "I buy it."
+    # Without, PPO learns to write next to nothing: a model this small says least wrong in "I buy it." A guide that may
+    # end sooner would show, and be paid for, what the learner must not do.
     decoding={"min_new_tokens": 24},
+    guide_decoding={"top_p": 0.92, "top_k": 50, "min_new_tokens": 24},
 )
 
 SMALL = Profile(

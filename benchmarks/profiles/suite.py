@@ -1,6 +1,6 @@
 """Rows of the profiles here: all algorithms, guided variants, best-of-n, dearer guides, learners below their guide.
 
-`d2lols-early` imitates for half as long as `d2lols`.
+`d2lols-early` imitates for half as long as `d2lols`; `guide` is the guide itself, which a learner is to surpass.
 """
 
 from __future__ import annotations
@@ -63,4 +63,7 @@ def suite(
     }
     # The guide knows more than these learners, which have not learned the task from references.
     rows |= {f"{name}-from-base": replace(rows[name], start="start_model") for name in FROM_BASE}
-    return rows | {"d2lols-early": Row("d2lols", {**rows["d2lols"].arguments, "tau": d2lols_tau // 2})}
+    return rows | {
+        "d2lols-early": Row("d2lols", {**rows["d2lols"].arguments, "tau": d2lols_tau // 2}),
+        "guide": Row("sl", as_guide=True),
+    }
