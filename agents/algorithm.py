@@ -294,7 +294,8 @@ class Algorithm(ABC):
         if score is not None:
             better, self.best_score = score > self.best_score, max(score, self.best_score)
             if self.output_dir is not None:
-                for folder in ("last", "best") if better else ("last",):
+                # The best first: what goes on from "last" plays this iteration again if it ends between the two.
+                for folder in ("best", "last") if better else ("last",):
                     self.save(self.output_dir / folder)
         if self._tracked:
             self.accelerator.log(record, step=self.num_timesteps)

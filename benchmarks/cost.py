@@ -52,7 +52,8 @@ def cost(benchmark: Benchmark, run: Run) -> Cost:
     judged = task.test_prompts * row.best_of
     trained = 0
     if row.algorithm != SL.name:
-        evaluations = task.episodes // arguments["episodes_per_iteration"] // max(arguments.get("eval_every", 0), 1)
+        iterations = task.episodes // arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
+        evaluations = iterations // max(arguments.get("eval_every", 0), 1)
         judged += evaluations * arguments.get("eval_prompts", 0) * bool(arguments.get("eval_every"))
         trained = task.episodes
     passes = 3 * trained * (1 + arguments.get("n_epochs", 1)) + judged

@@ -33,6 +33,7 @@ def run_all(
     compile: bool = False,
     jobs: int = 1,
     track: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    encoder: str | None = None,
     dry_run: bool = False,
     name: str | None = None,
     out: Path | None = None,
@@ -58,6 +59,7 @@ def run_all(
         compile: Compile the policies with torch.compile.
         jobs: Runs at a time, each a process with its share of the processors.
         track: A tracker of Accelerate that runs report to ("tensorboard", "wandb", ...). Can be given several times.
+        encoder: Hub id or folder of the encoder of BERTScore, which is left out without one.
         dry_run: Print what would be run, and what it would cost, and run nothing.
         name: Results go to runs/NAME; by default the profile's name and the time.
         out: Results go to this folder instead.
@@ -93,8 +95,8 @@ def run_all(
         from benchmarks.runner import Benchmark, Run
 
     disable_progress_bar()  # one display is enough
-    folder = out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    benchmark = Benchmark(chosen, source, base, folder, dtype, compile, track)
+    folder = Path(out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"))
+    benchmark = Benchmark(chosen, source, base, folder, dtype, compile, track, encoder)
     runs = [Run(task, algo, seed) for task in task_names for seed in range(seeds) for algo in row_names]
     if dry_run:
         console.print(cost.table(benchmark, runs))

@@ -57,6 +57,7 @@ class Benchmark:
         dtype: What policies and guides compute products of matrices in, "float32" or "auto".
         compile: Whether policies are compiled.
         track: Names of Accelerate's trackers that runs report to.
+        encoder: Hub id or folder of the encoder of BERTScore, for tasks that have it among their metrics.
 
     Attributes:
         finished: The runs that have a record.
@@ -75,8 +76,10 @@ class Benchmark:
         dtype: Literal["float32", "auto"] = "float32",
         compile: bool = False,
         track: Sequence[str] = (),
+        encoder: str | None = None,
     ) -> None:
         self.dtype, self.compile, self.track = dtype, compile, list(track) or None
+        self.encoder = encoder
         self.profile, self.source, self.base, self.out = profile, source or profile.source, base, out
         self._warm_starts: dict[str, WarmStart] = {}
         for algorithm in dict.fromkeys(row.algorithm for task in profile.tasks.values() for row in task.rows.values()):
@@ -84,17 +87,27 @@ class Benchmark:
         for run in (Run(task, algo, 0) for task in profile.tasks for algo in profile.rows):
             self.settings(run)
         self.finished: set[Run] = set()
-        self._fingerprints: dict[str, dict[str, str]] = {}  # of the warm starts of finished runs
-        for record in read_results(out):
+        self._fingerprints: dict[
+            str, dict[str, str | None]
+        ] = {}  # what finished runs of a task began with and were judged by
+        self.read_finished()
+
+    def read_finished(self) -> None:
+        """Read which runs have a record.
+
+        Raises:
+            ValueError: One was made with another profile, source, base or hyperparameters.
+        """
+        for record in read_results(self.out):
             run = Run(record["task"], record["algo"], record["seed"])
             self.finished.add(run)
             self._fingerprints[run.task] = record["fingerprints"]
-            if run.task in profile.tasks and run.algo in profile.rows:
+            if run.task in self.profile.tasks and run.algo in self.profile.rows:
                 for key, value in self.settings(run).items():
                     if record.get(key) != value:
                         raise ValueError(
-                            f"out must be a new folder, or one with runs of the same settings: in {out}, {run} has "
-                            f"{key} {record.get(key)!r}, now it is {value!r}"
+                            f"out must be a new folder, or one with runs of the same settings: in {self.out}, {run} "
+                            f"has {key} {record.get(key)!r}, now it is {value!r}"
                         )
 
     def settings(self, run: Run) -> dict[str, Any]:
@@ -122,6 +135,7 @@ class Benchmark:
             "base": self.base,
             "dtype": self.dtype,
             "compile": self.compile,
+            "encoder": self.encoder,
             "hyperparameters": hyperparameters,
         }
         try:
@@ -180,11 +194,14 @@ class Benchmark:
                 best_of=row.best_of,
                 metrics=metrics,
                 start_model=start.start_model if judged_by_start else None,
+                encoder=self.encoder,
                 **env,
             )
 
         report("evaluation", 0)
         result = judge(policy)
+        judged_by = {"test": result.fingerprint, "reward": result.reward_fingerprint}
+        self._check_same(run.task, judged_by)
         best = self.folder(run) / "best"
         best_reward = result.reward
         if best.is_dir():
@@ -220,11 +237,7 @@ class Benchmark:
                 "sample_ids": result.sample_ids,
                 "rewards": result.rewards,
             },
-            "fingerprints": {
-                **start.fingerprints,
-                "test": result.fingerprint,
-                "reward": result.reward_fingerprint,
-            },
+            "fingerprints": start.fingerprints | judged_by,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "threads": torch.get_num_threads(),
             "device": str(policy.device),
@@ -256,14 +269,17 @@ class Benchmark:
             # The same for every row and seed: runs differ in what they do with it.
             profile = self.profile.tasks[task]
             start = warm_start(profile, self.source, self.base_of(profile), 0, report, self.dtype)
-            before = self._fingerprints.get(task, {})
-            if wrong := [name for name, value in start.fingerprints.items() if before.get(name, value) != value]:
-                raise ValueError(
-                    f"out must be a new folder, or one with runs from the same warm start: in {self.out}, runs on "
-                    f"{task} have other {wrong}"
-                )
+            self._check_same(task, start.fingerprints)
             self._warm_starts[task] = start
         return self._warm_starts[task]
+
+    def _check_same(self, task: str, fingerprints: Mapping[str, str | None]) -> None:
+        before = self._fingerprints.get(task, {})
+        if wrong := [name for name, value in fingerprints.items() if before.get(name, value) != value]:
+            raise ValueError(
+                f"out must be a new folder, or one with runs of the same data and models: in {self.out}, runs on "
+                f"{task} have other {wrong}"
+            )
 
     def train(self, run: Run, start: WarmStart, seed: int, report: Report) -> Algorithm | None:
         """Train the supervised policy further; None for supervised learning itself, which the warm start has done."""
@@ -309,8 +325,10 @@ class Benchmark:
         write_text(folder / "settings.json", json.dumps(settings, indent=2))
         weights = start.start_model if row.start == "start_model" else start.supervised
         policy = self.policy(weights, Decoding(**task.decoding), **row.policy)
-        arguments = {"seed": seed, "output_dir": folder, "track": self.track, **self.arguments(run)}
-        return algorithm(policy, env, **arguments)
+        given = {"seed": seed, "output_dir": folder, "track": self.track}
+        if ":" in row.algorithm:
+            given = accepted(algorithm, given)
+        return algorithm(policy, env, **given, **self.arguments(run))
 
 
 def described(value: Any) -> str:

@@ -73,7 +73,7 @@ def run_all(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    waiting = [run for run in runs if run not in benchmark.finished]
+    waiting: list[Run] = []
     warm: set[str] = set()
     failed: dict[Work, str] = {}
     workers: dict[Connection, _Worker] = {}
@@ -97,12 +97,18 @@ def run_all(
             warm.add(worker.work.task)
             finished(worker.work, "ready")
         else:
-            append_result(benchmark.out, content)
+            try:
+                append_result(benchmark.out, content)
+            except ValueError:
+                fail(worker.work, traceback.format_exc())
+                return
             benchmark.finished.add(worker.work.run)
             benchmark.forget_training(worker.work.run)
             finished(worker.work, f"test reward {content['final_reward']:.3f}")
 
     with _locked(benchmark):
+        benchmark.read_finished()  # again: another process may have finished some before this one had the lock
+        waiting += [run for run in runs if run not in benchmark.finished]
         try:
             while waiting or workers:
                 while len(workers) < jobs:

@@ -313,9 +313,18 @@ def metrics(analysis: Analysis) -> Table:
         [task, algo, *(number(mean(_measured(record).get(name) for record in group)) for name in names)]
         for task, algo, group in analysis.runs.groups()
     ]
+    note = "Parts of the reward and metrics of the same test texts, means over seeds."
+    # What is missing; where, and what to do about it, is in the records.
+    left_out = dict.fromkeys(
+        f"{name.replace('_', ' ')} on {record['task']} ({reason.split(':')[0]})"
+        for record in analysis.runs.records
+        for name, reason in record["metrics_left_out"].items()
+    )
+    if left_out:
+        note += f" Left out: {listed(left_out)}."
     return Table(
         "Metrics",
-        "Parts of the reward and metrics of the same test texts, means over seeds.",
+        note,
         ["task", "algorithm", *(name.replace("_", " ") for name in names)],
         rows,
     )

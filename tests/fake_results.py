@@ -124,6 +124,7 @@ def record(
         "final_reward": float(rewards.mean()),
         "best_reward": float(rewards.mean()) + 0.002,
         "reward_parts": {"reward": float(rewards.mean())},
+        "metrics_left_out": {"bert_score": "encoder was not given"} if task == "tldr" else {},
         "metrics": {
             "distinct_1": 0.1,
             "distinct_2": float(0.4 + rng.normal(0, 0.01)),

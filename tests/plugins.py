@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 from agents import PPO
+from agents.rollout import collect
 from benchmarks.profiles import LanguageModel, Profile, Row, TaskProfile
 from benchmarks.profiles.suite import suite
 
@@ -26,6 +27,40 @@ class Dies(PPO):
 
     def iterate(self):
         os._exit(3)
+
+
+class Unfinite(PPO):
+    """An algorithm that tells a number which is none."""
+
+    name = "unfinite"
+
+    def iterate(self):
+        return super().iterate() | {"strange": float("nan")}
+
+
+class Plain:
+    """An algorithm with nothing of ours but what the documentation asks for: it samples and learns nothing."""
+
+    def __init__(self, policy, env, *, seed, output_dir):
+        self.policy, self.env, self.seed = policy, env, seed
+        self.history, self.num_episodes, self.num_timesteps, self.num_guide_tokens = [], 0, 0, 0
+
+    def learn(self, *, total_episodes, callback):
+        while self.num_episodes < total_episodes:
+            rollout = collect(self.env, self.policy, seeds=range(self.env.num_envs), reset_seed=self.seed)
+            self.num_episodes += len(rollout)
+            self.num_timesteps += int(rollout.policy_tokens.sum())
+            self.history.append(
+                {
+                    "iteration": len(self.history) + 1,
+                    "reward": float(rollout.rewards.mean()),
+                    "num_episodes": self.num_episodes,
+                    "num_timesteps": self.num_timesteps,
+                    "num_guide_tokens": self.num_guide_tokens,
+                    "seconds": 1.0,
+                }
+            )
+            callback(locals(), globals())
 
 
 STRONGER = Row("plugins:Mine", {"strength": 2.0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import fields, replace
 
 import numpy as np
@@ -191,6 +192,47 @@ def test_learning_evaluates_tracks_and_keeps_best_and_last(make_env, make_policy
     assert PPO.load(tmp_path / "last", agent.env).iteration == 6
     assert [values for _, values in notebook.lines] == agent.history
     assert notebook.config["algorithm"] == "ppo"
+
+
+def test_checkpoints_that_an_end_came_between_are_those_of_an_unbroken_run(
+    make_env, make_policy, tmp_path, monkeypatch
+):
+    def begin(folder):
+        arguments = {"episodes_per_iteration": 8, "learning_rate": 3e-3, "eval_every": 1, "eval_prompts": 8}
+        return PPO(make_policy(), make_env(8), output_dir=folder, **arguments)
+
+    unbroken = begin(tmp_path / "unbroken").learn(total_episodes=8 * 4)
+    best = PPO.load(tmp_path / "unbroken" / "best", unbroken.env)
+    saved = []
+    save = PPO.save
+
+    def end_at(count):
+        def saving(self, path):
+            if len(saved) == count:
+                raise KeyboardInterrupt
+            saved.append(path)
+            save(self, path)
+
+        return saving
+
+    ends = 0
+    for count in range(1, 6):
+        saved.clear()
+        folder = tmp_path / str(count)
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(PPO, "save", end_at(count))
+            begin(folder).learn(total_episodes=8 * 4)
+        ends += len(saved) == count
+        agent = begin(folder)
+        if (folder / "last").exists():
+            agent = PPO.load(folder / "last", agent.env, output_dir=folder)
+        agent.learn(total_episodes=8 * 4 - agent.num_episodes)
+        again = PPO.load(folder / "best", agent.env)
+        assert again.iteration == best.iteration
+        torch.testing.assert_close(
+            dict(again.policy.named_parameters()), dict(best.policy.named_parameters()), rtol=0, atol=0
+        )
+    assert ends == 5
 
 
 def test_totals_and_callbacks_end_learning(make_env, make_policy):

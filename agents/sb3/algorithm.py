@@ -281,8 +281,11 @@ class SB3Algorithm(Algorithm):
             record["kl_per_token"] = self._penalty.kl_per_token
             record["kl"] = record["kl_per_token"] * record["policy_tokens"] / len(infos)
         said = self.model.logger.name_to_value
+        # Some are not always numbers: where all returns are the same, there is no variance to explain.
         return record | {
-            name.removeprefix("train/"): float(said[name]) for name in sorted(said) if name.startswith("train/")
+            name.removeprefix("train/"): float(said[name])
+            for name in sorted(said)
+            if name.startswith("train/") and np.isfinite(said[name])
         }
 
     def save(self, path: str | os.PathLike) -> None:
