@@ -118,7 +118,7 @@ def test_resuming_equals_never_having_stopped_also_in_one_process(kind, results)
 def test_logs_and_checkpoints_are_written_once(kind, results):
     folder, _, _, (first, second) = results
     assert first[kind]["lines"] == [1, 2, 3]
-    assert first[kind]["written"] == ["last", "best", "last"]
+    assert first[kind]["written"] == ["best", "last", "last"]
     assert second[kind]["lines"] == second[kind]["written"] == []
     assert sorted(path.name for path in (folder / kind).iterdir()) == ["best", "last"]
     shown = [path.read_text() for path in sorted((folder / "logs").rglob("stdout.log"))]
