@@ -325,9 +325,7 @@ class Benchmark:
         write_text(folder / "settings.json", json.dumps(settings, indent=2))
         weights = start.start_model if row.start == "start_model" else start.supervised
         policy = self.policy(weights, Decoding(**task.decoding), **row.policy)
-        given = {"seed": seed, "output_dir": folder, "track": self.track}
-        if ":" in row.algorithm:
-            given = accepted(algorithm, given)
+        given = accepted(algorithm, {"seed": seed, "output_dir": folder, "track": self.track})
         return algorithm(policy, env, **given, **self.arguments(run))
 
 
