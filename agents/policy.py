@@ -40,6 +40,7 @@ from textgym.packing import (
     autocast,
     can_pack,
     check_autocast,
+    check_served,
     compile_layers,
     fast_dtype,
     fuse_activations,
@@ -356,6 +357,7 @@ class LanguageModelPolicy(Policy):
         self.tokenizer = tokenizer
         self.decoding = decoding or Decoding()
         self.eval()
+        check_served(model)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: dropout is off in training too."""

@@ -12,6 +12,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -69,10 +70,14 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, with (1, heads, tokens, d) in and (1, tokens, heads, d) out."""
+    layer: Any = module.layer_idx
+    windows: Any = getattr(module.config, "layer_types", None)
+    if windows and windows[layer] == "sliding_attention" and sliding_window is None:  # the mask alone knows it
+        layout = None
     if layout is None or any(others.get(name) is not None for name in _UNKNOWN):
         raise NotImplementedError(f"{type(module).__name__} attends in a way that packed tokens cannot")
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    layer: Any = module.layer_idx
+    # Rotary embeddings are float32, and under autocast so are the queries and keys that they return.
+    query, key, value = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))
     # Each layout knows in which type its attention is fastest.
     with torch.autocast(query.device.type, enabled=False):
         return layout.attend(layer, query, key, value, scaling, sliding_window)[None], None
@@ -114,7 +119,7 @@ def decode_packed(
             hooks.append(last.register_forward_pre_hook(skip.before, with_kwargs=True))
             hooks.append(last.register_forward_hook(skip.after))
     try:
-        states = run(model.get_decoder(), input_ids, position_ids, layout)
+        states = run(text_decoder(model), input_ids, position_ids, layout)
     finally:
         config._attn_implementation = usual
         for hook in hooks:
@@ -132,8 +137,21 @@ def _run_compiled() -> Callable[..., Tensor]:
     return torch.compile(_run, dynamic=True)
 
 
+def text_decoder(model: PreTrainedModel) -> Any:
+    """The part of a language model that makes hidden states of tokens, which `head` makes logits of.
+
+    Raises:
+        ValueError: The model has no such part.
+    """
+    # What `get_decoder` finds by name can be another part (the output embedding of a ModernBERT decoder).
+    for part in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+        if isinstance(part, PreTrainedModel) and part is not model:
+            return part
+    raise ValueError(f"model must have a decoder of its own beside its output embedding, got {type(model).__name__}")
+
+
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in text_decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 class _KeysAndValuesKnown(Exception):
@@ -317,7 +335,7 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
         mask = (torch.arange(width, device=rows.device) < end[:, None]).long()
         mask[:, 0] = 1  # a row of which nothing is asked must not attend to nothing
         positions = torch.arange(width, device=rows.device).expand_as(mask)
-        output = model.get_decoder()(
+        output = text_decoder(model)(
             input_ids=input_ids * mask, attention_mask=mask, position_ids=positions, use_cache=False
         )
         return output.last_hidden_state[rows, lengths - 1]
@@ -485,20 +503,31 @@ class PaddedCache:
         return self._read(tokens[:, None], self._positions[:, None] - 1)
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
-        output = self.model.get_decoder()(
-            input_ids=ids,
-            attention_mask=self._mask[:, : self._width],
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._cache = output.past_key_values
+        decoder = text_decoder(self.model)
+        inputs: dict[str, Any] = {"attention_mask": self._mask[:, : self._width]}
+        name = "past_key_values"
+        if "cache_params" in signature(decoder.forward).parameters:  # Mamba, whose states know no positions
+            name = "cache_params"
+            if self._cache is not None:
+                inputs = {}
+        else:
+            inputs["position_ids"] = positions
+        output = decoder(input_ids=ids, **inputs, **{name: self._cache}, use_cache=True)
+        self._cache = getattr(output, name)
         return output.last_hidden_state[:, -1]
 
     def keep(self, order: Tensor, moved: Tensor) -> None:
         """Let texts leave (see `PackedCache.keep`)."""
-        self._cache.batch_select_indices(order)
+        self._cache.reorder_cache(order)  # which, other than batch_select_indices, knows states of linear attention
         self._mask, self._positions = self._mask[order], self._positions[order]
+
+
+class _States(BaseModelOutputWithPastAndCrossAttentions):
+    """Hidden states as the output of any decoder: what else a decoder returns (`router_logits`) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def head(model: PreTrainedModel, states: Tensor) -> Tensor:
@@ -511,9 +540,9 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     inputs: dict[str, Any] = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         inputs = {"decoder_input_ids": ids, "encoder_outputs": (states[None],)}
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     usual = decoder.__dict__.get("forward")
-    decoder.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+    decoder.forward = lambda *_, **__: _States(last_hidden_state=states[None])
     try:
         return model(**inputs, use_cache=False).logits.squeeze(0)  # the gradient of [0] is a copy of them all
     finally:
@@ -536,11 +565,14 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _packs(model: PreTrainedModel) -> bool:
-    embeddings: Any = model.get_input_embeddings()
-    ids = torch.arange(10, device=model.device).view(2, 5) % len(embeddings.weight)
+    config = model.config.get_text_config(decoder=True)
+    # Two short texts do not show attention to chunks, since these are longer.
+    if not {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}:
+        return False
+    ids = _trial_ids(model, 10).view(2, 5)
     positions = torch.arange(5, device=model.device).expand_as(ids)
     with autocast(model.device, None):
-        plain = model.get_decoder()(
+        plain = text_decoder(model)(
             input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
         ).last_hidden_state
         try:
@@ -550,8 +582,69 @@ def _packs(model: PreTrainedModel) -> bool:
             last = decode_packed(model, ids.flatten(), positions.flatten(), layout, ends)
         except (NotImplementedError, TypeError, AttributeError, IndexError):
             return False
-    difference = max((packed - plain.flatten(0, 1)).abs().max(), (last - plain[:, -1]).abs().max())
-    return bool(difference <= 100 * torch.finfo(plain.dtype).eps * plain.abs().max())
+    return _agree(packed, plain.flatten(0, 1)) and _agree(last, plain[:, -1])
+
+
+_SERVED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def check_served(model: PreTrainedModel) -> None:
+    """Refuse a causal model whose texts cannot be read together: it is tried, once, on two short texts.
+
+    Raises:
+        ValueError: Rows of a batch, cached or not, or the head alone, do not give what the model gives for a text.
+    """
+    if model in _SERVED or model.config.is_encoder_decoder or model.device.type == "meta":
+        return
+    name = type(model).__name__
+    ids = _trial_ids(model, 8)
+    texts = [ids[:5], ids[5:7]]  # the first reads two more tokens, the second leaves after one
+    try:
+        with autocast(model.device, None):
+            wholes = [torch.cat([text, ids[7:].expand(2)]) for text in texts]
+            outputs = [text_decoder(model)(input_ids=whole[None], use_cache=False) for whole in wholes]
+            own = [output.last_hidden_state[0] for output in outputs]
+            logits = [model(input_ids=whole[None], use_cache=False).logits[0] for whole in wholes]
+            heads = torch.cat([head(model, states) for states in own])
+            cache_class = PackedCache if can_pack(model) else PaddedCache
+            cache = cache_class(model, [text.cpu().numpy() for text in texts], 2)
+            cached = [cache.prefill(), cache.step(ids[7:].expand(2))]
+            cache.keep(torch.zeros(1, dtype=torch.int64, device=ids.device), ids.new_empty(0))
+            cached.append(cache.step(ids[7:]))
+            rows, lengths = (torch.tensor(numbers, device=ids.device) for numbers in ([0, 0, 1, 1], [2, 7, 1, 4]))
+            together = read(model, nn.utils.rnn.pad_sequence(wholes, batch_first=True), rows, lengths)
+    except Exception as error:  # whatever a model's code raises where it is called in a way that it does not know
+        raise ValueError(
+            f"model must read texts of several lengths together, padded and from a cache of transformers; {name} does "
+            f"not: {type(error).__name__}: {error}"
+        ) from error
+    pairs = {
+        "logits of its hidden states alone": (heads, torch.cat(logits)),
+        "texts read together": (together, torch.cat([own[0][[1, 6]], own[1][[0, 3]]])),
+        "texts continued from a cache": (
+            torch.cat(cached),
+            torch.stack([own[0][4], own[1][1], own[0][5], own[1][2], own[0][6]]),
+        ),
+    }
+    for what, (ours, theirs) in pairs.items():
+        if not _agree(ours, theirs):
+            raise ValueError(
+                f"model must give the same for a text alone and beside others; {name} does not, in {what}: they differ "
+                f"by up to {(ours - theirs).abs().max():.1g}"
+            )
+    _SERVED[model] = True
+
+
+def _trial_ids(model: PreTrainedModel, count: int) -> Tensor:
+    embeddings: Any = model.get_input_embeddings()
+    return torch.arange(count, device=model.device) % len(embeddings.weight)
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two computations of the same numbers differ by rounding alone."""
+    tolerance = min(100 * torch.finfo(theirs.dtype).eps, 0.1)
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
 def fuse_activations(model: nn.Module) -> None:
