@@ -25,7 +25,7 @@ from agents.card import model_card
 from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
 from agents.policy import LanguageModelPolicy, Policy, replaced_folder
 from agents.processes import SUPPORTED, add, gather, gather_state, own_state, start_equal
-from agents.rollout import Rollout, check_handoff, collect
+from agents.rollout import Rollout, agree, collect
 from agents.sharding import assemble, load_optimizer, scatter, shard, uses_fsdp, whole
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
@@ -138,7 +138,7 @@ class Algorithm(ABC):
             raise ValueError(f"env must have order='random' in several processes, got {env.order!r}")
         if env.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise ValueError("env must be made with the policy's tokenizer: make_vec(..., tokenizer=policy.tokenizer)")
-        check_handoff(env, self.policy)
+        agree(env, self.policy)
         if self.plays_episodes and (decoding or self.policy.decoding).num_beams > 1:
             raise ValueError(
                 "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with "
@@ -147,6 +147,7 @@ class Algorithm(ABC):
         start_equal(self.accelerator, self.policy)
         self.env = env
         self.policy.prompt_columns = env.max_prompt_tokens
+        self.policy.context_length = env.max_prompt_tokens + env.max_new_tokens
         self._twins: list[tuple[Policy, Policy]] = []
         self.learner = self.twin_of(self.policy)
         self.trainable = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]

@@ -30,12 +30,11 @@ from textgym.decoding import (
     Decoding,
     Sampler,
     at_least_float32,
-    check_positions,
-    file_beside,
     load_model,
     sampler_class,
     write,
 )
+from textgym.hub import file_beside
 from textgym.packing import (
     autocast,
     can_pack,
@@ -47,7 +46,18 @@ from textgym.packing import (
     head,
     read,
 )
-from textgym.tokenization import decode, encode_prompts, pretrained_tokenizer
+from textgym.positions import check_positions, fix_positions, short_context, warn_of_short_factors
+from textgym.tokenization import (
+    Context,
+    check_embedded,
+    check_vocabulary,
+    decode_continuations,
+    encode_prompts,
+    end_ids,
+    pretrained_tokenizer,
+    unused_ids,
+    vocabulary_size,
+)
 
 HEADS_FILE = "heads.safetensors"
 POLICY_FILE = "policy.json"
@@ -82,16 +92,34 @@ class Policy(nn.Module, ABC):
     Attributes:
         tokenizer: The tokenizer of its tokens; environments are made with it.
         decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
-        can_hand_off: Whether it has an action beyond the tokens, ``len(tokenizer)``, by which it asks the guide to
-            finish. Environments made with ``handoff=True`` need such a policy, others one without.
+        can_hand_off: Whether it has an action beyond the tokens, `vocab_size`, by which it asks the guide to finish.
+            Environments made with ``handoff=True`` need such a policy, others one without.
         prompt_columns: P, how many columns of an observation are the prompt's, for policies that read prompts apart
             from what follows them; None for unknown. Algorithms set it to what their environment has.
+        context_length: P + T, most tokens of a text, for policies whose positions depend on it (see
+            `textgym.positions`); None for unknown. Algorithms set it to what their environment has.
     """
 
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
     can_hand_off: bool = False
     prompt_columns: int | None = None
+    context_length: int | None = None
+    _more_end_ids: tuple[int, ...] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are, which is the largest plus one; that of its environments."""
+        return vocabulary_size(self.tokenizer)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, EOS first."""
+        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *self._more_end_ids]))
+
+    def add_end_tokens(self, token_ids: Sequence[int]) -> None:
+        """Let further tokens end a text, as algorithms do with those that end an episode of their environment."""
+        self._more_end_ids = tuple(token for token in token_ids if token != self.tokenizer.eos_token_id)
 
     @property
     def device(self) -> torch.device:
@@ -247,7 +275,7 @@ class Policy(nn.Module, ABC):
             seed: The continuations of equal prompts and seeds are equal.
 
         Returns:
-            N continuations, without the prompts and without special tokens.
+            N continuations, without special tokens; each is what to put after its prompt, with the space between.
 
         Raises:
             ValueError: A prompt without a token, or one that is too long for the policy.
@@ -265,8 +293,11 @@ class Policy(nn.Module, ABC):
             decoding=decoding,
             values=False,
         )
-        written = write(sampler, np.full(len(prompts), max_new_tokens), self.tokenizer.eos_token_id)
-        return decode(self.tokenizer, written)
+        written = write(sampler, np.full(len(prompts), max_new_tokens), self.end_token_ids)
+        texts = decode_continuations(self.tokenizer, list(map(Context, encoded, prompts)), written)
+        if self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.decoder is None:
+            return [text.removeprefix(" ") for text in texts]  # what only joins words is no part of a text
+        return texts
 
     @abstractmethod
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -289,6 +320,13 @@ class LanguageModelPolicy(Policy):
 
     This is the base of `CausalLMPolicy` and `Seq2SeqPolicy`; its `from_pretrained` makes whichever the model needs.
 
+    A mixture of experts is trained as any other model: the auxiliary loss that balances its routers, which
+    ``config.output_router_logits`` asks for, is no part of any loss here.
+
+    The tokenizer can have more tokens than the model has embeddings (Gemma 3's has one for images): these are never
+    chosen, and a text that holds one is refused. All tokens that the model's generation config names as its ends are
+    `end_token_ids`.
+
     With adapters (LoRA) only these and the heads are trained, and what is copied elsewhere (the reference policy, a
     critic of its own, a guide made of the model) shares the weights under them.
 
@@ -306,8 +344,9 @@ class LanguageModelPolicy(Policy):
             and some seconds in the next process.
 
     Raises:
-        ValueError: A model of the other kind; the tokenizer has no EOS token, or more tokens than the model's
-            vocabulary; a `handoff_prob` outside of (0, 1); a wrong `autocast`.
+        ValueError: A model of the other kind, or one whose texts cannot be read together
+            (`textgym.packing.check_served`); the tokenizer has no EOS token, or does not belong to the model; a
+            `handoff_prob` outside of (0, 1); a wrong `autocast`.
     """
 
     encodes_prompts: ClassVar[bool]
@@ -334,11 +373,7 @@ class LanguageModelPolicy(Policy):
         rows, width = model.get_output_embeddings().weight.shape
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer must have an eos_token: it is the action that ends a text")
-        if len(tokenizer) > rows:
-            raise ValueError(
-                f"tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has only {rows}: they do not "
-                "belong together"
-            )
+        check_vocabulary(tokenizer, rows)
         if handoff_prob is not None and not 0 < handoff_prob < 1:
             raise ValueError(f"handoff_prob must be None or in (0, 1), got {handoff_prob!r}")
         check_autocast("autocast", autocast)
@@ -438,7 +473,8 @@ class LanguageModelPolicy(Policy):
         if cls is LanguageModelPolicy:
             kind = Seq2SeqPolicy if model.config.is_encoder_decoder else CausalLMPolicy
         policy = kind(model, tokenizer, decoding, handoff_prob, autocast, compile)
-        policy.prompt_columns = settings.get("prompt_columns")
+        policy.prompt_columns, policy.context_length = settings.get("prompt_columns"), settings.get("context_length")
+        policy.add_end_tokens(settings.get("end_token_ids", ()))
         policy.quantization, policy.gguf_file = quantization, packed if has_adapters(model) else None
         if saved:
             policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
@@ -467,6 +503,8 @@ class LanguageModelPolicy(Policy):
                 "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
                 "compile": self.compiled,
                 "prompt_columns": self.prompt_columns,
+                "context_length": self.context_length,
+                "end_token_ids": self.end_token_ids,
                 "quantization": self.quantization,
                 "gguf_file": self.gguf_file,
             }
@@ -488,7 +526,8 @@ class LanguageModelPolicy(Policy):
             ValueError: A text could be longer than the model has positions; a decoding with beams where values are
                 wanted or the policy can hand off.
         """
-        self._compile()
+        new = int(np.max(max_new_tokens - np.asarray(0 if prefix_lengths is None else prefix_lengths), initial=0))
+        self._prepare(observation["input_ids"], observation["attention_mask"], new)
         decoding = decoding or self.decoding
         return sampler_class(decoding)(
             self.model,
@@ -496,12 +535,13 @@ class LanguageModelPolicy(Policy):
             observation["attention_mask"],
             decoding=decoding,
             seeds=seeds,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.end_token_ids,
             prefix_lengths=prefix_lengths,
             max_new_tokens=max_new_tokens,
             value_head=self.heads["value"] if values else None,
             handoff_head=self._handoff_head,
-            vocab_size=len(self.tokenizer),
+            vocab_size=self.vocab_size,
+            unused_ids=unused_ids(self.tokenizer),
             dtype=self._dtype,
         )
 
@@ -603,21 +643,42 @@ class LanguageModelPolicy(Policy):
         """The same policy with its adapters added to the weights of a copy of the model, for use without PEFT."""
         twin = type(self)(merged(self.model), self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         twin.heads, twin.can_hand_off = copy.deepcopy(self.heads), self.can_hand_off
-        twin.prompt_columns = self.prompt_columns
-        return twin
+        return self._in_the_same_place(twin)
 
     def without_handoff(self) -> Self:
         """The same policy without the hand-off, to see what it writes alone; its weights are shared, not copied."""
         alone = type(self)(self.model, self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         for name in alone.heads:
             alone.heads[name] = self.heads[name]
-        return alone
+        return self._in_the_same_place(alone)
+
+    def _in_the_same_place(self, twin: Self) -> Self:
+        """Tell a policy what this one was told of its environment."""
+        twin.prompt_columns, twin.context_length = self.prompt_columns, self.context_length
+        twin.add_end_tokens(self.end_token_ids)
+        return twin
 
     @property
     def _dtype(self) -> torch.dtype | None:
         return fast_dtype(self.device) if self.autocast == "auto" else self.autocast
 
-    def _compile(self) -> None:
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """EOS, what the model's generation config names (see `textgym.tokenization.end_ids`), and what was added."""
+        config = self.model.generation_config
+        of_model = end_ids(self.tokenizer, None if config is None else config.eos_token_id)
+        return tuple(dict.fromkeys([*of_model, *self._more_end_ids]))
+
+    def _prepare(self, input_ids: Any, attention_mask: Any, new: int = 0) -> None:
+        """Make the model ready to read texts, (B, S) each, and to write up to `new` tokens more.
+
+        Raises:
+            ValueError: A token that the model does not embed.
+        """
+        check_embedded(self.tokenizer, self.model, input_ids, attention_mask)
+        if short_context(self.model) is not None:
+            fix_positions(self.model, self.context_length)
+            warn_of_short_factors(self.model, int((attention_mask != 0).sum(1).max()) + new, self.context_length)
         # At every use, since a copy of a compiled model is not compiled.
         if self.compiled and can_pack(self.model):
             compile_layers(self.model)
@@ -650,8 +711,8 @@ class CausalLMPolicy(LanguageModelPolicy):
         before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns]
         if not (before > 0).all():
             raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
+        self._prepare(input_ids, valid)
         check_positions(self.model, int(valid.sum(1).max()))
-        self._compile()
         with autocast(self.device, self._dtype):
             return read(self.model, left_packed(input_ids, valid), rows, before)
 
@@ -672,6 +733,9 @@ class Seq2SeqPolicy(LanguageModelPolicy):
                 "prompt_columns must be set before texts can be judged, since the prompt is read apart from them: "
                 "policy.prompt_columns = env.max_prompt_tokens (algorithms do that)"
             )
+        self._prepare(input_ids, attention_mask)
+        # Padding too is embedded, and its token can be one that the model does not embed.
+        input_ids = input_ids.masked_fill(attention_mask == 0, 0)
         prompt, new = (
             (input_ids[:, part], attention_mask[:, part].bool())
             for part in (slice(self.prompt_columns), slice(self.prompt_columns, None))

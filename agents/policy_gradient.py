@@ -387,8 +387,7 @@ class PolicyGradient(Algorithm):
             if references and self.env.imitates(int(sample)):
                 text = references[random.integers(len(references))]
                 prompt_ids = prompts[row][masks[row] > 0].tolist()
-                prompt = self.env.in_template(rollout.prompts[row])
-                examples[row] = encode_example(self.env.tokenizer, prompt, prompt_ids, text, self.env.max_new_tokens)
+                examples[row] = encode_example(self.env, rollout.prompts[row], prompt_ids, text)
         return examples
 
     @staticmethod

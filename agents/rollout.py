@@ -121,17 +121,19 @@ class Rollout:
         return cls(**joined)
 
 
-def check_handoff(env: TextVectorEnv, policy: Policy) -> None:
-    """Refuse an environment and a policy of which only one has the hand-off.
+def agree(env: TextVectorEnv, policy: Policy) -> None:
+    """Let the tokens that end a text of the policy or an episode of the environment do both.
 
     Raises:
-        ValueError: It is so.
+        ValueError: Only one of the two has the hand-off.
     """
     if env.handoff != policy.can_hand_off:
         raise ValueError(
             f"env was made with handoff={env.handoff}, and policy has can_hand_off={policy.can_hand_off}: the "
             "hand-off is an action of both or of neither (CausalLMPolicy takes handoff_prob)"
         )
+    env.add_end_tokens(policy.end_token_ids)
+    policy.add_end_tokens(env.end_token_ids)
 
 
 def collect(
@@ -167,7 +169,7 @@ def collect(
         raise ValueError("env must be made with parking=True: rows wait for each other, and end on the same step")
     if env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
         raise ValueError("env must not be made with autoreset_mode=SAME_STEP: the last step must show the whole texts")
-    check_handoff(env, policy)
+    agree(env, policy)
     if len(seeds) != env.num_envs:
         raise ValueError(f"seeds must have one entry for each of the {env.num_envs} rows, got {len(seeds)}")
 

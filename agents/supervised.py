@@ -18,7 +18,6 @@ from textgym.tokenization import encode_continuation
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
-    from transformers import PreTrainedTokenizerBase
 
     from textgym.engine import TextVectorEnv
 
@@ -33,12 +32,10 @@ class Example(NamedTuple):
         return len(self.context) + len(self.target)
 
 
-def encode_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], text: str, max_new_tokens: int
-) -> Example:
-    """Encode a reference text after its prompt, cut at the horizon, with EOS where there is room for it."""
-    (ids,) = encode_continuation(tokenizer, prompt, [text])
-    return Example(prompt_ids, [*ids, tokenizer.eos_token_id][:max_new_tokens])
+def encode_example(env: TextVectorEnv, prompt: str, prompt_ids: list[int], text: str) -> Example:
+    """Encode a reference text after its prompt, cut at the horizon, with its end where there is room for it."""
+    (ids,) = encode_continuation(env.tokenizer, env.in_template(prompt), [text])
+    return Example(prompt_ids, [*ids, env.end_token_id][: env.max_new_tokens])
 
 
 def collate(
@@ -319,13 +316,7 @@ class SL(Algorithm):
         rows = [split.rows[index] for index, _ in pairs]
         prompts = env.encode_prompts([env.task.prompt_of(row) for row in rows])
         examples = [
-            encode_example(
-                env.tokenizer,
-                env.in_template(prompt),
-                ids,
-                env.task.references_of(row)[reference],
-                env.max_new_tokens,
-            )
+            encode_example(env, prompt, ids, env.task.references_of(row)[reference])
             for (prompt, ids), row, (_, reference) in zip(prompts, rows, pairs, strict=True)
         ]
         if self.loss_on == "text":  # nothing predicts the first token

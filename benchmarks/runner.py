@@ -29,7 +29,7 @@ from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.base import Author
 from textgym.guides.local import LocalGuide
-from textgym.tokenization import decode
+from textgym.tokenization import Context, decode_continuations
 
 PACKAGES = ("textgym", "torch", "transformers", "tokenizers", "gymnasium", "datasets", "numpy")
 SAMPLES = 4  # texts of a run that the report shows
@@ -359,7 +359,7 @@ def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> lis
             "sample_id": int(result.sample_ids[row]),
             "prompt": result.prompts[row],
             "reward": float(result.rewards[row]),
-            "segments": segments(result.token_ids[row], result.authors[row], tokenizer),
+            "segments": segments(result.prompts[row], result.token_ids[row], result.authors[row], tokenizer),
         }
         for row in chosen
     ]
@@ -378,7 +378,10 @@ def rollouts(rollout: Rollout | None, tokenizer: PreTrainedTokenizerBase) -> lis
             "prefix_length": int(rollout.prefix_length[row]),
             "reward": float(rollout.rewards[row]),
             "segments": segments(
-                ids[row][written[row]].tolist(), rollout.authors[row][written[row]].tolist(), tokenizer
+                rollout.prompts[row],
+                ids[row][written[row]].tolist(),
+                rollout.authors[row][written[row]].tolist(),
+                tokenizer,
             ),
         }
         for row in chosen
@@ -386,12 +389,17 @@ def rollouts(rollout: Rollout | None, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def segments(
-    token_ids: Sequence[int], authors: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    prompt: str, token_ids: Sequence[int], authors: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, str]]:
-    """A text as stretches of one author each: (author, text)."""
+    """What was written after a prompt as stretches of one author each: (author, text)."""
     stretches = [
         (Author(author).name.lower(), [token for _, token in tokens])
         for author, tokens in groupby(zip(authors, token_ids, strict=True), key=lambda pair: pair[0])
     ]
-    texts = decode(tokenizer, [tokens for _, tokens in stretches])
+    # Each is what it adds to all before it.
+    read, contexts = [], [Context(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"], prompt)]
+    for _, tokens in stretches:
+        read.append(tokens)
+        contexts.append(Context([*contexts[-1].ids, *tokens], ""))
+    texts = decode_continuations(tokenizer, contexts[:-1], read)
     return [(author, text) for (author, _), text in zip(stretches, texts, strict=True)]

@@ -122,7 +122,7 @@ def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTr
     torch.manual_seed(seed)
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=len(env.tokenizer),
+            vocab_size=env.vocab_size,
             n_positions=env.max_prompt_tokens + env.max_new_tokens,
             n_embd=config.n_embd,
             n_layer=config.n_layer,

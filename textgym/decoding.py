@@ -24,14 +24,18 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file, is_bitsandbytes_available, is_gguf_available, is_peft_available
+from transformers.utils import is_bitsandbytes_available, is_gguf_available, is_peft_available
 
+from textgym.hub import file_beside
 from textgym.packing import Autocast, PackedCache, PaddedCache, can_pack, fuse_activations, head
+from textgym.positions import check_positions, fix_positions, short_context
 from textgym.seeding import uniform
 from textgym.seq2seq import Seq2SeqCache, decoder_start
 
 # A nucleus is looked for among this many most probable tokens; all are ranked only for rows where it is wider.
 _NUCLEUS_GUESS = 256
+# Below it scores are divided as distances from the largest, in float64.
+_LOW_TEMPERATURE = 1e-20
 # Tokens of a block in which the token that a uniform number means is looked for.
 _BLOCK = 128
 
@@ -47,7 +51,7 @@ class Decoding:
         top_k: Only the k most probable tokens can be chosen; 0 allows all.
         top_p: Only the smallest set of most probable tokens whose probability reaches it can be chosen (nucleus
             sampling, Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"); at least one token.
-        min_new_tokens: EOS cannot be chosen before the text has that many new tokens, a prefix counted.
+        min_new_tokens: No token that ends a text can be chosen before it has that many new tokens, a prefix counted.
         greedy: Always choose the most probable token.
         num_beams: More than 1 searches for a probable text with so many beams instead of drawing one (see
             `BeamSearch`): for evaluations, `generate` and guides. What is learned from must be sampled.
@@ -91,7 +95,7 @@ class Sample(NamedTuple):
     """The next token of each of n rows.
 
     Attributes:
-        tokens: (n,) int64; with a hand-off head, `vocab_size` is the hand-off.
+        tokens: (n,) int64; with a hand-off head, `vocab_size` (or the number of logits) is the hand-off.
         log_probs: (n,) float32, log-probabilities under the untruncated distribution at temperature 1, whatever the
             decoding: the probability ratios of policy gradients are ratios of the policy's own distribution.
         values: (n,) float32, values of the states in which the tokens were chosen; None without a value head.
@@ -117,13 +121,15 @@ class Sampler:
         attention_mask: (N, S), nonzero where `input_ids` is valid.
         decoding: How tokens are chosen.
         seeds: (N,) integers.
-        eos_token_id: Held back for `decoding.min_new_tokens`.
+        eos_token_id: The token that ends a text, or all that do; held back for `decoding.min_new_tokens`.
         prefix_lengths: (N,) new tokens that `input_ids` already holds; None for none.
         max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
         value_head: Maps hidden states (n, d) to values (n, 1).
         handoff_head: Maps hidden states (n, d) to the log-odds (n, 1) of a hand-off, which is drawn before the token,
             from a uniform number of its own; a row that chose it must leave the batch.
-        vocab_size: Token ids from here on are never chosen (embedding rows beyond the tokenizer's); None for all.
+        vocab_size: Token ids from here on are never chosen (embedding rows beyond the tokenizer's); None for all. The
+            tokenizer can also have more tokens than the model has rows; these are never chosen either.
+        unused_ids: Token ids below that are never chosen: gaps of the vocabulary.
         dtype: What products of matrices are computed in, by autocast; None for the type of the weights.
 
     Attributes:
@@ -143,12 +149,13 @@ class Sampler:
         *,
         decoding: Decoding,
         seeds: Any,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         prefix_lengths: Any = None,
         max_new_tokens: int | Sequence[int] | np.ndarray,
         value_head: nn.Module | None = None,
         handoff_head: nn.Module | None = None,
         vocab_size: int | None = None,
+        unused_ids: Sequence[int] = (),
         dtype: torch.dtype | None = None,
     ) -> None:
         ids, valid = on_host(input_ids), on_host(attention_mask) != 0
@@ -178,8 +185,12 @@ class Sampler:
         else:
             check_positions(model, (lengths + remaining).max(initial=0))
 
-        self.model, self.decoding, self.eos_token_id = model, decoding, eos_token_id
-        self.value_head, self.handoff_head, self.vocab_size = value_head, handoff_head, vocab_size
+        self.model, self.decoding, self.eos_token_ids = model, decoding, as_ids(eos_token_id)
+        self.value_head, self.handoff_head = value_head, handoff_head
+        logits = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size = logits if vocab_size is None else vocab_size
+        self._unused = [token for token in unused_ids if token < logits]
+        self._ends = [token for token in self.eos_token_ids if 0 <= token < min(logits, self.vocab_size)]
         self.rows = np.flatnonzero(lengths > 0)
         self._texts = [texts[row] for row in self.rows]
         self._steps, self._step = max(int(remaining.max(initial=0)), 0), 0
@@ -216,10 +227,15 @@ class Sampler:
         values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
         scores = logits[:, : self.vocab_size]
         left_out = [logits[:, scores.shape[1] :].logsumexp(-1)]
+        if self._unused:
+            left_out.append(scores[:, self._unused].logsumexp(-1))
+            scores[:, self._unused] = -math.inf
         if self._eos_banned is not None:
-            banned, eos_scores = self._eos_banned[:, self._step], scores[:, self.eos_token_id]
-            left_out.append(eos_scores.masked_fill(~banned, -math.inf))
-            eos_scores.masked_fill_(banned, -math.inf)
+            banned = self._eos_banned[:, self._step]
+            for end in self._ends:
+                end_scores = scores[:, end]
+                left_out.append(end_scores.masked_fill(~banned, -math.inf))
+                end_scores.masked_fill_(banned, -math.inf)
         weights, peaks = _weights(scores)
         # Log-probabilities are those of the whole softmax.
         normalizers = functools.reduce(torch.logaddexp, left_out, weights.sum(-1).log() + peaks)
@@ -233,7 +249,7 @@ class Sampler:
             else:
                 handed = self._gate_uniforms[:, self._step] < gate.double().sigmoid()
             log_probs = torch.where(handed, logsigmoid(gate), log_probs)
-            tokens = tokens.masked_fill(handed, scores.shape[1])
+            tokens = tokens.masked_fill(handed, self.vocab_size)
         self._step += 1
         return Sample(tokens, log_probs, values)
 
@@ -329,8 +345,8 @@ class BeamSearch(Sampler):
         self._check_asked()
         if self._found is None:
             self._found = self._search()
-        texts = [self._found[row] for row in self.rows.tolist()]
-        tokens = [text[self._step] if self._step < len(text) else self.eos_token_id for text in texts]
+        texts, filler = [self._found[row] for row in self.rows.tolist()], max(self.eos_token_ids[:1], default=0)
+        tokens = [text[self._step] if self._step < len(text) else filler for text in texts]
         self._step += 1
         unknown = torch.full((len(texts),), math.nan, device=self.model.device)
         return Sample(torch.tensor(tokens, device=self.model.device), unknown, None)
@@ -364,8 +380,8 @@ class BeamSearch(Sampler):
         if seq2seq:
             start = decoder_start(model)
             inputs["decoder_input_ids"] = np.array([[*start, *new] for _, new in texts], np.int64)
-        eos = self.eos_token_id if self.eos_token_id >= 0 else None
-        rows_beyond = range(self.vocab_size or sys.maxsize, model.get_output_embeddings().weight.shape[0])
+        ends = [token for token in self.eos_token_ids if token >= 0]
+        never = [*self._unused, *range(self.vocab_size, model.get_output_embeddings().weight.shape[0])]
         usual, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with self._autocast:
@@ -375,16 +391,16 @@ class BeamSearch(Sampler):
                     do_sample=False,
                     max_new_tokens=limit,
                     min_new_tokens=least,
-                    eos_token_id=eos,
-                    pad_token_id=0 if eos is None else eos,
+                    eos_token_id=ends or None,
+                    pad_token_id=ends[0] if ends else 0,
                     decoder_start_token_id=start[0] if seq2seq else None,
-                    suppress_tokens=list(rows_beyond) or None,
+                    suppress_tokens=never or None,
                 )
         finally:
             model.generation_config = usual
         before = inputs["decoder_input_ids" if seq2seq else "input_ids"].shape[1]
         lines = written[:, before:].tolist()
-        return [line[: line.index(eos) + 1] if eos in line else line for line in lines]
+        return [line[: next((i + 1 for i, token in enumerate(line) if token in ends), None)] for line in lines]
 
 
 def generate(
@@ -394,11 +410,12 @@ def generate(
     *,
     decoding: Decoding,
     seeds: Any,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     prefix_lengths: Any = None,
     max_new_tokens: int | Sequence[int] | np.ndarray,
     batch_size: int | None = None,
     vocab_size: int | None = None,
+    unused_ids: Sequence[int] = (),
     dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
     """Write every row to its end.
@@ -409,11 +426,12 @@ def generate(
         attention_mask: (N, S), nonzero where `input_ids` is valid.
         decoding: How tokens are chosen.
         seeds: (N,) integers.
-        eos_token_id: A text ends with it.
+        eos_token_id: A text ends with it, or with any of them.
         prefix_lengths: (N,) new tokens that `input_ids` already holds; None for none.
         max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
         batch_size: Most rows a pass; rows of similar length go together. None: all.
         vocab_size: Token ids from here on are never chosen.
+        unused_ids: Nor are these.
         dtype: What products of matrices are computed in; None for the type of the weights.
 
     Returns:
@@ -431,22 +449,28 @@ def generate(
     remaining = horizon - prefix
     texts: list[list[int]] = [[] for _ in ids]
     order = np.argsort(lengths, kind="stable")[::-1]
-    for start in range(0, len(ids), batch_size or max(len(ids), 1)):
-        batch = order[start : start + (batch_size or len(ids))]
-        sampler = sampler_class(decoding)(
-            model,
-            ids[batch],
-            valid[batch],
-            decoding=decoding,
-            seeds=seeds[batch],
-            eos_token_id=eos_token_id,
-            prefix_lengths=prefix[batch],
-            max_new_tokens=horizon[batch],
-            vocab_size=vocab_size,
-            dtype=dtype,
-        )
-        for row, text in zip(batch, write(sampler, remaining[batch], eos_token_id), strict=True):
-            texts[row] = text
+    # Rows that need the long factors of LongRoPE are written apart, since a row's text must not depend on the batch.
+    border = short_context(model)
+    long = np.zeros(len(ids), bool) if border is None else lengths + remaining > border
+    for rows, context_length in ((order[~long[order]], None), (order[long[order]], sys.maxsize)):
+        fix_positions(model, context_length)
+        for start in range(0, len(rows), batch_size or max(len(rows), 1)):
+            batch = rows[start : start + (batch_size or len(rows))]
+            sampler = sampler_class(decoding)(
+                model,
+                ids[batch],
+                valid[batch],
+                decoding=decoding,
+                seeds=seeds[batch],
+                eos_token_id=eos_token_id,
+                prefix_lengths=prefix[batch],
+                max_new_tokens=horizon[batch],
+                vocab_size=vocab_size,
+                unused_ids=unused_ids,
+                dtype=dtype,
+            )
+            for row, text in zip(batch, write(sampler, remaining[batch], eos_token_id), strict=True):
+                texts[row] = text
     return texts
 
 
@@ -455,13 +479,18 @@ def sampler_class(decoding: Decoding) -> type[Sampler]:
     return BeamSearch if decoding.num_beams > 1 else Sampler
 
 
-def write(sampler: Any, limits: np.ndarray, eos_token_id: int) -> list[list[int]]:
+def as_ids(token_ids: int | Sequence[int]) -> tuple[int, ...]:
+    """One token id, or several, as several."""
+    return (token_ids,) if isinstance(token_ids, int) else tuple(token_ids)
+
+
+def write(sampler: Any, limits: np.ndarray, eos_token_id: int | Sequence[int]) -> list[list[int]]:
     """Write every row of a sampler to its end.
 
     Args:
         sampler: A `Sampler` of N rows, or anything with its `rows`, `sample` and `keep`.
         limits: (N,) integers, most tokens to write now.
-        eos_token_id: A text ends with it.
+        eos_token_id: A text ends with it, or with any of them.
 
     Returns:
         For each of the N rows the ids written now, EOS included where the text ended with it.
@@ -473,7 +502,7 @@ def write(sampler: Any, limits: np.ndarray, eos_token_id: int) -> list[list[int]
         tokens = sampler.sample().tokens.cpu().numpy()
         written[sampler.rows, step] = tokens
         step += 1
-        sampler.keep((tokens != eos_token_id) & (limits[sampler.rows] > step))
+        sampler.keep(~np.isin(tokens, as_ids(eos_token_id)) & (limits[sampler.rows] > step))
     return [line[line >= 0].tolist() for line in written]
 
 
@@ -499,7 +528,11 @@ def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding, weights: Tensor
     if weights is not None and decoding.temperature == 1 and not decoding.top_k and decoding.top_p == 1:
         return _inverse_cdf(weights, uniforms)
     if decoding.temperature != 1:
-        scores = scores / decoding.temperature
+        if decoding.temperature < _LOW_TEMPERATURE:  # quotients would leave the range of float32
+            below_largest = (scores - scores.amax(-1, keepdim=True)).double()
+            scores = (below_largest / decoding.temperature).to(scores.dtype)
+        else:
+            scores = scores / decoding.temperature
     ids = None
     if decoding.top_k:
         # In the order of ids, not of ranks: rounding that differs between batch sizes can swap the ranks of near ties.
@@ -514,6 +547,9 @@ def choose(scores: Tensor, uniforms: Tensor, decoding: Decoding, weights: Tensor
 def nucleus(scores: Tensor, top_p: float) -> Tensor:
     """Set the scores outside each row's nucleus to -inf.
 
+    The nucleus is the smallest set of most probable tokens whose probability reaches `top_p`; of tokens with equal
+    scores at its border the first ids belong to it.
+
     Args:
         scores: (n, k) float32 logits.
         top_p: Probability that a nucleus reaches.
@@ -523,17 +559,31 @@ def nucleus(scores: Tensor, top_p: float) -> Tensor:
     """
     normalizers = scores.logsumexp(-1, keepdim=True)
 
-    def lowest_score(ranked: Tensor, normalizers: Tensor) -> Tensor:
+    def border(ranked: Tensor, normalizers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The lowest score in each nucleus, how many tokens with it belong there, and whether there are more of them.
+
+        Returns:
+            (n, 1) each; that there are more is also said where the last of the ranked has that score.
+        """
         probs = (ranked - normalizers).exp()
         more_probable = probs.cumsum(-1) - probs
-        return ranked.gather(1, (more_probable < top_p).sum(-1, keepdim=True).clamp_(min=1) - 1)
+        size = (more_probable < top_p).sum(-1, keepdim=True).clamp_(min=1)
+        lowest = ranked.gather(1, size - 1)
+        more = ranked.gather(1, size.clamp(max=ranked.shape[-1] - 1)) == lowest
+        return lowest, size - (ranked > lowest).sum(-1, keepdim=True), more
 
     ranked = scores.topk(min(_NUCLEUS_GUESS, scores.shape[-1])).values
-    thresholds = lowest_score(ranked, normalizers)
+    lowest, count, more = border(ranked, normalizers)
     wider = (ranked - normalizers).exp().sum(-1) <= top_p
     if ranked.shape != scores.shape and wider.any():
-        thresholds[wider] = lowest_score(scores[wider].sort(descending=True).values, normalizers[wider])
-    return scores.masked_fill(scores < thresholds, -math.inf)
+        lowest[wider], count[wider], more[wider] = border(
+            scores[wider].sort(descending=True).values, normalizers[wider]
+        )
+    outside = scores < lowest
+    if more.any():
+        equal = scores == lowest
+        outside |= equal & (equal.cumsum(-1) > count)
+    return scores.masked_fill(outside, -math.inf)
 
 
 def _weights(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -571,21 +621,6 @@ def on_host(array: Any) -> np.ndarray:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Widen half precision, in which sums over a vocabulary lose too much; float64 stays what it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def check_positions(model: PreTrainedModel, length: int) -> None:
-    """Refuse texts longer than a model can read.
-
-    Raises:
-        ValueError: `length` is larger than the model's number of positions, where it has one.
-    """
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        which = "prompt or new tokens" if model.config.is_encoder_decoder else "prompt and new tokens together"
-        raise ValueError(
-            f"{which} can be {length} tokens long, but {type(model).__name__} has {positions} positions: lower "
-            "max_prompt_tokens or max_new_tokens"
-        )
 
 
 def load_model(
@@ -659,25 +694,6 @@ def _quantization(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
         raise ImportError('quantization needs bitsandbytes: pip install "textgym[quantization]"')
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def file_beside(path: str | os.PathLike, name: str) -> str | None:
-    """Where a file that may lie beside a model is, if it is there.
-
-    Args:
-        path: Hub id or folder of the model.
-        name: The file's name.
-    """
-    try:
-        return cached_file(
-            path,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # what is wrong with the path is said when the model is loaded
-        return None
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -24,6 +24,8 @@ from textgym.task import SPLITS, Split, SplitName, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from textgym.tokenization import Context
+
 ORDERS = ("random", "sequential")
 FINISH_REASONS = np.array(["stop", "length", "handoff"], dtype=object)
 STOP, LENGTH, HANDOFF = range(3)
@@ -62,7 +64,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         chat: Whether that is what a user says to a chat model, by the chat template of the tokenizer; the text is then
             the answer.
         stop: Strings that end an episode as EOS does: the reward reads the text before the first of them. The name of
-            a special token, such as "<|im_end|>", means that token.
+            a special token, such as "<|im_end|>", means that token. Without being named, the tokens that the generation
+            config beside the tokenizer lists, and with `chat` the token that closes an answer, end an episode too.
         reward: None for the task's own, the name of one of the task's rewards, the hub id or path of a
             sequence-classification model, or a callable (see `textgym.rewards.base.RewardFunction`).
         guide: "references" (which restarts only, from references that the task says to imitate), the hub id or path of
@@ -85,6 +88,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     Attributes:
         initial_guidance: The guidance that the environment was made with.
+        end_token_id: What ends references that are imitated, and texts of guides: with `chat` the token that closes an
+            answer, else the first that `stop` names, else EOS.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
@@ -157,16 +162,30 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._reward = reward
         self._reward_function: RewardFunction | None = None
 
-        from textgym.tokenization import Ends, load_tokenizer, template_parts
+        from textgym.tokenization import (
+            Ends,
+            end_of_turn,
+            ends_beside,
+            load_tokenizer,
+            template_parts,
+            unused_ids,
+            vocabulary_size,
+        )
 
         self.source = resolve_source(source)
         self.data: Split = task.split(self.split, self.source)
         if not len(self.data):
             raise ValueError(f"split {self.split!r} of task {task.name!r} has no samples")
         self.tokenizer = load_tokenizer(tokenizer, task, self.source)
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = vocabulary_size(self.tokenizer)
+        self._unused_ids = list(unused_ids(self.tokenizer))
         self.eos_token_id: int = self.tokenizer.eos_token_id
-        self._ends = Ends(self.tokenizer, self.stop)
+        turn = end_of_turn(self.tokenizer) if self.chat else None
+        self._ends = Ends(self.tokenizer, self.stop, [*ends_beside(self.tokenizer), *([] if turn is None else [turn])])
+        # What closes an answer, and what a user says that ends one, comes before an EOS that no model may know.
+        self.end_token_id: int = next(
+            (token for token in (turn, *self._ends.named) if token is not None), self.eos_token_id
+        )
         self.template = template
         self._template_parts = template_parts(self.tokenizer, template, self.chat)
         own = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in self._template_parts if part]
@@ -242,6 +261,22 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             and self._cursor >= len(self.data)
             and not bool((self._active | self._waiting).any())
         )
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an episode, EOS first."""
+        return self._ends.token_ids
+
+    def add_end_tokens(self, token_ids: Sequence[int]) -> None:
+        """Let further tokens end an episode, as algorithms do with those that end a text of their policy.
+
+        Args:
+            token_ids: Ids of the environment's vocabulary.
+        """
+        from textgym.tokenization import Ends
+
+        if not set(token_ids) <= set(self.end_token_ids):
+            self._ends = Ends(self.tokenizer, self.stop, [*self.end_token_ids, *token_ids])
 
     def imitates(self, sample: int) -> bool:
         """Whether the task says to imitate the references of a sample; those of a user's own prompt (-1) always."""
@@ -526,7 +561,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 f"options['prefix'] must leave a token to write: at most {self.max_new_tokens - 1} tokens, "
                 f"got {len(ids)}"
             )
-        if any(not 0 <= token < self.vocab_size for token in ids) or self._ends.cut(ids) is not None:
+        if (
+            any(not 0 <= token < self.vocab_size for token in ids)
+            or self._ends.cut(ids, context=self._context(row)) is not None
+        ):
             raise ValueError(
                 f"options['prefix'] must hold token ids in [0, {self.vocab_size}), no EOS ({self.eos_token_id}) and "
                 f"nothing of stop={self.stop}, got {ids}"
@@ -569,11 +607,11 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     def _ask(self, rows: np.ndarray, limits: list[int], seeds: list[int]) -> list[tuple[list[int], bool]]:
         """Ask the guide to continue `rows`; token ids, and whether the last of them ends the text."""
-        from textgym.tokenization import decode, encode_continuation
+        from textgym.tokenization import decode_continuations, encode_continuation
 
         if not len(rows):
             return []
-        prefixes = [self._tokens(row) for row in rows]
+        prefixes, contexts = [self._tokens(row) for row in rows], [self._context(row) for row in rows]
         requests = [
             GuideRequest(
                 prompt=self._prompts[row],
@@ -585,7 +623,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 references=self._references[row],
             )
             for row, ids, text, limit, seed in zip(
-                rows, prefixes, decode(self.tokenizer, prefixes), limits, seeds, strict=True
+                rows, prefixes, decode_continuations(self.tokenizer, contexts, prefixes), limits, seeds, strict=True
             )
         ]
         assert self.guide is not None
@@ -596,7 +634,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 f"{type(self.guide).__name__} returned {len(completions)}"
             )
         result = []
-        for request, completion in zip(requests, completions, strict=True):
+        for context, request, completion in zip(contexts, requests, completions, strict=True):
             if isinstance(completion, str):
                 completion = Completion(text=completion)
             elif not isinstance(completion, Completion):
@@ -606,13 +644,12 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 if any(not 0 <= token < self.vocab_size for token in ids):
                     raise ValueError(f"guide must return token ids in [0, {self.vocab_size}), got {ids}")
             elif completion.text is not None:
-                before = self.in_template(request.prompt) + request.prefix
-                ids = encode_continuation(self.tokenizer, before, [completion.text])[0]
+                ids = encode_continuation(self.tokenizer, context.text + request.prefix, [completion.text])[0]
             else:
                 raise ValueError(f"guide must return text or token ids, {type(self.guide).__name__} returned neither")
-            ended = self._ends.cut(ids, request.prefix_ids)
+            ended = self._ends.cut(ids, request.prefix_ids, context)
             if ended is None and completion.finished:
-                ended = [*ids, self.eos_token_id]
+                ended = [*ids, self.end_token_id]
             ids = (ids if ended is None else ended)[: request.max_new_tokens]
             result.append((ids, ids == ended))
         return result
@@ -620,6 +657,20 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def _tokens(self, row: int) -> list[int]:
         """What stands after the prompt of a row."""
         return self._input_ids[row, self.max_prompt_tokens : self.max_prompt_tokens + self._length[row]].tolist()
+
+    def _context(self, row: int) -> Context:
+        """The prompt of a row, as the policy reads it."""
+        from textgym.tokenization import Context
+
+        return Context(self._prompt_ids[row], self.in_template(self._prompts[row]))
+
+    def written_texts(self, rows: Sequence[int]) -> list[str]:
+        """The texts of what stands after the prompts of `rows` so far."""
+        from textgym.tokenization import decode_continuations
+
+        return decode_continuations(
+            self.tokenizer, [self._context(row) for row in rows], [self._tokens(row) for row in rows]
+        )
 
     # Step
 
@@ -710,7 +761,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._authors[rows, position] = Author.POLICY
         self._length[rows] = position + 1
         self._policy_tokens[rows] += 1
-        stopped = self._ends.reached(actions, lambda i: self._tokens(rows[i]))
+        stopped = self._ends.reached(actions, lambda i: self._tokens(rows[i]), lambda i: self._context(rows[i]))
         ended = stopped | (position + 1 == self.max_new_tokens)
         handed = ~ended & (self._policy_tokens[rows] == self._handoff_at[rows])
         waiting = ended | handed
@@ -735,7 +786,9 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             # Should the reward fail now, a step that is tried again must not write a second completion.
             self._wants_guide[handed] = False
         rows = np.flatnonzero(mask)
-        texts = self._ends.texts([self._tokens(row) for row in rows.tolist()])
+        texts = self._ends.texts(
+            [self._tokens(row) for row in rows.tolist()], [self._context(row) for row in rows.tolist()]
+        )
         value = self.reward_function(
             prompts=self._prompts[rows].tolist(), completions=texts, references=self._references[rows].tolist()
         )
@@ -760,21 +813,27 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._add(infos, "guide_tokens", mask, (self._authors[rows] == Author.GUIDE).sum(1))
         return infos
 
-    def texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+    def texts(self, prompts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> list[str]:
         """What the reward reads of token ids: the text up to where an episode of them would have ended.
 
         Args:
+            prompts: For each text its prompt, without the template.
             token_ids: For each text what follows the prompt, prefix included.
         """
+        from textgym.tokenization import Context
+
+        encoded = self.encode_prompts([("", prompt, "") for prompt in prompts])
+        contexts = [Context(ids, self.in_template(text)) for text, ids in encoded]
         texts = [list(ids)[: self.max_new_tokens] for ids in token_ids]
-        return self._ends.texts([self._ends.cut(ids) or ids for ids in texts])
+        cut = [self._ends.cut(ids, context=context) or ids for context, ids in zip(contexts, texts, strict=True)]
+        return self._ends.texts(cut, contexts)
 
     def action_masks(self) -> np.ndarray:
         """Which actions are allowed now, for libraries that mask those that are not; `step` takes every action.
 
-        Left out are the tokens that end a text while it has fewer than `min_new_tokens` (but not what can complete a
-        string of `stop`), the `banned_tokens`, and what the reward's `allowed_tokens` leaves out, where it has that
-        method (see `textgym.rewards.base.RewardFunction`). A row that reads no action is allowed all.
+        Left out are ids that are no token, the tokens that end a text while it has fewer than `min_new_tokens` (but not
+        what can complete a string of `stop`), the `banned_tokens`, and what the reward's `allowed_tokens` leaves out,
+        where it has that method (see `textgym.rewards.base.RewardFunction`). A row that reads no action is allowed all.
 
         Returns:
             bool (N, actions).
@@ -782,17 +841,15 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         Raises:
             ValueError: Nothing would be left to a row.
         """
-        from textgym.tokenization import decode
-
         masks = np.ones((self.num_envs, self.vocab_size + self.handoff), bool)
         rows = np.flatnonzero(self._active)
-        masks[rows[:, None], list(self.banned_tokens)] = False
+        masks[rows[:, None], [*self.banned_tokens, *self._unused_ids]] = False
         masks[np.ix_(rows[self._length[rows] < self.min_new_tokens], np.flatnonzero(self._ends.tokens))] = False
         allowed_tokens = getattr(self.reward_function, "allowed_tokens", None)
         if allowed_tokens is not None and len(rows):
             masks[rows, : self.vocab_size] &= allowed_tokens(
                 prompts=self._prompts[rows].tolist(),
-                completions=decode(self.tokenizer, [self._tokens(row) for row in rows.tolist()]),
+                completions=self.written_texts(rows.tolist()),
                 references=self._references[rows].tolist(),
                 tokenizer=self.tokenizer,
             )
@@ -848,14 +905,18 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         return None
 
     def _frame(self, row: int) -> str:
-        from textgym.tokenization import decode
+        from textgym.tokenization import Context, decode_continuations
 
         colours = {Author.POLICY: "32", Author.GUIDE: "35", Author.REFERENCE: "34", Author.USER: "33"}
         tokens, authors = self._tokens(row), self._authors[row, : self._length[row]]
-        starts = np.flatnonzero(np.diff(authors, prepend=-2))
+        starts = np.flatnonzero(np.diff(authors, prepend=-2)).tolist()
+        # A stretch of one author is what it adds to all before it.
+        before = [
+            Context([*self._prompt_ids[row], *tokens[:start]], "") if start else self._context(row) for start in starts
+        ]
         runs = [tokens[start:end] for start, end in zip(starts, [*starts, len(tokens)][1:], strict=True)]
         parts = [f"\x1b[2m{self._prompts[row] or ''}\x1b[0m"]
-        for start, text in zip(starts, decode(self.tokenizer, runs), strict=True):
+        for start, text in zip(starts, decode_continuations(self.tokenizer, before, runs), strict=True):
             parts.append(f"\x1b[{colours[Author(authors[start])]}m{text}\x1b[0m")
         return "".join(parts)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
 from textgym.metrics import NAMES
@@ -111,8 +112,24 @@ class Task:
         return rows if isinstance(rows, Split) else Split.of(rows)
 
     def prompt_of(self, row: Row) -> tuple[str, str, str]:
-        """The prompt of a row as (before, body, after)."""
-        prompt = self.prompt.format(**row) if isinstance(self.prompt, str) else self.prompt(row)
+        """The prompt of a row as (before, body, after).
+
+        Raises:
+            ValueError: A column of the format string is null in this row, or what a function returns is no prompt.
+        """
+        if isinstance(self.prompt, str):
+            missing = [name for _, name, _, _ in Formatter().parse(self.prompt) if name and row.get(name, "") is None]
+            if missing:
+                raise ValueError(f"prompt of task {self.name!r} needs text in column {missing[0]!r}, got None in {row}")
+            prompt: Any = self.prompt.format(**row)
+        else:
+            prompt = self.prompt(row)
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, tuple) and len(prompt) == 3 and all(isinstance(part, str) for part in prompt)
+        ):
+            raise ValueError(
+                f"prompt of task {self.name!r} must be a string or a triple of strings, got {prompt!r} for {row}"
+            )
         return ("", prompt, "") if isinstance(prompt, str) else prompt
 
     def imitates(self, row: Row) -> bool:
@@ -120,8 +137,14 @@ class Task:
         return self.demonstration is None or self.demonstration(row)
 
     def references_of(self, row: Row) -> tuple[str, ...]:
-        """The reference texts of a row."""
+        """The reference texts of a row; null is no reference.
+
+        Raises:
+            ValueError: Something else than text.
+        """
         value = row[self.references] if isinstance(self.references, str) else self.references(row)
-        if value is None:
-            return ()
-        return (value,) if isinstance(value, str) else tuple(value)
+        if value is None or isinstance(value, str):
+            value = [value]
+        if not isinstance(value, Iterable) or not all(text is None or isinstance(text, str) for text in value):
+            raise ValueError(f"references of task {self.name!r} must be text or texts, got {value!r} in {row}")
+        return tuple(text for text in value if text is not None)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from textgym.data.sources import cache_dir
+from textgym.hub import file_beside
 from textgym.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 8192
@@ -135,6 +142,145 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, pad_token=PAD)
 
 
+class _Vocabulary(NamedTuple):
+    """What is looked up often of a tokenizer's vocabulary.
+
+    Attributes:
+        size: The largest id plus one.
+        gaps: The ids below that are no token.
+        ordinary: bool (size,), tokens that are text whatever stands around them: neither special nor a byte.
+        keeps_space: Whether a text that is encoded alone keeps the space, or the lack of it, with which it begins.
+    """
+
+    size: int
+    gaps: tuple[int, ...]
+    ordinary: np.ndarray
+    keeps_space: bool
+
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, _Vocabulary]] = WeakKeyDictionary()
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
+    count, known = _VOCABULARIES.get(tokenizer, (-1, None))
+    if known is None or count != len(tokenizer):  # tokens can be added to a tokenizer
+        tokens = tokenizer.get_vocab()
+        size = max(tokens.values()) + 1
+        ordinary = np.zeros(size, bool)
+        ordinary[list(tokens.values())] = True
+        gaps = np.flatnonzero(~ordinary).tolist() if size > len(set(tokens.values())) else []
+        apart = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        ordinary[[id for id in apart if id < size]] = False
+        ordinary[[id for token, id in tokens.items() if token.startswith("<0x") and _BYTE.fullmatch(token)]] = False
+        known = _Vocabulary(size, tuple(gaps), ordinary, _keeps_space(tokenizer))
+        _VOCABULARIES[tokenizer] = len(tokenizer), known
+    return known
+
+
+def _keeps_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    texts = ["a", " a", "  a", "\n a"]
+    try:
+        letter, *ids = tokenizer(["x", *texts], add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception:  # tokenizers raise it where a word has no token: such have no text but theirs to tell apart
+        return True
+    return decode(tokenizer, [[*letter, *line] for line in ids]) == ["x" + text for text in texts]
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids there are, which is the largest plus one: a vocabulary can have gaps."""
+    return _vocabulary(tokenizer).size
+
+
+def unused_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids below `vocabulary_size` that are no token."""
+    return _vocabulary(tokenizer).gaps
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedded: int) -> None:
+    """Refuse a tokenizer that cannot belong to a model.
+
+    Args:
+        tokenizer: The tokenizer. Tokens that were added to its vocabulary may be more than the model embeds (Gemma 3's
+            token for images, CodeLlama's for gaps, a padding token of one's own), if EOS is not among these.
+        embedded: Tokens that the model embeds.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    known = _vocabulary(tokenizer)
+    if known.ordinary[embedded:].any() or (tokenizer.eos_token_id or 0) >= embedded:
+        raise ValueError(
+            f"the tokenizer has {known.size} tokens, but the model's vocabulary has only {embedded}: they do not "
+            "belong together"
+        )
+
+
+def check_embedded(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, input_ids: Any, mask: Any) -> None:
+    """Refuse texts with tokens that a model does not embed.
+
+    Args:
+        tokenizer: The tokenizer of the texts.
+        model: The model.
+        input_ids: (B, S) integers, an array or a tensor.
+        mask: (B, S), nonzero where `input_ids` is valid.
+
+    Raises:
+        ValueError: There is such a token; the message names it.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    embedded = embeddings.weight.shape[0]
+    if vocabulary_size(tokenizer) <= embedded:  # the usual case, in which nothing is looked at
+        return
+    beyond = input_ids[(mask != 0) & (input_ids >= embedded)]
+    if len(beyond):
+        token = int(beyond[0])
+        raise ValueError(
+            f"texts must hold only tokens that {type(model).__name__} embeds, of which there are {embedded}, got token "
+            f"{token}, {tokenizer.convert_ids_to_tokens(token)!r}"
+        )
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, of_model: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a text: the tokenizer's EOS first, where it has one, then those of the model.
+
+    Args:
+        tokenizer: The tokenizer.
+        of_model: `eos_token_id` of the model's generation config. Every entry of a list counts. A single id counts only
+            where the tokenizer has it as an added token, as it has every end: a config that nobody wrote names an
+            arbitrary token of a vocabulary that is not its own.
+    """
+    if isinstance(of_model, int):
+        of_model = [of_model] if of_model in tokenizer.added_tokens_decoder else []
+    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    size = vocabulary_size(tokenizer)
+    return tuple(dict.fromkeys([*first, *(int(token) for token in of_model or () if 0 <= token < size)]))
+
+
+def ends_beside(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a text of the model beside which a tokenizer lies (see `end_ids`)."""
+    file = file_beside(tokenizer.name_or_path, "generation_config.json") if tokenizer.name_or_path else None
+    return end_ids(tokenizer, None if file is None else json.loads(Path(file).read_text()).get("eos_token_id"))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template closes an answer; None where it shows none."""
+    place = "\0"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": place}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # whatever a template of somebody else's raises: it is about questions alone
+        return None
+    _, _, after = text.rpartition(place)
+    ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if place in text and after else []
+    return next((token for token in ids if _is_silent(tokenizer, token)), None)
+
+
+def _is_silent(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether texts are decoded without a token."""
+    return not decode(tokenizer, [[token]])[0]
+
+
 def template_parts(tokenizer: PreTrainedTokenizerBase, template: str, chat: bool) -> tuple[str, str]:
     """What a template puts before and after a prompt.
 
@@ -181,7 +327,7 @@ def encode_prompts(
 
     Each prompt is encoded whole, so that truncation never changes how the rest is split into tokens, and with the
     special tokens that the tokenizer puts around a text (Llama's and Gemma's BOS, T5's EOS), which models were trained
-    with.
+    with; a BOS that a prompt holds already is not put there again.
 
     Args:
         tokenizer: The tokenizer.
@@ -213,6 +359,8 @@ def encode_prompts(
     ):
         if all(special):
             raise ValueError(f"a prompt must have at least one token, got {text!r}")
+        if has_bos_twice(tokenizer, text, ids):
+            ids, offsets, special = ids[1:], offsets[1:], special[1:]
         excess = len(ids) - max_prompt_tokens
         if excess > 0:
             start, end = len(before), len(before) + len(body)
@@ -243,6 +391,8 @@ def _encode_parts(
     letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True, verbose=False)
     ids, special = letter["input_ids"], letter["special_tokens_mask"]
     before = ids[: special.index(0)] + before
+    if has_bos_twice(tokenizer, "".join(parts), before):
+        before = before[1:]
     after = after + ids[len(ids) - special[::-1].index(0) :]
     room = max_prompt_tokens - len(before) - len(after)
     if room < 0:
@@ -251,6 +401,17 @@ def _encode_parts(
         body = body[:room] if truncation_side == "right" else body[len(body) - room :]
         parts = (parts[0], str(tokenizer.decode(body)), parts[2])
     return "".join(parts), before + body + after
+
+
+def has_bos_twice(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:
+    """Whether a tokenizer put a BOS before the one with which a text begins, as one from a chat template does."""
+    bos = tokenizer.bos_token
+    return (
+        bool(bos)
+        and text.startswith(bos)
+        and not text.startswith(2 * bos)
+        and [*ids[:2]] == 2 * [tokenizer.bos_token_id]
+    )
 
 
 def _too_long(max_prompt_tokens: int, needed: int, text: str) -> ValueError:
@@ -267,8 +428,31 @@ def as_continuation(prompt: str, text: str) -> str:
     return text
 
 
+class Context(NamedTuple):
+    """What stands before new tokens.
+
+    Attributes:
+        ids: Its token ids.
+        text: Its text, as whoever reads the new text is shown it.
+    """
+
+    ids: Sequence[int] = ()
+    text: str = ""
+
+
+NO_CONTEXT = Context()
+
+# Characters and tokens of a context that a tokenizer looks at.
+_LAST_CHARACTERS, _LAST_TOKENS = 32, 4
+# Texts that encode to tokens which, with one tokenizer or another, do not merge with what follows.
+_ANCHORS = ("a", ".", "\n", "\u4e2d")
+
+
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str]) -> list[list[int]]:
     """Encode texts that continue a prompt, without an EOS.
+
+    A SentencePiece tokenizer puts a space before a text that is encoded alone, or takes one away. Where decoding the
+    tokens after the prompt shows that, the text is encoded after something else, of which the tokens are then left out.
 
     Args:
         tokenizer: The tokenizer.
@@ -277,13 +461,92 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
     """
     if not texts:
         return []
-    return tokenizer([as_continuation(prompt, text) for text in texts], add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    texts = [as_continuation(prompt, text) for text in texts]
+    end = prompt[-_LAST_CHARACTERS:]
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def loses_space(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each text would be read with other space at its start than it has."""
+        read = decode_continuations(tokenizer, [context] * len(ids), [line[: 2 * _LAST_TOKENS] for line in ids])
+        return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
+
+    ids = encode(texts)
+    if not end or _vocabulary(tokenizer).keeps_space:
+        return ids
+    context = Context(encode([end])[0], end)
+    wrong = [i for i, lost in enumerate(loses_space(texts, ids)) if lost]
+    for anchor in (end, *_ANCHORS):
+        if not wrong:
+            break
+        before = encode([anchor])[0]
+        tried = encode([anchor + texts[i] for i in wrong])
+        after = [line[len(before) :] if line[: len(before)] == before else None for line in tried]
+        good = {i: line for i, line in zip(wrong, after, strict=True) if line}
+        for (i, line), lost in zip(
+            good.items(), loses_space([texts[i] for i in good], list(good.values())), strict=True
+        ):
+            if not lost:
+                ids[i] = line
+                wrong.remove(i)
+    return ids
+
+
+def _leading_space(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
+
+
+def decode_continuations(
+    tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]
+) -> list[str]:
+    """What token ids add to the text of their contexts: the decoded whole less the decoded context.
+
+    This is the one way from new tokens to text, for rewards, guides, stop strings, infos and renderings. Decoded alone,
+    SentencePiece and WordPiece tokens lose the space before the first word.
+
+    Args:
+        tokenizer: The tokenizer.
+        contexts: n contexts.
+        token_ids: n sequences of the ids that follow them.
+
+    Returns:
+        n texts without special tokens. Space at the end of a context's text that its tokens have lost is not told a
+        second time. Bytes that end inside a character become U+FFFD; a character that begins in the context and is
+        completed by the new tokens belongs to the new text.
+    """
+    if not len(token_ids):
+        return []
+    ordinary = _vocabulary(tokenizer).ordinary
+    ends = []
+    for ids, _ in contexts:
+        # Only the end of a context matters, from a token that is decoded to the same whatever stands before it.
+        start = max(len(ids) - _LAST_TOKENS, 0)
+        while start > 0 and not ordinary[ids[start]]:
+            start -= 1
+        ends.append(tuple(ids[start:]))
+    different = list(dict.fromkeys(ends))
+    decoded = dict(zip(different, decode(tokenizer, [list(end) for end in different]), strict=True))
+    wholes = decode(tokenizer, [[*end, *ids] for end, ids in zip(ends, token_ids, strict=True)])
+    texts = []
+    for (_, shown), end, ids, whole in zip(contexts, ends, token_ids, wholes, strict=True):
+        before = decoded[end]
+        complete = before.rstrip("\ufffd")
+        if whole.startswith(before):
+            text = whole[len(before) :]
+        elif whole.startswith(complete):
+            text = whole[len(complete) :]
+        else:  # single bytes spoil all bytes before them while they make no character
+            letter = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+            alone, begun = decode(tokenizer, [letter, [*letter, *ids]])
+            text = begun[len(alone) :]
+        dropped = shown[len(shown.rstrip()) :] if before == before.rstrip() else ""
+        texts.append(text.removeprefix(dropped) if dropped else text)
+    return texts
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
-    """Decode token ids without special tokens; bytes that end inside a character become U+FFFD."""
+    """Decode whole texts without special tokens (see `decode_continuations` for what continues one)."""
     if not ids:
         return []
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -295,31 +558,41 @@ class Ends:
     Args:
         tokenizer: The tokenizer.
         stop: Strings before which a text ends. The name of a special token, such as "<|im_end|>", means that token.
+        more_ids: Tokens that end a text beside EOS.
 
     Attributes:
-        tokens: bool (V,), the tokens that end a text whatever stands before them.
+        token_ids: The tokens that end a text whatever stands before them.
+        tokens: bool (V,), which these are.
+        named: Those of them that `stop` names.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), more_ids: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
-        self.tokens = np.zeros(len(tokenizer), bool)
-        self.tokens[tokenizer.eos_token_id] = True
-        self._strings: tuple[str, ...] = ()
         vocabulary = tokenizer.get_vocab() if stop else {}
-        for string in stop:
-            if string in vocabulary and not decode(tokenizer, [[vocabulary[string]]])[0]:
-                self.tokens[vocabulary[string]] = True  # texts are decoded without it
-            else:
-                self._strings = (*self._strings, string)
+        # Texts are decoded without special tokens, so their names are never in one.
+        named = {
+            text: vocabulary[text] for text in stop if text in vocabulary and _is_silent(tokenizer, vocabulary[text])
+        }
+        self.named = tuple(named.values())
+        self.tokens = np.zeros(vocabulary_size(tokenizer), bool)
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.token_ids = tuple(dict.fromkeys([*eos, *more_ids, *self.named]))
+        self.tokens[list(self.token_ids)] = True
+        self._strings = tuple(text for text in stop if text not in named)
         # Whether a token can complete a string (-1: not known yet), so that few texts are decoded while they grow.
-        self._near = np.full(len(tokenizer), -1, np.int8)
+        self._near = np.full(len(self.tokens), -1, np.int8)
 
-    def reached(self, tokens: np.ndarray, written: Callable[[int], list[int]]) -> np.ndarray:
+    def reached(
+        self, tokens: np.ndarray, written: Callable[[int], list[int]], context: Callable[[int], Context] | None = None
+    ) -> np.ndarray:
         """Which texts ended with their last token.
 
         Args:
             tokens: (n,) integers, each text's last token.
             written: All tokens of text i, the last included; asked for few.
+            context: What stands before text i; None for nothing.
 
         Returns:
             bool (n,).
@@ -327,24 +600,33 @@ class Ends:
         ended = self.tokens[tokens]
         if self._strings:
             near = np.flatnonzero(self._can_complete(tokens) & ~ended)
-            ended[near] = [
-                self._holds_one(text) for text in decode(self._tokenizer, [written(i) for i in near.tolist()])
-            ]
+            contexts = [NO_CONTEXT if context is None else context(i) for i in near.tolist()]
+            ended[near] = self._hold_one(contexts, [written(i) for i in near.tolist()])
         return ended
 
-    def cut(self, ids: Sequence[int], begun: Sequence[int] = ()) -> list[int] | None:
-        """What of `ids` is written after `begun` until the text ends, its end included; None where it does not end."""
+    def cut(self, ids: Sequence[int], begun: Sequence[int] = (), context: Context = NO_CONTEXT) -> list[int] | None:
+        """What of `ids` is written until the text ends, its end included; None where it does not end.
+
+        Args:
+            ids: Token ids.
+            begun: What of the text is written already.
+            context: What stands before the text.
+        """
         array = np.asarray(ids, np.int64)
         near = self.tokens[array] | self._can_complete(array)
         for length in (np.flatnonzero(near) + 1).tolist():
-            if self.tokens[array[length - 1]] or self._holds_one(decode(self._tokenizer, [[*begun, *ids[:length]]])[0]):
+            if self.tokens[array[length - 1]] or self._hold_one([context], [[*begun, *ids[:length]]])[0]:
                 return list(ids[:length])
         return None
 
-    def texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
-        """The texts of token ids that go no further than their ends, without these."""
+    def texts(self, token_ids: Sequence[Sequence[int]], contexts: Sequence[Context] | None = None) -> list[str]:
+        """The texts of token ids that go no further than their ends, without these; None: nothing stands before."""
+        contexts = [NO_CONTEXT] * len(token_ids) if contexts is None else contexts
         kept = [list(ids[:-1]) if len(ids) and self.tokens[ids[-1]] else list(ids) for ids in token_ids]
-        return [text[: min(self._starts(text), default=None)] for text in decode(self._tokenizer, kept)]
+        return [
+            text[: min(self._starts(text), default=None)]
+            for text in decode_continuations(self._tokenizer, contexts, kept)
+        ]
 
     def _can_complete(self, tokens: np.ndarray) -> np.ndarray:
         """Whether tokens (n,) hold the last character of a string, or bytes that can be part of it."""
@@ -358,8 +640,10 @@ class Ends:
         self._near[new] = [not last.isdisjoint(text[len(start) :]) for text in texts]
         return self._near[tokens] > 0
 
-    def _holds_one(self, text: str) -> bool:
-        return any(string in text for string in self._strings)
+    def _hold_one(self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether the text of token ids holds a string, for each of n."""
+        texts = decode_continuations(self._tokenizer, contexts, token_ids)
+        return [any(string in text for string in self._strings) for text in texts]
 
     def _starts(self, text: str) -> list[int]:
         return [text.index(string) for string in self._strings if string in text]

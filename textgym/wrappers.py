@@ -101,12 +101,10 @@ class DenseReward(gym.Wrapper, RecordConstructorArgs):
         return observation, reward, terminated, truncated, info
 
     def _of_now(self) -> float:
-        from textgym.tokenization import decode
-
         engine = self._engine
         values = (self._potential or engine.reward_function)(
             prompts=[engine._prompts[0]],
-            completions=decode(engine.tokenizer, [engine._tokens(0)]),
+            completions=engine.written_texts([0]),
             references=[engine._references[0]],
         )
         return float(split_parts(values, 1, "potential")[0][0])

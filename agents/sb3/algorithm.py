@@ -332,7 +332,7 @@ class SB3Policy(Policy):
         super().__init__()
         self.model, self.network, self.tokenizer = model, model.policy, tokenizer
         self.decoding = Decoding(greedy=True)
-        self.can_hand_off = bool(cast("spaces.Discrete", model.action_space).n > len(tokenizer))
+        self.can_hand_off = bool(cast("spaces.Discrete", model.action_space).n > self.vocab_size)
 
     def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> Sampler:
         """Begin to write a batch of texts; `predict` chooses their tokens, whatever decoding and seeds say."""

@@ -26,6 +26,7 @@ from agents.algorithm import check
 from agents.policy import Evaluation, LanguageModelPolicy, Policy, left_packed
 from textgym.decoding import Decoding, Sample, Sampler, at_least_float32, choose, nucleus, on_host
 from textgym.packing import autocast, head
+from textgym.tokenization import unused_ids
 
 Observation = Mapping[str, Tensor]
 
@@ -85,7 +86,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         if prompt_columns is not None:
             self.language_model.prompt_columns = prompt_columns
         self.prompt_columns = prompt_columns
-        size = len(self.language_model.tokenizer) + self.language_model.can_hand_off
+        size = self.language_model.vocab_size + self.language_model.can_hand_off
         if not isinstance(action_space, spaces.Discrete) or action_space.n != size:
             raise ValueError(
                 f"action_space must be Discrete({size}), the model's tokens and a hand-off where it has one, got "
@@ -100,6 +101,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
                 "prompt_columns must be given where the model encodes prompts or its decoding has min_new_tokens: "
                 "policy_kwargs={..., 'prompt_columns': env.max_prompt_tokens}"
             )
+        self.language_model.context_length = observation_space["input_ids"].shape[0]  # type: ignore[index]
         self._readers: list[_Reader] = []
         self._build(lr_schedule)
 
@@ -220,7 +222,12 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         model = model or self.language_model
         with autocast(model.device, model._dtype):
             logits = head(model.model, states)
-        log_probs = at_least_float32(logits).log_softmax(-1)[:, : len(model.tokenizer)]
+        log_probs = at_least_float32(logits).log_softmax(-1)[:, : model.vocab_size]
+        # Actions that are no token of the model have no probability, and no gradient that is not a number.
+        never = torch.finfo(log_probs.dtype).min
+        log_probs = pad(log_probs, (0, model.vocab_size - log_probs.shape[1]), value=never)
+        if unused := unused_ids(model.tokenizer):
+            log_probs = log_probs.index_fill(1, torch.tensor(unused, device=log_probs.device), never)
         if not model.can_hand_off:
             return log_probs
         gate = model.heads["handoff"](at_least_float32(states))
@@ -292,11 +299,11 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
         return self._choose(observation, self.get_distribution(observation, action_masks), deterministic)
 
     def _choose(self, obs: Observation, distribution: MaskableCategoricalDistribution, deterministic: bool) -> Tensor:
-        decoding, eos = self._decoding(deterministic), self.language_model.tokenizer.eos_token_id
+        decoding, ends = self._decoding(deterministic), list(self.language_model.end_token_ids)
         scores = distribution.distribution.logits.clone()
         if decoding.min_new_tokens:
             early = torch.from_numpy(self._written(obs) < decoding.min_new_tokens)
-            scores[early.to(scores.device), eos] = -torch.inf
+            scores[:, ends] = scores[:, ends].masked_fill(early.to(scores.device)[:, None], -torch.inf)
         return choose(scores, torch.rand(len(scores), dtype=torch.float64).to(scores.device), decoding)
 
     def evaluate_actions(  # type: ignore[override]
@@ -325,7 +332,7 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
             with torch.no_grad():
                 scores = self._log_probs(self._states(obs, self.masking_model), self.masking_model)
             near = nucleus(scores, self.top_p).isfinite()
-            near[:, len(self.language_model.tokenizer) :] = True
+            near[:, self.language_model.vocab_size :] = True
             both = near if allowed is None else near & allowed.view_as(near)
             allowed = both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed.view_as(near))
         distribution = MaskableCategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
@@ -490,7 +497,7 @@ def evaluate_transitions(policy: Policy, obs: Observation, actions: Tensor) -> E
     Returns:
         As `Policy.evaluate`, each entry (n,).
     """
-    handed = actions == len(policy.tokenizer)
+    handed = actions == policy.vocab_size
     texts = _Texts(obs["input_ids"], obs["attention_mask"], actions, ~handed, policy.prompt_columns)
     handoffs = texts.to_columns(handed) if policy.can_hand_off else None
     now = policy.evaluate(texts.input_ids, texts.attention_mask, texts.columns, handoffs)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from textgym.decoding import Decoding
+    from textgym.tokenization import Ends
 
 # Most tokens of a guide that stand for one of the environment's.
 _MOST_TOKENS_FOR_ONE = 16
@@ -50,7 +51,8 @@ class LocalGuide:
         template: What the model reads, with ``{prompt}`` for the prompt: an instruction, or examples before it.
         chat: Whether that is what a user says to a chat model, by the chat template of its tokenizer; the text is then
             the answer, which a prefix begins.
-        stop: Strings before which a text ends, beside EOS.
+        stop: Strings before which a text ends, beside EOS and the other tokens that the model's generation config lists
+            and, with `chat`, the one that closes an answer. The name of a special token means that token.
         quantization: As for `textgym.decoding.load_model`, where a model is loaded.
         gguf_file: As for `textgym.decoding.load_model`, where a model is loaded.
 
@@ -100,6 +102,7 @@ class LocalGuide:
         self._model: Any = None if self.path is not None else _frozen_copy(model, device)
         self._own_tokenizer: Any = None
         self._compared: tuple[Any, bool] = (None, False)
+        self._ends: tuple[Any, Any] = (None, None)
         self._fingerprint: str | None = None
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
@@ -117,14 +120,16 @@ class LocalGuide:
         """
         if not requests:
             return []
+        from textgym.tokenization import check_vocabulary
+
         self._load()
         own = self._own_tokenizer or tokenizer
-        rows = self._model.get_output_embeddings().weight.shape[0]
-        if len(own) > rows:
+        try:
+            check_vocabulary(own, self._model.get_input_embeddings().weight.shape[0])
+        except ValueError as error:
             raise ValueError(
-                f"guide: the tokenizer has {len(own)} tokens, but the model's vocabulary has only {rows}: "
-                "pass LocalGuide(model, tokenizer=...) the tokenizer that belongs to it"
-            )
+                f"guide: {error}; pass LocalGuide(model, tokenizer=...) the tokenizer that belongs to it"
+            ) from error
         if self.chat and own.chat_template is None:
             raise ValueError("chat must be False for a tokenizer without a chat template")
         if not self._asks and self._same_vocabulary(own, tokenizer):
@@ -150,9 +155,10 @@ class LocalGuide:
         self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
     ) -> list[Completion]:
         contexts = [(request.prompt_ids, request.prefix_ids) for request in requests]
+        ends = self._ends_of(own).tokens
         completions = []
         for ids in self._write(contexts, requests, [request.max_new_tokens for request in requests], own):
-            finished = bool(ids) and ids[-1] == own.eos_token_id
+            finished = bool(ids) and bool(ends[ids[-1]])
             # The same vocabulary may name another of its tokens as the end.
             completions.append(
                 Completion(token_ids=[*ids[:-1], tokenizer.eos_token_id] if finished else ids, finished=finished)
@@ -163,12 +169,17 @@ class LocalGuide:
         self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
     ) -> list[Completion]:
         from textgym.seq2seq import decoder_start
+        from textgym.tokenization import Context, encode_continuation
 
+        ends = self._ends_of(own)
         positions = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None) or np.inf
         asked = [self.template.format(prompt=request.prompt) for request in requests]
         if self._model.config.is_encoder_decoder:
             prompts = own(asked, verbose=False)["input_ids"]
-            begun = own([request.prefix for request in requests], add_special_tokens=False, verbose=False)["input_ids"]
+            begun = [
+                encode_continuation(own, text, [request.prefix])[0] if request.prefix else []
+                for text, request in zip(asked, requests, strict=True)
+            ]
             contexts = list(zip(prompts, begun, strict=True))
             positions -= len(decoder_start(self._model))
         else:
@@ -178,6 +189,10 @@ class LocalGuide:
                 for text, request in zip(asked, requests, strict=True)
             ]
             contexts = [(ids, []) for ids in begun]
+        before = [
+            Context([*prompt, *written], text + request.prefix)
+            for (prompt, written), text, request in zip(contexts, asked, requests, strict=True)
+        ]
         # A model without an end of positions can also go on without end to write what is no text, such as padding.
         room = [
             min(positions - len(ids), _MOST_TOKENS_FOR_ONE * request.max_new_tokens)
@@ -197,11 +212,9 @@ class LocalGuide:
             )
             again = []
             for i, ids in zip(waiting, written, strict=True):
-                finished = bool(ids) and ids[-1] == own.eos_token_id
-                text = _decode_continuation(own, begun[i], ids)
-                ends = [text.index(stop) for stop in self.stop if stop in text]
-                if ends:
-                    text, finished = text[: min(ends)], True
+                written_to_end = ends.cut(ids, context=before[i])
+                finished = written_to_end is not None
+                (text,) = ends.texts([ids if written_to_end is None else written_to_end], [before[i]])
                 completions[i] = Completion(text=text, finished=finished)
                 length = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
                 if not finished and length < requests[i].max_new_tokens and limits[i] < room[i]:
@@ -220,11 +233,13 @@ class LocalGuide:
         """Continue contexts, pairs of a prompt and a prefix in the guide's tokens, by at most `limits` tokens each."""
         from textgym.decoding import Decoding, generate
         from textgym.packing import fast_dtype
+        from textgym.tokenization import check_embedded, unused_ids, vocabulary_size
 
         whole = [np.array([*prompt, *prefix], np.int64) for prompt, prefix in contexts]
         mask = np.arange(max(map(len, whole))) < np.array([len(ids) for ids in whole])[:, None]
         input_ids = np.zeros(mask.shape, np.int64)
         input_ids[mask] = np.concatenate(whole)
+        check_embedded(own, self._model, input_ids, mask)
         if self._model.config.is_encoder_decoder:
             prefix_lengths = np.array([len(prefix) for _, prefix in contexts])
         else:  # which can be part of a text in other tokens
@@ -235,16 +250,29 @@ class LocalGuide:
             mask,
             decoding=self.decoding or Decoding(),
             seeds=np.array([request.seed & 0xFFFFFFFFFFFFFFFF for request in requests], np.uint64),
-            eos_token_id=-1 if own.eos_token_id is None else own.eos_token_id,
+            eos_token_id=self._ends_of(own).token_ids,
             prefix_lengths=prefix_lengths,
             max_new_tokens=prefix_lengths + np.asarray(limits),
             batch_size=self.batch_size,
-            vocab_size=len(own),
+            vocab_size=vocabulary_size(own),
+            unused_ids=unused_ids(own),
             dtype=fast_dtype(self._model.device) if self.dtype == "auto" else self.dtype,
         )
 
+    def _ends_of(self, own: PreTrainedTokenizerBase) -> Ends:
+        """Where what the model writes ends, in tokens of its own."""
+        from textgym.tokenization import Ends, end_ids, end_of_turn
+
+        if self._ends[0] is not own:
+            config = self._model.generation_config
+            turn = end_of_turn(own) if self.chat else None
+            ids = end_ids(own, None if config is None else config.eos_token_id)
+            self._ends = own, Ends(own, self.stop, ids if turn is None else [*ids, turn])
+        return self._ends[1]
+
     def _load(self) -> None:
         from textgym.decoding import Decoding, load_model, resolve_device
+        from textgym.packing import check_served
         from textgym.tokenization import pretrained_tokenizer
 
         if self.decoding is None:
@@ -255,6 +283,7 @@ class LocalGuide:
             self._model = _LOADED.get(key)
             if self._model is None:
                 self._model = _LOADED[key] = load_model(self.path, device=self.device, **how).requires_grad_(False)
+                check_served(self._model)
         if self._own_tokenizer is None:
             if self.tokenizer is None and self.path is not None:
                 self._own_tokenizer = pretrained_tokenizer(self.path, self.gguf_file)
@@ -277,7 +306,7 @@ class LocalGuide:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what can be loaded again."""
-        state = {**self.__dict__, "_own_tokenizer": None, "_compared": (None, False)}
+        state = {**self.__dict__, "_own_tokenizer": None, "_compared": (None, False), "_ends": (None, None)}
         return state if self.path is None else {**state, "_model": None}
 
 
@@ -297,7 +326,7 @@ def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
     from transformers import PreTrainedModel
 
     from textgym.decoding import resolve_device
-    from textgym.packing import fuse_activations
+    from textgym.packing import check_served, fuse_activations
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
@@ -310,7 +339,8 @@ def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
     if moves:
         frozen.to(resolve_device(device))
     fuse_activations(frozen)
-    return frozen.eval().requires_grad_(False)
+    check_served(frozen.eval())
+    return frozen.requires_grad_(False)
 
 
 def _modified(path: str) -> tuple[int, ...]:
@@ -321,7 +351,11 @@ def _modified(path: str) -> tuple[int, ...]:
 
 def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encode a text to be continued, with the special tokens that the model expects at its start."""
+    from textgym.tokenization import has_bos_twice
+
     ids = tokenizer(text, verbose=False)["input_ids"]
+    if has_bos_twice(tokenizer, text, ids):
+        ids = ids[1:]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1]
     return ids
@@ -333,10 +367,3 @@ def _encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str) -
 
     asked = as_chat(tokenizer, text) + prefix.lstrip()
     return tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _decode_continuation(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int]) -> str:
-    """Decode ids as what they add to their context: decoded alone, some tokenizers drop a leading space."""
-    before: Any = tokenizer.decode(list(context), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    whole: Any = tokenizer.decode([*context, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return whole[len(before) :]
