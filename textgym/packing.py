@@ -32,6 +32,14 @@ from textgym.data.sources import cache_dir
 ATTENTION, COMPILED_ATTENTION = "textgym_packed", "textgym_packed_compiled"
 # Arguments of attention functions that change what attention computes and that this one does not know.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
+# Layers that attend to blocks of columns of a batch, padding included: two short texts do not show what that changes.
+_OF_COLUMNS = {
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+    "minimax_m3_sparse",
+    "reference_sliding_attention",
+    "window_attention",
+}
 
 # The last layer runs in two parts if the wanted states are of at most this share of the tokens.
 _SKIP_BELOW = 0.8
@@ -71,8 +79,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, with (1, heads, tokens, d) in and (1, tokens, heads, d) out."""
     layer: Any = module.layer_idx
-    windows: Any = getattr(module.config, "layer_types", None)
-    if windows and windows[layer] == "sliding_attention" and sliding_window is None:  # the mask alone knows it
+    types: Any = getattr(module.config, "layer_types", None)
+    windows = types[layer] == "sliding_attention" if types else getattr(module.config, "sliding_window", None)
+    if windows and sliding_window is None:  # the mask alone knows it
         layout = None
     if layout is None or any(others.get(name) is not None for name in _UNKNOWN):
         raise NotImplementedError(f"{type(module).__name__} attends in a way that packed tokens cannot")
@@ -112,13 +121,13 @@ def decode_packed(
         layout.mark_sizes()
     usual, config._attn_implementation = config._attn_implementation, attention
     hooks = []
-    if wanted is not None:
-        different = wanted.unique()
-        if len(different) < _SKIP_BELOW * len(input_ids):
-            last, skip = _layers(model)[-1], _OnlyWanted(different, len(input_ids))
-            hooks.append(last.register_forward_pre_hook(skip.before, with_kwargs=True))
-            hooks.append(last.register_forward_hook(skip.after))
     try:
+        if wanted is not None:
+            different = wanted.unique()
+            if len(different) < _SKIP_BELOW * len(input_ids):
+                last, skip = _layers(model)[-1], _OnlyWanted(different, len(input_ids))
+                hooks.append(last.register_forward_pre_hook(skip.before, with_kwargs=True))
+                hooks.append(last.register_forward_hook(skip.after))
         states = run(text_decoder(model), input_ids, position_ids, layout)
     finally:
         config._attn_implementation = usual
@@ -325,10 +334,14 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
 
     Returns:
         (n, d), with gradients.
+
+    Raises:
+        ValueError: A text longer than the model can read beside others.
     """
     if not len(rows):
         return model.get_input_embeddings()(input_ids[:0, 0])
     count, width = len(input_ids), int(lengths.max())
+    _check_rotary(model, width)
     input_ids = input_ids[:, :width]
     end = torch.zeros(count, dtype=torch.int64, device=rows.device).scatter_reduce_(0, rows, lengths, "amax")
     if not can_pack(model):
@@ -363,6 +376,20 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
     return decode_packed(model, ids, positions, layout, wanted)
 
 
+def _check_rotary(model: PreTrainedModel, length: int) -> None:
+    """Refuse a length from which on a model turns all tokens otherwise, those before and those of other texts too."""
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for part in (parameters, *parameters.values()):  # of the model, or of each type of its layers
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limit = part["original_max_position_embeddings"]
+            if length > limit:
+                raise ValueError(
+                    f"prompt and new tokens together can be {length} tokens long, but the rotary positions of "
+                    f"{type(model).__name__} are others in texts of more than {limit}: lower max_prompt_tokens or "
+                    "max_new_tokens"
+                )
+
+
 class PackedCache:
     """Texts that are read and then continued, a token at a time, with keys and values in memory that is laid out once.
 
@@ -373,12 +400,16 @@ class PackedCache:
 
     Attributes:
         compiled: Whether the model's layers are compiled, so that steps are too.
+
+    Raises:
+        ValueError: A text could be longer than the model can read beside others.
     """
 
     def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
         self.model = model
         lengths = np.array([len(text) for text in texts])
         self._width, self._columns = int(lengths.max()), int(lengths.max()) + steps
+        _check_rotary(model, self._columns)
         self._texts: Any = texts
         self._positions = torch.from_numpy(lengths).to(model.device)
         self._bias: Tensor | None = None
@@ -460,7 +491,7 @@ class PackedCache:
         weights = (scores if bias is None else scores + bias).softmax(-1).flatten(0, 2)
         heads = torch.arange(len(weights), dtype=torch.int32) // queries.shape[2]
         places, table = heads[:, None] * all_values.shape[2] + self._past, all_values.view(-1, values.shape[3])
-        return embedding_bag(places, table, mode="sum", per_sample_weights=weights).view(query.shape)
+        return embedding_bag(places, table, mode="sum", per_sample_weights=weights).view(*query.shape[:2], -1)
 
     def keep(self, order: Tensor, moved: Tensor) -> None:
         """Let texts leave.
@@ -483,6 +514,7 @@ class PaddedCache:
         self.model = model
         lengths = np.array([len(text) for text in texts])
         width = int(lengths.max())
+        _check_rotary(model, width + steps)
         ids = np.zeros((len(texts), width), np.int64)
         mask = np.zeros((len(texts), width + steps), np.int64)
         for row, text in enumerate(texts):
@@ -565,22 +597,21 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _packs(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config(decoder=True)
     # Two short texts do not show attention to chunks, since these are longer.
-    if not {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}:
+    if not _layer_types(model) <= {"full_attention", "sliding_attention"}:
         return False
-    ids = _trial_ids(model, 10).view(2, 5)
-    positions = torch.arange(5, device=model.device).expand_as(ids)
+    ids = _trial_ids(model, 24).view(2, 12)
+    positions = torch.arange(12, device=model.device).expand_as(ids)
     with autocast(model.device, None):
         plain = text_decoder(model)(
             input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
         ).last_hidden_state
         try:
-            layout = PackedTexts(torch.tensor([5, 5], device=model.device))
+            layout = PackedTexts(torch.tensor([12, 12], device=model.device))
             packed = decode_packed(model, ids.flatten(), positions.flatten(), layout)
-            ends = torch.tensor([4, 9], device=model.device)
+            ends = torch.tensor([11, 23], device=model.device)
             last = decode_packed(model, ids.flatten(), positions.flatten(), layout, ends)
-        except (NotImplementedError, TypeError, AttributeError, IndexError):
+        except (TypeError, AttributeError, IndexError, RuntimeError):  # NotImplementedError is one of the last
             return False
     return _agree(packed, plain.flatten(0, 1)) and _agree(last, plain[:, -1])
 
@@ -598,21 +629,26 @@ def check_served(model: PreTrainedModel) -> None:
     if model in _SERVED or model.config.is_encoder_decoder or model.device.type == "meta":
         return
     name = type(model).__name__
-    ids = _trial_ids(model, 8)
-    texts = [ids[:5], ids[5:7]]  # the first reads two more tokens, the second leaves after one
+    if of_columns := _layer_types(model) & _OF_COLUMNS:
+        raise ValueError(
+            f"model must give the same for a text alone and beside others; {name} does not, in {sorted(of_columns)}: "
+            "these attend to blocks of columns, padding included"
+        )
+    ids = _trial_ids(model, 19)
+    texts, steps = [ids[:10], ids[10:14]], [ids[14:16], ids[16:18], ids[18:]]  # the first leaves before the last step
     try:
         with autocast(model.device, None):
-            wholes = [torch.cat([text, ids[7:].expand(2)]) for text in texts]
+            wholes = [torch.cat([texts[0], ids[14:18:2]]), torch.cat([texts[1], ids[15:18:2], ids[18:]])]
             outputs = [text_decoder(model)(input_ids=whole[None], use_cache=False) for whole in wholes]
             own = [output.last_hidden_state[0] for output in outputs]
             logits = [model(input_ids=whole[None], use_cache=False).logits[0] for whole in wholes]
             heads = torch.cat([head(model, states) for states in own])
             cache_class = PackedCache if can_pack(model) else PaddedCache
-            cache = cache_class(model, [text.cpu().numpy() for text in texts], 2)
-            cached = [cache.prefill(), cache.step(ids[7:].expand(2))]
-            cache.keep(torch.zeros(1, dtype=torch.int64, device=ids.device), ids.new_empty(0))
-            cached.append(cache.step(ids[7:]))
-            rows, lengths = (torch.tensor(numbers, device=ids.device) for numbers in ([0, 0, 1, 1], [2, 7, 1, 4]))
+            cache = cache_class(model, [text.cpu().numpy() for text in texts], 3)
+            cached = [cache.prefill(), cache.step(steps[0]), cache.step(steps[1])]
+            cache.keep(ids.new_ones(1), ids.new_zeros(1))
+            cached.append(cache.step(steps[2]))
+            rows, lengths = (torch.tensor(numbers, device=ids.device) for numbers in ([0, 0, 1, 1], [2, 12, 1, 7]))
             together = read(model, nn.utils.rnn.pad_sequence(wholes, batch_first=True), rows, lengths)
     except Exception as error:  # whatever a model's code raises where it is called in a way that it does not know
         raise ValueError(
@@ -621,10 +657,10 @@ def check_served(model: PreTrainedModel) -> None:
         ) from error
     pairs = {
         "logits of its hidden states alone": (heads, torch.cat(logits)),
-        "texts read together": (together, torch.cat([own[0][[1, 6]], own[1][[0, 3]]])),
+        "texts read together": (together, torch.cat([own[0][[1, 11]], own[1][[0, 6]]])),
         "texts continued from a cache": (
             torch.cat(cached),
-            torch.stack([own[0][4], own[1][1], own[0][5], own[1][2], own[0][6]]),
+            torch.cat([torch.stack([own[0][9:], own[1][3:6]], 1).flatten(0, 1), own[1][6:]]),
         ),
     }
     for what, (ours, theirs) in pairs.items():
@@ -634,6 +670,10 @@ def check_served(model: PreTrainedModel) -> None:
                 f"by up to {(ours - theirs).abs().max():.1g}"
             )
     _SERVED[model] = True
+
+
+def _layer_types(model: PreTrainedModel) -> set[str]:
+    return {*(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())}
 
 
 def _trial_ids(model: PreTrainedModel, count: int) -> Tensor:
