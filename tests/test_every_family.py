@@ -250,20 +250,3 @@ def test_it_is_refused_by_name(name):
     model = model_of(name)
     with pytest.raises(ValueError, match=f"^model must .* {type(model).__name__} does not.*{REFUSED[name]}"):
         CausalLMPolicy(model, tiny_tokenizer())
-
-
-def test_texts_in_which_all_rotary_positions_change_are_refused():
-    rope = {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
-    config = shrunk(CONFIG_MAPPING["phi3"], original_max_position_embeddings=14, rope_parameters=rope)
-    torch.manual_seed(0)
-    policy = CausalLMPolicy(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer())
-    text = torch.arange(2, 18)[None]
-    with torch.no_grad():
-        judged = policy.evaluate(text, torch.ones_like(text), torch.tensor([[14]])).log_probs[0, 0]
-        alone = policy.model(input_ids=text[:, :14]).logits[0, -1].log_softmax(-1)[text[0, 14]]
-        torch.testing.assert_close(judged, alone, atol=2e-4, rtol=0)
-        with pytest.raises(ValueError, match="others in texts of more than 14"):
-            policy.evaluate(text, torch.ones_like(text), torch.tensor([[15]]))
-    assert policy.generate(["w3 w4"], max_new_tokens=12)
-    with pytest.raises(ValueError, match="others in texts of more than 14"):
-        policy.generate(["w3 w4"], max_new_tokens=13)

@@ -41,6 +41,9 @@ _OF_COLUMNS = {
     "window_attention",
 }
 
+# Tokens of a text on which a model is tried.
+_TRIAL = 12
+
 # The last layer runs in two parts if the wanted states are of at most this share of the tokens.
 _SKIP_BELOW = 0.8
 
@@ -334,14 +337,10 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
 
     Returns:
         (n, d), with gradients.
-
-    Raises:
-        ValueError: A text longer than the model can read beside others.
     """
     if not len(rows):
         return model.get_input_embeddings()(input_ids[:0, 0])
     count, width = len(input_ids), int(lengths.max())
-    _check_rotary(model, width)
     input_ids = input_ids[:, :width]
     end = torch.zeros(count, dtype=torch.int64, device=rows.device).scatter_reduce_(0, rows, lengths, "amax")
     if not can_pack(model):
@@ -376,20 +375,6 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
     return decode_packed(model, ids, positions, layout, wanted)
 
 
-def _check_rotary(model: PreTrainedModel, length: int) -> None:
-    """Refuse a length from which on a model turns all tokens otherwise, those before and those of other texts too."""
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    for part in (parameters, *parameters.values()):  # of the model, or of each type of its layers
-        if isinstance(part, dict) and part.get("rope_type") == "longrope":
-            limit = part["original_max_position_embeddings"]
-            if length > limit:
-                raise ValueError(
-                    f"prompt and new tokens together can be {length} tokens long, but the rotary positions of "
-                    f"{type(model).__name__} are others in texts of more than {limit}: lower max_prompt_tokens or "
-                    "max_new_tokens"
-                )
-
-
 class PackedCache:
     """Texts that are read and then continued, a token at a time, with keys and values in memory that is laid out once.
 
@@ -400,16 +385,12 @@ class PackedCache:
 
     Attributes:
         compiled: Whether the model's layers are compiled, so that steps are too.
-
-    Raises:
-        ValueError: A text could be longer than the model can read beside others.
     """
 
     def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
         self.model = model
         lengths = np.array([len(text) for text in texts])
         self._width, self._columns = int(lengths.max()), int(lengths.max()) + steps
-        _check_rotary(model, self._columns)
         self._texts: Any = texts
         self._positions = torch.from_numpy(lengths).to(model.device)
         self._bias: Tensor | None = None
@@ -514,7 +495,6 @@ class PaddedCache:
         self.model = model
         lengths = np.array([len(text) for text in texts])
         width = int(lengths.max())
-        _check_rotary(model, width + steps)
         ids = np.zeros((len(texts), width), np.int64)
         mask = np.zeros((len(texts), width + steps), np.int64)
         for row, text in enumerate(texts):
@@ -600,17 +580,20 @@ def _packs(model: PreTrainedModel) -> bool:
     # Two short texts do not show attention to chunks, since these are longer.
     if not _layer_types(model) <= {"full_attention", "sliding_attention"}:
         return False
-    ids = _trial_ids(model, 24).view(2, 12)
-    positions = torch.arange(12, device=model.device).expand_as(ids)
+    length = _trial_length(model)
+    ids = _trial_ids(model, 2 * length).view(2, length)
+    positions = torch.arange(length, device=model.device).expand_as(ids)
     with autocast(model.device, None):
         plain = text_decoder(model)(
             input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
         ).last_hidden_state
         try:
-            layout = PackedTexts(torch.tensor([12, 12], device=model.device))
+            layout = PackedTexts(torch.tensor([length, length], device=model.device))
             packed = decode_packed(model, ids.flatten(), positions.flatten(), layout)
-            ends = torch.tensor([11, 23], device=model.device)
+            ends = torch.tensor([length - 1, 2 * length - 1], device=model.device)
             last = decode_packed(model, ids.flatten(), positions.flatten(), layout, ends)
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, AttributeError, IndexError, RuntimeError):  # NotImplementedError is one of the last
             return False
     return _agree(packed, plain.flatten(0, 1)) and _agree(last, plain[:, -1])
@@ -626,7 +609,7 @@ def check_served(model: PreTrainedModel) -> None:
     Raises:
         ValueError: Rows of a batch, cached or not, or the head alone, do not give what the model gives for a text.
     """
-    if model in _SERVED or model.config.is_encoder_decoder or model.device.type == "meta":
+    if model in _SERVED or model.config.is_encoder_decoder or model.device.type == "meta" or _trial_length(model) < 4:
         return
     name = type(model).__name__
     if of_columns := _layer_types(model) & _OF_COLUMNS:
@@ -634,11 +617,16 @@ def check_served(model: PreTrainedModel) -> None:
             f"model must give the same for a text alone and beside others; {name} does not, in {sorted(of_columns)}: "
             "these attend to blocks of columns, padding included"
         )
-    ids = _trial_ids(model, 19)
-    texts, steps = [ids[:10], ids[10:14]], [ids[14:16], ids[16:18], ids[18:]]  # the first leaves before the last step
+    # Two texts of which the first leaves before the last step.
+    long, short = (length := _trial_length(model)) - 2, max(length // 2 - 2, 1)
+    ids = _trial_ids(model, long + short + 5)
+    texts, steps = ids[: long + short].split([long, short]), ids[long + short :].split([2, 2, 1])
     try:
         with autocast(model.device, None):
-            wholes = [torch.cat([texts[0], ids[14:18:2]]), torch.cat([texts[1], ids[15:18:2], ids[18:]])]
+            wholes = [
+                torch.cat([texts[0], steps[0][:1], steps[1][:1]]),
+                torch.cat([texts[1], steps[0][1:], steps[1][1:], steps[2]]),
+            ]
             outputs = [text_decoder(model)(input_ids=whole[None], use_cache=False) for whole in wholes]
             own = [output.last_hidden_state[0] for output in outputs]
             logits = [model(input_ids=whole[None], use_cache=False).logits[0] for whole in wholes]
@@ -648,8 +636,10 @@ def check_served(model: PreTrainedModel) -> None:
             cached = [cache.prefill(), cache.step(steps[0]), cache.step(steps[1])]
             cache.keep(ids.new_ones(1), ids.new_zeros(1))
             cached.append(cache.step(steps[2]))
-            rows, lengths = (torch.tensor(numbers, device=ids.device) for numbers in ([0, 0, 1, 1], [2, 12, 1, 7]))
+            rows, lengths = torch.tensor([[0, 0, 1, 1], [2, length, 1, short + 3]], device=ids.device)
             together = read(model, nn.utils.rnn.pad_sequence(wholes, batch_first=True), rows, lengths)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model's code raises where it is called in a way that it does not know
         raise ValueError(
             f"model must read texts of several lengths together, padded and from a cache of transformers; {name} does "
@@ -657,10 +647,10 @@ def check_served(model: PreTrainedModel) -> None:
         ) from error
     pairs = {
         "logits of its hidden states alone": (heads, torch.cat(logits)),
-        "texts read together": (together, torch.cat([own[0][[1, 11]], own[1][[0, 6]]])),
+        "texts read together": (together, torch.cat([own[0][[1, -1]], own[1][[0, -1]]])),
         "texts continued from a cache": (
             torch.cat(cached),
-            torch.cat([torch.stack([own[0][9:], own[1][3:6]], 1).flatten(0, 1), own[1][6:]]),
+            torch.cat([torch.stack([own[0][-3:], own[1][-4:-1]], 1).flatten(0, 1), own[1][-1:]]),
         ),
     }
     for what, (ours, theirs) in pairs.items():
@@ -674,6 +664,11 @@ def check_served(model: PreTrainedModel) -> None:
 
 def _layer_types(model: PreTrainedModel) -> set[str]:
     return {*(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())}
+
+
+def _trial_length(model: PreTrainedModel) -> int:
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or -1
+    return _TRIAL if positions < 0 else min(_TRIAL, positions)  # XLNet's -1 is no end
 
 
 def _trial_ids(model: PreTrainedModel, count: int) -> Tensor:

@@ -511,8 +511,8 @@ def decode_continuations(
         token_ids: n sequences of the ids that follow them.
 
     Returns:
-        n texts without special tokens. Space at the end of a context's text that its tokens have lost is not told a
-        second time. Bytes that end inside a character become U+FFFD; a character that begins in the context and is
+        n texts without special tokens. Where the tokens of a context have lost the space at the end of its text (T5's
+        do), the new text begins without one. Bytes that end inside a character become U+FFFD; a character that begins in the context and is
         completed by the new tokens belongs to the new text.
     """
     if not len(token_ids):
@@ -540,8 +540,8 @@ def decode_continuations(
             letter = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
             alone, begun = decode(tokenizer, [letter, [*letter, *ids]])
             text = begun[len(alone) :]
-        dropped = shown[len(shown.rstrip()) :] if before == before.rstrip() else ""
-        texts.append(text.removeprefix(dropped) if dropped else text)
+        lost = shown != shown.rstrip() and before == before.rstrip()
+        texts.append(text.lstrip() if lost else text)
     return texts
 
 
