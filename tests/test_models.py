@@ -14,13 +14,22 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPTJConfig,
+    GptOssConfig,
     MarianConfig,
     MBartConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PegasusConfig,
+    Phi3Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
     T5Config,
 )
 
@@ -31,9 +40,15 @@ from textgym.packing import can_pack
 from textgym.seq2seq import decoder_start
 
 P, T = 7, 12
-GEMMA = {**WIDE, "head_dim": 16, "num_key_value_heads": 1, "initializer_range": 0.3}
+GROUPED = {**WIDE, "num_key_value_heads": 1, "initializer_range": 0.3}
+GEMMA = {**GROUPED, "head_dim": 16}
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 32}
 START, BOS = 2, 3
-ENDS = {"pad_token_id": 1, "eos_token_id": EOS, "bos_token_id": BOS, "decoder_start_token_id": START}
+END = {"pad_token_id": 1, "eos_token_id": EOS, "bos_token_id": BOS}  # where the usual ids are beyond our vocabulary
+ENDS = {**END, "decoder_start_token_id": START}
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 BART = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 40,
@@ -53,6 +68,43 @@ CAUSAL = {
     "qwen3": Qwen3Config(**WIDE, head_dim=16, num_key_value_heads=1, initializer_range=0.3),
     "gemma": GemmaConfig(**GEMMA),
     "gemma3": Gemma3TextConfig(**GEMMA, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "mistral": MistralConfig(**GROUPED, sliding_window=5),
+    "phi3": Phi3Config(**GROUPED, **END),
+    "mixtral": MixtralConfig(**GROUPED, **MIXTURE),
+    "qwen2_moe": Qwen2MoeConfig(**GROUPED, **SMALL_EXPERTS, **SHARED_EXPERT),
+    "qwen3_moe": Qwen3MoeConfig(**GROUPED, **SMALL_EXPERTS, head_dim=16),
+    "olmoe": OlmoeConfig(**GROUPED, **END, num_experts=4, num_experts_per_tok=2),
+    # Keys and values of different sizes, as the real ones have.
+    "deepseek_v3": DeepseekV3Config(
+        **{**GROUPED, "num_key_value_heads": 2},
+        **END,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+    ),
+    # Every head also attends to nothing; layers attend to a window and to all in turns.
+    "gpt_oss": GptOssConfig(**GROUPED, **MIXTURE, **END, head_dim=16, sliding_window=5, rope_parameters=ROTARY),
+    # A layer of linear attention, then one that attends to all.
+    "qwen3_next": Qwen3NextConfig(
+        **GROUPED,
+        **SMALL_EXPERTS,
+        **SHARED_EXPERT,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "gptj": GPTJConfig(n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=40, vocab_size=VOCAB),
 }
 T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, **ENDS}
@@ -232,4 +284,4 @@ def test_as_a_guide_it_continues_what_was_begun(name):
 
 
 def test_which_models_are_packed():
-    assert {name for name in FAMILIES if can_pack(model_of(name))} == set(CAUSAL) - {"gemma2", "gptj"}
+    assert {name for name in FAMILIES if can_pack(model_of(name))} == set(CAUSAL) - {"gemma2", "gptj", "gpt_oss", "qwen3_next"}

@@ -49,12 +49,12 @@ class Layout(Protocol):
             layer: Its index.
             query: (tokens, heads, d).
             key: (tokens, key heads, d).
-            value: (tokens, key heads, d).
+            value: (tokens, key heads, e).
             scale: Factor of the scores; None for 1 / sqrt(d).
             window: Tokens, itself counted, that a token attends to; None for all before it.
 
         Returns:
-            (tokens, heads, d).
+            (tokens, heads, e).
         """
 
 
@@ -460,7 +460,8 @@ class PackedCache:
         weights = (scores if bias is None else scores + bias).softmax(-1).flatten(0, 2)
         heads = torch.arange(len(weights), dtype=torch.int32) // queries.shape[2]
         places, table = heads[:, None] * all_values.shape[2] + self._past, all_values.view(-1, values.shape[3])
-        return embedding_bag(places, table, mode="sum", per_sample_weights=weights).view(query.shape)
+        result = embedding_bag(places, table, mode="sum", per_sample_weights=weights)
+        return result.view(*query.shape[:2], -1)  # values can be of another size than keys (DeepSeek's are)
 
     def keep(self, order: Tensor, moved: Tensor) -> None:
         """Let texts leave.
