@@ -349,7 +349,7 @@ class Differences(NamedTuple):
 
     def near(self):
         """For each of the first three whether it is as small as rounding explains."""
-        if not self.rounding.any():
+        if self.rounding.max() <= EXACT:  # in float32; not zero where the two are on different devices
             return [part.max() <= EXACT for part in self[:3]]
         return [np.quantile(part, SHARE) <= NEAR * np.quantile(self.rounding, SHARE) for part in self[:3]]
 
@@ -412,7 +412,7 @@ def test_a_fault_is_farther_away_than_rounding(name):
 
 
 def iterate(name, precision, device="cpu"):
-    """One iteration of PPO: the language model's parameters before and after it."""
+    """One iteration of PPO: the language model's parameters before and after it, pairs on the CPU."""
     words = " ".join(f"w{i}" for i in range(2, 9))
     rows = [{"text": words[: 3 * length - 1]} for length in range(1, P + 1)] * 2
     task = Task("models", rows, "{text}", lambda row: (), P, T, lambda completions, **_: [len(c) for c in completions])
@@ -420,9 +420,10 @@ def iterate(name, precision, device="cpu"):
     env = TextVectorEnv(8, task=task, tokenizer=policy.tokenizer, parking=True, autoreset_mode="Disabled")
     # Steps are longer than what bfloat16 rounds away of a weight.
     agent = PPO(policy, env, episodes_per_iteration=8, minibatch_size=8, n_epochs=1, learning_rate=0.01, device=device)
-    before = [value.clone() for value in policy.model.parameters() if value.requires_grad]
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().cpu().clone() for parameter in parameters]
     agent.learn(total_episodes=8)
-    return list(zip(before, (value for value in policy.model.parameters() if value.requires_grad), strict=True))
+    return [(old, new.detach().cpu()) for old, new in zip(before, parameters, strict=True)]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -507,8 +508,8 @@ The tables compare log-probabilities, in nats, with the model's own forward pass
 precision: of tokens that were sampled in a batch from which rows leave (sampling), and of the same tokens judged
 afterwards (evaluate). Guide: how much less probable a greedy guide's tokens are, by that forward pass, than the most
 probable ones. PPO: "ok" if one iteration moved every parameter of the model and all stayed finite. With "bfloat16
-weights" the weights themselves were turned to bfloat16, with "bfloat16 autocast" they stay in float32 and the policy has
-`autocast=torch.bfloat16`.
+weights" the weights themselves were turned to bfloat16; with "bfloat16 autocast" they stay in float32, and the policy
+has `autocast=torch.bfloat16`.
 
 The last column is the yardstick: how far transformers' own log-probabilities are in bfloat16 from those in float32. The
 tests demand that nine tenths of our differences are at most {near} times it; a position that is skipped is farther.
