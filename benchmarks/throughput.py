@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from statistics import median
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -124,7 +124,7 @@ def environments() -> Iterator[Contest]:
         yield Contest(f"cartpole_vector_{rows}", "steps/s", cartpole, None, "", "for scale: another task")
 
 
-def sampling() -> Iterator[Contest]:
+def sampling(family: str = "gpt2") -> Iterator[Contest]:
     """Tokens of new text, with log-probabilities and values, beside `generate`, which gives neither."""
     import torch
 
@@ -134,11 +134,11 @@ def sampling() -> Iterator[Contest]:
     seeds = itertools.count()
 
     def ours(best: bool, stops: bool) -> Callable[[], float]:
-        writer = policy(best, stops)
+        writer = policy(best, stops, family=family)
         return lambda: sample(writer, ids, NEW, next(seeds))
 
     def theirs(stops: bool, dtype: torch.dtype = torch.float32) -> Callable[[], float]:
-        model = language_model(stops)
+        model = language_model(stops, family)
 
         def write() -> float:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -165,7 +165,7 @@ def best_dtype() -> str:
     return str(fast_dtype(torch.device("cpu"))).removeprefix("torch.")
 
 
-def trainer(name: str, best: bool = False, **hyperparameters: Any) -> Any:
+def trainer(name: str, best: bool = False, family: str = "gpt2", **hyperparameters: Any) -> Any:
     """An algorithm on the workload."""
     from agents import ALGORITHMS
     from agents.group import GroupPolicyGradient
@@ -183,8 +183,8 @@ def trainer(name: str, best: bool = False, **hyperparameters: Any) -> Any:
 
     grouped = issubclass(ALGORITHMS[name], GroupPolicyGradient)
     return ALGORITHMS[name](
-        policy(best),
-        environment(guided=name in ("ppo++", "aggrevated"), best=best),
+        policy(best, family=family),
+        environment(guided=name in ("ppo++", "aggrevated"), best=best, family=family),
         episodes_per_iteration=EPISODES,
         minibatch_size=MINIBATCH,
         n_epochs=EPOCHS,
@@ -206,14 +206,14 @@ def iteration(agent: Any) -> Callable[[], float]:
     return iterate
 
 
-def updates() -> Iterator[Contest]:
+def updates(family: str = "gpt2") -> Iterator[Contest]:
     """One epoch of PPO's gradient steps, in tokens of whole texts, prompts included."""
     import torch
 
     from benchmarks.workload import EPISODES, NEW, PROMPT, PlainTrainer, texts
 
     def ours(best: bool) -> Callable[[], float]:
-        agent = trainer("ppo", best)
+        agent = trainer("ppo", best, family)
         agent.n_epochs = 1
         rollout = agent.play()
         credit = agent.credit(rollout, agent.reference_log_probs(rollout))
@@ -224,7 +224,7 @@ def updates() -> Iterator[Contest]:
 
         return update
 
-    plain = PlainTrainer()
+    plain = PlainTrainer(family=family)
     ids = torch.from_numpy(texts(new=NEW))
     with torch.no_grad():
         log_probs, _, values = plain.judge(plain.model, ids)
@@ -238,18 +238,21 @@ def updates() -> Iterator[Contest]:
     yield Contest("update_best", "tokens/s", ours(True), theirs, name, f"{best_dtype()}, compiled, shared trunk")
 
 
-def iterations(peers: bool, rounds: int) -> Iterator[Contest]:
+def iterations(peers: bool, rounds: int, family: str = "gpt2") -> Iterator[Contest]:
     """Whole iterations: sampling, reference policy, and 16 gradient steps."""
     from benchmarks.workload import GROUP, PlainTrainer
 
     for algorithm, group in (("ppo", 1), ("grpo", GROUP)):
         trunk = "shared trunk" if algorithm == "ppo" else f"groups of {group}"
         variants = {
-            "": (trainer(algorithm), f"float32, {trunk}"),
-            "_best": (trainer(algorithm, best=True), f"{best_dtype()}, compiled, {trunk}"),
+            "": (trainer(algorithm, family=family), f"float32, {trunk}"),
+            "_best": (trainer(algorithm, best=True, family=family), f"{best_dtype()}, compiled, {trunk}"),
         }
         if algorithm == "ppo":
-            variants["_separate_critic"] = (trainer("ppo", critic="separate"), "float32, separate critic")
+            variants["_separate_critic"] = (
+                trainer("ppo", family=family, critic="separate"),
+                "float32, separate critic",
+            )
         for suffix, (agent, settings) in variants.items():
             name = f"iteration_{algorithm}{suffix}"
             if peers:
@@ -258,11 +261,11 @@ def iterations(peers: bool, rounds: int) -> Iterator[Contest]:
                     yield Contest(name, "s", iteration(agent), reference, reference_name, settings)
             else:
                 reference_name = "plain loop float32" + (", shared trunk" if algorithm == "ppo" else "")
-                plain = PlainTrainer(group).iterate
+                plain = PlainTrainer(group, family=family).iterate
                 yield Contest(name, "s", iteration(agent), plain, reference_name, settings)
 
     for name, algorithm in (("plus_plus", "ppo++"), ("aggrevated", "aggrevated")):
-        agent, ppo = iteration(trainer(algorithm)), iteration(trainer("ppo"))
+        agent, ppo = iteration(trainer(algorithm, family=family)), iteration(trainer("ppo", family=family))
         full_name = f"iteration_ppo_{name}" if name == "plus_plus" else f"iteration_{name}"
         yield Contest(full_name, "s", agent, ppo, "iteration_ppo", "float32, shared trunk, guide of the same size")
 
@@ -444,6 +447,7 @@ def starting() -> Iterator[Contest]:
 
 def throughput(
     only: str | None = None,
+    family: Literal["gpt2", "llama"] = "gpt2",
     peers: bool = False,
     rounds: int = 3,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -453,6 +457,7 @@ def throughput(
 
     Args:
         only: Names of figures, or their beginnings, separated by commas; by default all.
+        family: The language model of sampling, updates and iterations; with "llama" only these are measured.
         peers: Measure iterations beside TRL's trainers, each in a virtual environment that is made in the cache,
             instead of a plain loop.
         rounds: Runs of each, after one that does not count; the median is taken.
@@ -463,25 +468,33 @@ def throughput(
         The figures.
 
     Raises:
-        ValueError: `rounds` below 1, or `only` names nothing.
+        ValueError: `rounds` below 1, `only` names nothing, or `peers` with another family than theirs.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if peers and family != "gpt2":
+        raise ValueError(f"peers must be False with family={family!r}: they train a GPT-2")
     wanted = tuple(name.strip() for name in (only or "").split(","))
     kinds: dict[tuple[str, ...], Callable[[], Iterator[Contest]]] = {
-        ("env", "cartpole"): environments,
-        ("sample",): sampling,
-        ("update",): updates,
-        ("iteration",): lambda: iterations(peers, rounds),
-        ("mfu",): utilisation,
-        ("peak_memory",): memory,
-        ("process",): processes,
-        ("cold_start",): starting,
+        ("sample",): lambda: sampling(family),
+        ("update",): lambda: updates(family),
+        ("iteration",): lambda: iterations(peers, rounds, family),
     }
+    if family == "gpt2":
+        kinds = {
+            ("env", "cartpole"): environments,
+            **kinds,
+            ("mfu",): utilisation,
+            ("peak_memory",): memory,
+            ("process",): processes,
+            ("cold_start",): starting,
+        }
     console, figures = Console(width=None if sys.stdout.isatty() else 200), []
     for names, kind in kinds.items():
         if any(name.startswith(want) or want.startswith(name) for name in names for want in wanted):
             for contest in kind():
+                if family != "gpt2":
+                    contest = contest._replace(settings=f"{family}, {contest.settings}")
                 if contest.name.startswith(wanted):
                     with console.status(contest.name):
                         figures.append(run(contest, rounds))

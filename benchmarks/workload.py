@@ -1,4 +1,4 @@
-"""The workload of speed measurements: a small GPT-2, prompts of random words, and a reward that costs nothing."""
+"""The workload of speed measurements: a small model, prompts of random words, and a reward that costs nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agents.advantages import gae, whiten
 from agents.policy import CausalLMPolicy
@@ -53,45 +53,63 @@ def task() -> Task:
     return Task("workload", rows, "{text}", lambda row: (), PROMPT, NEW, no_reward, tokenizer=tokenizer)
 
 
-def language_model(stops: bool = False, **size: Any) -> Any:
-    """A GPT-2 with random weights; one that `stops` ends texts with `STOP_PROB` a token, whatever it has read."""
+def language_model(stops: bool = False, family: str = "gpt2", **size: Any) -> Any:
+    """A model with random weights; one that `stops` ends texts with `STOP_PROB` a token, whatever it has read.
+
+    Args:
+        stops: Whether it ends texts.
+        family: "gpt2" or "llama". A Llama is as wide and as deep as the GPT-2 and has as many heads, with what GPT-2
+            has not: rotary positions, RMSNorm, SwiGLU (of as many weights as GPT-2's MLP) and, as Llama 3.2 1B, one
+            head of keys and values for every four of queries.
+        **size: What is not as in `SIZE`, by GPT-2's names.
+    """
     torch.manual_seed(0)
-    config = GPT2Config(
-        attn_pdrop=0.0,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-        tie_word_embeddings=not stops,
-        **{"vocab_size": VOCABULARY, **SIZE, **size},
-    )
-    model = GPT2LMHeadModel(config)
+    size = {"vocab_size": VOCABULARY, **SIZE, **size}
+    rest: Any = {
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), EOS),
+        "tie_word_embeddings": not stops,
+    }
+    model: Any
+    if family == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **size, **rest))
+    else:
+        config = LlamaConfig(
+            vocab_size=size["vocab_size"],
+            hidden_size=size["n_embd"],
+            intermediate_size=8 * size["n_embd"] // 3,
+            num_hidden_layers=size["n_layer"],
+            num_attention_heads=size["n_head"],
+            num_key_value_heads=max(1, size["n_head"] // 4),
+            max_position_embeddings=size["n_positions"],
+            **rest,
+        )
+        model = LlamaForCausalLM(config)
     if stops:
-        # The first hidden unit is 1 and only EOS looks at it, and at nothing else.
+        # The logit of EOS is the same in every state; of the others, so is the expected sum of exponentials.
         with torch.no_grad():
-            norm, head = model.transformer.ln_f, model.lm_head.weight
-            norm.weight[0], norm.bias[0] = 0.0, 1.0
-            head[:, 0] = 0.0
-            head[EOS] = 0.0
-            others = head[1:, 1:].square().sum(1).mul(0.5).exp().sum().log()
-            head[EOS, 0] = others + np.log(STOP_PROB / (1 - STOP_PROB))
+            weight = model.lm_head.weight
+            weight[EOS] = 0.0
+            others = weight[1:].square().sum(1).mul(0.5).exp().sum().log()
+            bias = torch.zeros(len(weight))
+            bias[EOS] = others + np.log(STOP_PROB / (1 - STOP_PROB))
+            model.lm_head.bias = nn.Parameter(bias)
     return model.eval()
 
 
 def policy(best: bool, stops: bool = False, new: int = NEW, **size: Any) -> CausalLMPolicy:
-    """A policy with a fresh model; `best` is with all that makes it faster."""
+    """A policy with a fresh model, of a family and a size; `best` is with all that makes it faster."""
     model, decoding = language_model(stops, **size), Decoding(min_new_tokens=0 if stops else new)
     words = tokenizer(model.config.vocab_size)
     return CausalLMPolicy(model, words, decoding, autocast="auto" if best else None, compile=best)
 
 
-def environment(guided: bool = False, best: bool = False) -> TextVectorEnv:
-    """All episodes of an iteration at once; with a guide of the policy's size, if `guided`."""
+def environment(guided: bool = False, best: bool = False, family: str = "gpt2") -> TextVectorEnv:
+    """All episodes of an iteration at once; with a guide of the policy's family and size, if `guided`."""
     guide = None
     if guided:
         decoding = Decoding(min_new_tokens=NEW)
-        guide = LocalGuide(language_model(), tokenizer=tokenizer(), decoding=decoding, dtype="auto" if best else None)
+        model, words = language_model(family=family), tokenizer()
+        guide = LocalGuide(model, tokenizer=words, decoding=decoding, dtype="auto" if best else None)
     return TextVectorEnv(
         EPISODES, task=task(), tokenizer=tokenizer(), guide=guide, parking=True, autoreset_mode="Disabled"
     )
@@ -140,13 +158,13 @@ class PlainTrainer:
 
     Args:
         group_size: Texts of a prompt; 1 is PPO, with a value head, more is GRPO, without.
-        **size: Of the language model.
+        **size: Of the language model, and its family.
     """
 
     def __init__(self, group_size: int = 1, **size: Any) -> None:
         self.group_size = group_size
         self.model, self.reference = language_model(**size), language_model(**size)
-        self.value_head = nn.Linear(self.model.config.n_embd, 1)
+        self.value_head = nn.Linear(self.model.config.hidden_size, 1)
         self.parameters = [*self.model.parameters(), *self.value_head.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
         self.ids = torch.from_numpy(texts(EPISODES // group_size).repeat(group_size, 0))
@@ -235,7 +253,7 @@ def plain_gradient_step(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> C
 
 
 def text_flop(read: int, judged: int, *, n_embd: int, n_layer: int, **_: int) -> float:
-    """Floating-point operations that one text needs at least, forward.
+    """Floating-point operations that one text needs at least, forward, in a GPT-2.
 
     24 d^2 a layer and token in the products with weights (4 d x d for attention, 8 d x d for the MLP, two operations
     each), 4 d a layer for every pair of a token and one that it attends to, and 2 d V for every judged token's logits.

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from test_models import CAUSAL, FAMILIES, PRECISIONS, differences, iterate, policy_in, policy_of
 
 from agents import ALGORITHMS, CausalLMPolicy, evaluate
 from agents.rollout import collect
@@ -38,6 +39,22 @@ def test_half_precision_and_compiled_code_are_near_the_cpu(make_env, make_policy
     expected = exact.evaluate(*(tensor.cpu() for tensor in batch))
     for log_probs in (rollout.log_probs, fast.evaluate(*batch).log_probs):
         torch.testing.assert_close(log_probs.cpu(), expected.log_probs, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_as_near_to_transformers_as_rounding_allows(name, precision):
+    policy = policy_in(precision, name)
+    assert all(differences(policy.to("cuda"), policy_of(name)).near())
+    for before, after in iterate(name, precision, device="cuda"):
+        assert after.isfinite().all()
+        assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_compiled_code_of_every_family_is_near_too(name):
+    policy = policy_in("bfloat16 autocast", name, compile=True)
+    assert all(differences(policy.to("cuda"), policy_of(name)).near())
 
 
 @pytest.mark.parametrize("name", [*sorted(ALGORITHMS), "ppo with a hand-off"])

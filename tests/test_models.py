@@ -1,12 +1,21 @@
-"""Every family of language models, causal or sequence-to-sequence: one set of promises for all."""
+"""Every family of language models, causal or sequence-to-sequence: one set of promises for all.
+
+``python tests/test_models.py PAGE`` writes what is measured here into a page.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_decoding import CONFIGS, EOS, VOCAB, WIDE, observations
 from test_local_guide import requests
 from test_policy import tiny_tokenizer
@@ -14,26 +23,45 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPTJConfig,
+    GptOssConfig,
     MarianConfig,
     MBartConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PegasusConfig,
+    Phi3Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
     T5Config,
 )
 
+from agents import PPO
 from agents.policy import CausalLMPolicy, LanguageModelPolicy, Seq2SeqPolicy
+from benchmarks.tables import Table
 from textgym.decoding import Decoding
+from textgym.engine import TextVectorEnv
 from textgym.guides.local import LocalGuide
-from textgym.packing import can_pack
+from textgym.packing import can_pack, text_decoder
 from textgym.seq2seq import decoder_start
+from textgym.task import Task
 
 P, T = 7, 12
-GEMMA = {**WIDE, "head_dim": 16, "num_key_value_heads": 1, "initializer_range": 0.3}
+GROUPED = {**WIDE, "num_key_value_heads": 1, "initializer_range": 0.3}
+GEMMA = {**GROUPED, "head_dim": 16}
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 32}
 START, BOS = 2, 3
-ENDS = {"pad_token_id": 1, "eos_token_id": EOS, "bos_token_id": BOS, "decoder_start_token_id": START}
+END = {"pad_token_id": 1, "eos_token_id": EOS, "bos_token_id": BOS}  # where the usual ids are beyond our vocabulary
+ENDS = {**END, "decoder_start_token_id": START}
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 BART = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 40,
@@ -53,7 +81,46 @@ CAUSAL = {
     "qwen3": Qwen3Config(**WIDE, head_dim=16, num_key_value_heads=1, initializer_range=0.3),
     "gemma": GemmaConfig(**GEMMA),
     "gemma3": Gemma3TextConfig(**GEMMA, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
-    "gptj": GPTJConfig(n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=40, vocab_size=VOCAB),
+    "mistral": MistralConfig(**GROUPED, sliding_window=5),
+    "phi3": Phi3Config(**GROUPED, **END),
+    "mixtral": MixtralConfig(**GROUPED, **MIXTURE),
+    "qwen2_moe": Qwen2MoeConfig(**GROUPED, **SMALL_EXPERTS, **SHARED_EXPERT),
+    "qwen3_moe": Qwen3MoeConfig(**GROUPED, **SMALL_EXPERTS, head_dim=16),
+    "olmoe": OlmoeConfig(**GROUPED, **END, num_experts=4, num_experts_per_tok=2),
+    # Keys and values of different sizes, as the real ones have.
+    "deepseek_v3": DeepseekV3Config(
+        **{**GROUPED, "num_key_value_heads": 2},
+        **END,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+    ),
+    # Every head also attends to nothing; layers attend to a window and to all in turns.
+    "gpt_oss": GptOssConfig(**GROUPED, **MIXTURE, **END, head_dim=16, sliding_window=5, rope_parameters=ROTARY),
+    # A layer of linear attention, then one that attends to all.
+    "qwen3_next": Qwen3NextConfig(
+        **GROUPED,
+        **SMALL_EXPERTS,
+        **SHARED_EXPERT,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "gptj": GPTJConfig(
+        n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=40, vocab_size=VOCAB, initializer_range=0.3
+    ),
 }
 T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, **ENDS}
 SEQ2SEQ = {
@@ -79,9 +146,9 @@ def model_of(name):
     return model.eval()
 
 
-def policy_of(name, **arguments):
+def policy_of(name, model=None, **arguments):
     kind = Seq2SeqPolicy if name in SEQ2SEQ else CausalLMPolicy
-    policy = kind(model_of(name), tiny_tokenizer(), **arguments)
+    policy = kind(model or model_of(name), tiny_tokenizer(), **arguments)
     torch.manual_seed(1)
     for head in policy.heads.values():
         torch.nn.init.normal_(head.weight, std=0.3)
@@ -92,15 +159,15 @@ def policy_of(name, **arguments):
 
 def slow(policy, prompt, new):
     """One text alone through transformers' forward pass: logits and states before each new token, and at the end."""
-    model, states = policy.model, []
+    model, states, device = policy.model, [], policy.device
     hook = model.get_decoder().register_forward_hook(lambda _, args, output: states.append(output.last_hidden_state[0]))
     if model.config.is_encoder_decoder:
         start = decoder_start(model)
-        ids = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([[*start, *new]])}
+        ids = {"input_ids": [prompt], "decoder_input_ids": [[*start, *new]]}
         first = len(start) - 1
     else:
-        ids, first = {"input_ids": torch.tensor([[*prompt, *new]])}, len(prompt) - 1
-    logits = model(**ids).logits[0]
+        ids, first = {"input_ids": [[*prompt, *new]]}, len(prompt) - 1
+    logits = model(**{key: torch.tensor(value, device=device) for key, value in ids.items()}).logits[0]
     hook.remove()
     return logits[first:], states[0][first:]
 
@@ -115,11 +182,11 @@ def play(policy, ids, mask, prefix_lengths, seeds, decoding, horizon=T):
     )
     at = prefix_lengths.copy()
     while len(sampler.rows):
-        rows, sample = sampler.rows, sampler.sample()
-        ids[rows, P + at[rows]], mask[rows, P + at[rows]] = sample.tokens, 1
-        log_probs[rows, at[rows]], values[rows, at[rows]] = sample.log_probs, sample.values
+        rows, (tokens, *recorded) = sampler.rows, (part.cpu().numpy() for part in sampler.sample())
+        ids[rows, P + at[rows]], mask[rows, P + at[rows]] = tokens, 1
+        log_probs[rows, at[rows]], values[rows, at[rows]] = recorded
         at[rows] += 1
-        sampler.keep((sample.tokens.numpy() != EOS) & (at[rows] < horizon))
+        sampler.keep((tokens != EOS) & (at[rows] < horizon))
     columns = np.where((np.arange(T) >= prefix_lengths[:, None]) & (np.arange(T) < at[:, None]), np.arange(T) + P, -1)
     return ids, mask, columns, log_probs, values
 
@@ -232,4 +299,230 @@ def test_as_a_guide_it_continues_what_was_begun(name):
 
 
 def test_which_models_are_packed():
-    assert {name for name in FAMILIES if can_pack(model_of(name))} == set(CAUSAL) - {"gemma2", "gptj"}
+    assert {name for name in FAMILIES if can_pack(model_of(name))} == set(CAUSAL) - {
+        "gemma2",
+        "gptj",
+        "gpt_oss",
+        "qwen3_next",
+    }
+
+
+PRECISIONS = ("float32", "bfloat16 weights", "bfloat16 autocast")
+# In float32, the largest difference that is rounding: the largest seen is 2e-5, and a fault's begin at 0.06.
+EXACT = 2e-4
+# In bfloat16 the yardstick is transformers itself: how far its log-probabilities are from its own in float32. Ours and
+# its are about that far from the truth, so they can be twice as far from each other; errors that they share cancel, and
+# the most seen is 1.0 times as far, where a skipped position (`plant_a_fault`) is 2.3 times as far at least.
+NEAR = 1.5
+# Of a mixture of experts rounding can choose another expert for a token, which is another function and no error, so
+# that a tenth of the tokens may be farther.
+SHARE = 0.9
+
+
+def policy_in(precision, name, **arguments):
+    """A policy with weights of its own."""
+    arguments |= {"autocast": torch.bfloat16} if precision == "bfloat16 autocast" else {}
+    policy = policy_of(name, copy.deepcopy(model_of(name)), **arguments)
+    if precision == "bfloat16 weights":
+        policy.model.to(torch.bfloat16)
+    return policy
+
+
+def alone(policy, prompt, new):
+    """What transformers makes of one text alone in the precision of a policy: log-probabilities before each token."""
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast is not None):
+        return slow(policy, prompt, new)[0].float().log_softmax(-1).cpu()
+
+
+class Differences(NamedTuple):
+    """Distances between log-probabilities of tokens, in nats: an array of each kind.
+
+    `sampling` and `evaluate` are from transformers' forward pass over each text alone in the same precision, and
+    `guide` is how far a greedy guide's tokens are, there, from the most probable ones. `rounding` is how far that
+    forward pass is from the one in float32.
+    """
+
+    sampling: np.ndarray
+    evaluate: np.ndarray
+    guide: np.ndarray
+    rounding: np.ndarray
+
+    def near(self):
+        """For each of the first three whether it is as small as rounding explains."""
+        if self.rounding.max() <= EXACT:  # in float32; not zero where the two are on different devices
+            return [part.max() <= EXACT for part in self[:3]]
+        return [np.quantile(part, SHARE) <= NEAR * np.quantile(self.rounding, SHARE) for part in self[:3]]
+
+
+@torch.no_grad()
+def differences(policy, exact):
+    """Compare a policy, and a guide made of it, with transformers; `exact` is the same policy in float32."""
+    found = []
+    for seed in range(3):
+        # So hot that most tokens are improbable ones, whose log-probabilities show every change of the logits.
+        ids, mask, columns, log_probs, _ = play(
+            policy, *observations(np.random.default_rng(seed)), np.arange(9), Decoding(temperature=5.0)
+        )
+        batch = (torch.from_numpy(part).to(policy.device) for part in (ids, mask, columns))
+        judged = policy.evaluate(*batch).log_probs.cpu().numpy()
+        for row, (prompt, new) in enumerate(texts_of(ids, mask)):
+            places = np.flatnonzero(columns[row] >= 0)
+            theirs, truth = (alone(one, prompt, new).numpy()[places, np.array(new)[places]] for one in (policy, exact))
+            found.append((log_probs[row, places] - theirs, judged[row, places] - theirs, theirs - truth))
+    sampling, evaluate, rounding = (np.abs(np.concatenate(part)) for part in zip(*found, strict=True))
+    guide = LocalGuide(policy.model, decoding=Decoding(greedy=True), device=policy.device, dtype=policy.autocast)
+    regrets, asked = [], requests(12)
+    for request, completion in zip(asked, guide.complete(asked, policy.tokenizer), strict=True):
+        written = list(completion.token_ids)
+        theirs = alone(policy, request.prompt_ids, [*request.prefix_ids, *written])[len(request.prefix_ids) :].numpy()
+        regrets.append(theirs.max(1)[: len(written)] - theirs[range(len(written)), written])
+    return Differences(sampling, evaluate, np.concatenate(regrets), rounding)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_precision_is_as_near_to_transformers_as_rounding_allows(name, precision):
+    assert all(differences(policy_in(precision, name), policy_of(name)).near())
+
+
+def plant_a_fault(model):
+    """Let texts skip a position after their fourth token, and encoders see padding.
+
+    Only we tell a decoder its positions and an encoder what is padding, so what `alone` computes stays right.
+    """
+
+    def wrong(module, args, kwargs):
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if model.config.is_encoder_decoder and mask is not None:
+            kwargs = {**kwargs, "attention_mask": torch.ones_like(mask)}
+        if positions is not None:
+            kwargs = {**kwargs, "position_ids": positions + (positions > 3)}
+        return args, kwargs
+
+    part = model.get_encoder() if model.config.is_encoder_decoder else text_decoder(model)
+    part.register_forward_pre_hook(wrong, with_kwargs=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fault_is_farther_away_than_rounding(name):
+    policy = policy_in("bfloat16 autocast", name)
+    plant_a_fault(policy.model)
+    # Greedy choices of some families are the same under it.
+    assert not any(differences(policy, policy_of(name)).near()[:2])
+
+
+def iterate(name, precision, device="cpu"):
+    """One iteration of PPO: the language model's parameters before and after it, pairs on the CPU."""
+    words = " ".join(f"w{i}" for i in range(2, 9))
+    rows = [{"text": words[: 3 * length - 1]} for length in range(1, P + 1)] * 2
+    task = Task("models", rows, "{text}", lambda row: (), P, T, lambda completions, **_: [len(c) for c in completions])
+    policy = policy_in(precision, name)
+    env = TextVectorEnv(8, task=task, tokenizer=policy.tokenizer, parking=True, autoreset_mode="Disabled")
+    # Steps are longer than what bfloat16 rounds away of a weight.
+    agent = PPO(policy, env, episodes_per_iteration=8, minibatch_size=8, n_epochs=1, learning_rate=0.01, device=device)
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().cpu().clone() for parameter in parameters]
+    agent.learn(total_episodes=8)
+    return [(old, new.detach().cpu()) for old, new in zip(before, parameters, strict=True)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_iteration_of_ppo_moves_every_parameter(name, precision):
+    for before, after in iterate(name, precision):
+        assert after.isfinite().all()
+        assert not torch.equal(before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
+def test_compiled_code_in_half_precision_turns_positions_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    policy = policy_in("bfloat16 autocast", "llama", compile=True)
+    assert all(differences(policy, policy_of("llama")).near())
+    assert policy.model.model.layers[0]._compiled_call_impl is not None
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+
+
+def test_the_page_has_every_family():
+    names = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert [name for name in names if name in FAMILIES] == 3 * FAMILIES
+
+
+def row(name, precision):
+    """A line of the page's table."""
+
+    def cell(part):
+        return f"{part.max():.0e}" if precision == "float32" else f"{np.quantile(part, SHARE):.3f} ({part.max():.3f})"
+
+    seen = differences(policy_in(precision, name), policy_of(name))
+    moved = all(not torch.equal(before, after) and after.isfinite().all() for before, after in iterate(name, precision))
+    rounding = [] if precision == "float32" else [cell(seen.rounding)]
+    how = "packed" if can_pack(model_of(name)) else "padded"
+    return [name, how, *map(cell, seen[:3]), "ok" if moved else "failed", *rounding]
+
+
+def page():
+    """What a reader should know of the families, with what is measured here."""
+    columns = ["family", "runs", "sampling", "evaluate", "guide", "PPO"]
+    tables = [
+        Table(
+            precision,
+            "The largest of all tokens." if precision == "float32" else "Nine tenths of the tokens (the largest).",
+            columns if precision == "float32" else [*columns, "bfloat16 itself"],
+            [row(name, precision) for name in FAMILIES],
+        )
+        for precision in PRECISIONS
+    ]
+    return TEXT.format(
+        packed=", ".join(name for name in CAUSAL if can_pack(model_of(name))),
+        padded=", ".join(name for name in CAUSAL if not can_pack(model_of(name))),
+        seq2seq=", ".join(SEQ2SEQ),
+        near=NEAR,
+        versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        tables="\n\n".join(table.markdown() for table in tables),
+    )
+
+
+TEXT = """\
+# Models
+
+Any causal or sequence-to-sequence language model of transformers can be a policy or a guide, if its code can read
+texts of several lengths together; one whose code cannot is refused when the policy is made. These families are tested.
+
+- **Packed**: texts are one row of tokens without padding, and a prompt that several texts share is read once.
+  {packed}.
+- **Padded**: what these compute between tokens packed tokens cannot (scores that are capped, attention to nothing,
+  linear attention, attention code of their own), so they run as transformers runs them, on padded rows: the same
+  numbers, more work. {padded}.
+- **Sequence-to-sequence**: the prompt goes into the encoder, once for all texts that have it; rows are padded.
+  {seq2seq}.
+
+`textgym.packing.can_pack(model)` tells which way a model goes.
+
+## How near they are to transformers
+
+The tables compare log-probabilities, in nats, with the model's own forward pass over each text alone, in the same
+precision: of tokens that were sampled in a batch from which rows leave (sampling), and of the same tokens judged
+afterwards (evaluate). Guide: how much less probable a greedy guide's tokens are, by that forward pass, than the most
+probable ones. PPO: "ok" if one iteration moved every parameter of the model and all stayed finite. With "bfloat16
+weights" the weights themselves were turned to bfloat16; with "bfloat16 autocast" they stay in float32, and the policy
+has `autocast=torch.bfloat16`.
+
+The last column is the yardstick: how far transformers' own log-probabilities are in bfloat16 from those in float32. The
+tests demand that nine tenths of our differences are at most {near} times it; a position that is skipped is farther.
+Of a mixture of experts, rounding can send a token to another expert, which makes the largest differences large: in
+transformers too.
+
+All of it holds for **tiny models with random weights** (two layers of width 32) **on a CPU**; nothing of it was run on
+a GPU. Their weights are much larger than trained ones, which makes rounding worse. Made by
+`python tests/test_models.py docs/models.md` with {versions}.
+
+{tables}
+"""
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Path(sys.argv[1]).write_text(page())

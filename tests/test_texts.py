@@ -147,8 +147,8 @@ def test_a_text_that_is_encoded_after_a_prompt_is_read_again(kind, prompt):
     for reference in ("very good", " very good", ".", "!", " a fun film"):
         (ids,) = encode_continuation(tokenizer, prompt, [reference])
         expected = reference if prompt[-1].isspace() or reference[0] == " " else " " + reference
-        if kind == "T5" and prompt[-1].isspace():  # T5 knows no more than one space between two words
-            expected = expected.lstrip()
+        if prompt[-1].isspace() and not decode(tokenizer, [prompt_ids])[0][-1].isspace():
+            expected = expected.lstrip()  # what stands between two words is lost, and stands in the prompt already
         (text,) = decode_continuations(tokenizer, [Context(prompt_ids, prompt)], [ids])
         if kind == "WordPiece":  # which joins a sign to the word before it, whatever stands between them
             text, expected = text.lstrip(), expected.lstrip()

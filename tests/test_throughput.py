@@ -70,14 +70,38 @@ def test_figures_are_printed_and_written(small, tmp_path, monkeypatch, capsys):
     assert "iteration_aggrevated" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", [{"only": "nothing"}, {"rounds": 0}])
+def test_a_llama_is_measured_where_a_model_is(small):
+    figures = throughput.throughput("env_single,sample_full,update,mfu", "llama", rounds=1)
+    assert {figure["name"].split("_")[0] for figure in figures} == {"sample", "update"}
+    assert {figure["settings"].split(",")[0] for figure in figures} == {"llama"}
+    agent = throughput.trainer("ppo++", family="llama")
+    assert agent.policy.model.config.model_type == agent.env.guide._model.config.model_type == "llama"
+    throughput.iteration(agent)()
+
+
+WRONG = [{"only": "nothing"}, {"rounds": 0}, {"peers": True, "family": "llama"}, {"only": "mfu", "family": "llama"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         throughput.throughput(**wrong)
 
 
-def test_the_plain_loop_judges_as_the_policy_does(small):
-    plain, policy = workload.PlainTrainer(), workload.policy(best=False)
+FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
+
+
+def test_the_llama_has_the_parameters_of_the_gpt2_but_for_positions_and_shared_heads():
+    gpt2, llama = (workload.language_model(family=family) for family in ("gpt2", "llama"))
+    assert gpt2.config.hidden_size == llama.config.hidden_size
+    assert (llama.config.num_attention_heads, llama.config.num_key_value_heads) == (4, 1)
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (gpt2, llama)]
+    assert 0.8 < counts[1] / counts[0] < 1
+
+
+@FAMILIES
+def test_the_plain_loop_judges_as_the_policy_does(small, family):
+    plain, policy = workload.PlainTrainer(family=family), workload.policy(best=False, family=family)
     ids = torch.from_numpy(workload.texts(4, workload.NEW))
     columns = torch.arange(workload.PROMPT, ids.shape[1]).expand(4, -1)
     torch.nn.init.zeros_(plain.value_head.weight)
@@ -89,12 +113,13 @@ def test_the_plain_loop_judges_as_the_policy_does(small):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_early_stops_are_geometric_for_both(small):
+@FAMILIES
+def test_early_stops_are_geometric_for_both(small, family):
     ids = workload.texts(400)
     expected = sum((1 - workload.STOP_PROB) ** k for k in range(workload.NEW))
     assert expected == pytest.approx(16, abs=0.2)
-    ours = workload.sample(workload.policy(best=False, stops=True), ids, workload.NEW, seed=0) / 400
-    model = workload.language_model(stops=True)
+    ours = workload.sample(workload.policy(best=False, stops=True, family=family), ids, workload.NEW, seed=0) / 400
+    model = workload.language_model(stops=True, family=family)
     theirs = workload.written(workload.generate(model, torch.from_numpy(ids), stops=True)[:, workload.PROMPT :]) / 400
     assert ours == pytest.approx(expected, abs=2)
     assert theirs == pytest.approx(expected, abs=2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from textgym.packing import PaddedCache, autocast
+from textgym.packing import PaddedCache
 
 
 def decoder_start(model: PreTrainedModel) -> list[int]:
@@ -161,14 +161,18 @@ def _check_positions(model: PreTrainedModel) -> None:
     if model not in _CHECKED:
         _CHECKED[model] = True  # for the caches made here
         prompt, new = np.arange(3, 6), np.arange(6, 10)
-        with autocast(model.device, None):
-            cache = Seq2SeqCache(model, [(prompt, new), (prompt, new[:1])], 1)
-            cache.prefill()
-            states = cache.step(torch.from_numpy(new[[0, 1]]).to(model.device))
-            ids = torch.from_numpy(np.stack([[*new, new[0]], new[[0, 1, 0, 0, 0]]])).to(model.device)
-            prompts, rows = torch.from_numpy(prompt).to(model.device), torch.arange(2, device=model.device)
-            alone = read(model, prompts.expand(2, -1), torch.full_like(rows, 3), ids, rows, 5 - 3 * rows)
-        _CHECKED[model] = bool((states - alone).abs().max() <= 100 * torch.finfo(states.dtype).eps * alone.abs().max())
+        cache = Seq2SeqCache(model, [(prompt, new), (prompt, new[:1])], 1)
+        cache.prefill()
+        states = cache.step(torch.from_numpy(new[[0, 1]]).to(model.device))
+        ids = torch.from_numpy(np.stack([[*new, new[0]], new[[0, 1, 0, 0, 0]]])).to(model.device)
+        prompts, rows = torch.from_numpy(prompt).to(model.device), torch.arange(2, device=model.device)
+        alone = read(model, prompts.expand(2, -1), torch.full_like(rows, 3), ids, rows, 5 - 3 * rows)
+        # In the precision of the caller, who may have cast the weights (`packing.Autocast`).
+        kind, dtype = model.device.type, states.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        tolerance = min(100 * torch.finfo(dtype).eps, 0.1)
+        _CHECKED[model] = bool((states - alone).abs().max() <= tolerance * alone.abs().max())
     if not _CHECKED[model]:
         raise ValueError(
             f"model must be one that can continue texts of different lengths together, which {type(model).__name__} "
