@@ -512,8 +512,8 @@ def decode_continuations(
 
     Returns:
         n texts without special tokens. Where the tokens of a context have lost the space at the end of its text (T5's
-        do), the new text begins without one. Bytes that end inside a character become U+FFFD; a character that begins in the context and is
-        completed by the new tokens belongs to the new text.
+        do), the new text begins without one. Bytes that end inside a character become U+FFFD; a character that begins
+        in the context and is completed by the new tokens belongs to the new text.
     """
     if not len(token_ids):
         return []
