@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from textgym.decoding import Decoding, Sampler, choose, generate
+from textgym.decoding import Decoding, Sampler, choose, generate, nucleus
 from textgym.seeding import uniform
 
 VOCAB, EOS = 64, 0
@@ -299,3 +299,32 @@ def test_wrong_arguments_are_named():
     sampler.keep(np.array([False, False]))
     with pytest.raises(ValueError, match="all rows have left"):
         sampler.sample()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([7, 300, 700]), st.sampled_from([0.05, 0.3, 0.9, 0.999]), st.booleans()
+)
+def test_a_nucleus_keeps_no_more_of_equal_tokens_than_it_needs(seed, vocabulary, top_p, flat):
+    rng = np.random.default_rng(seed)
+    scores = np.zeros((4, vocabulary)) if flat else np.round(rng.normal(0, 2, (4, vocabulary)))
+    kept = nucleus(torch.tensor(scores, dtype=torch.float32), top_p).isfinite().numpy()
+    for row, inside in zip(scores, kept, strict=True):
+        probs = np.exp(row - row.max())
+        probs /= probs.sum()
+        ranked = np.argsort(-row, kind="stable")  # of equal scores the first ids
+        size = inside.sum()
+        assert set(np.flatnonzero(inside)) == set(ranked[:size])
+        assert probs[ranked[:size]].sum() >= top_p - 1e-5
+        assert probs[ranked[: size - 1]].sum() <= top_p + 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-39, 1e-45, 1e-320])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_the_lowest_temperatures_are_greedy(temperature, truncation):
+    scores = torch.randn(50, 90, generator=torch.Generator().manual_seed(0)) * 30
+    scores[:, 7] = -math.inf
+    uniforms = torch.rand(50, dtype=torch.float64)
+    chosen = choose(scores, uniforms, Decoding(temperature=temperature, **truncation))
+    assert torch.equal(chosen, scores.argmax(-1))
+    assert chosen.dtype == torch.int64

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from textgym.data.mini import SIZES
 from textgym.data.sources import load_split
+from textgym.engine import TextVectorEnv
+from textgym.task import Task
 from textgym.tasks import TASKS
 from textgym.tokenization import encode_prompts, train_tokenizer
 
@@ -104,3 +107,28 @@ def test_every_real_concept_set_fits():
         "".join(task.prompt_of(row)) for split in SIZES for row in load_split("commongen", split, SHARED / "data").rows
     ]
     assert max(map(len, tokenizer(prompts)["input_ids"])) == task.max_prompt_tokens - 1
+
+
+def small_task(data, prompt="{p} {q}", references="r"):
+    return Task("small", data, prompt, references, 16, 4, lambda prompts, **_: [0.0] * len(prompts))
+
+
+@pytest.mark.parametrize("kind", [datasets.Dataset.from_list, list])
+def test_null_is_never_the_word_none(kind, tokenizer):
+    rows = [{"p": "one", "q": "two", "r": "three"}, {"p": "one", "q": None, "r": "three"}]
+    with pytest.raises(ValueError, match="data must have text for the prompt in column 'q', got null in row 1"):
+        TextVectorEnv(2, task=small_task(kind(rows)), tokenizer=tokenizer)
+    assert len(small_task(kind(rows), "{p}").split("train", "mini")) == 2
+    assert len(small_task(kind(rows), "{p[0]}").split("train", "mini")) == 2
+    for wrong in (lambda row: row["q"], lambda row: (row["p"], row["q"], "")):
+        task = small_task(kind(rows), wrong)
+        with pytest.raises(ValueError, match="prompt of task 'small' must be a string or a triple of strings, got"):
+            task.prompt_of(rows[1])
+
+
+def test_null_is_no_reference_and_a_number_is_refused():
+    task = small_task([{"r": value} for value in ("one", None, ["one", None], [], "")])
+    assert [task.references_of(row) for row in task.data] == [("one",), (), ("one",), (), ("",)]
+    for wrong in (1, [1], {"a": 1}.values()):
+        with pytest.raises(ValueError, match="references of task 'small' must be text or texts, got"):
+            task.references_of({"r": wrong})

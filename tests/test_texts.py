@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from agents import SL, CausalLMPolicy, evaluate
@@ -287,6 +287,26 @@ def test_a_guide_with_a_tokenizer_of_its_own_reads_and_writes_the_space(kind):
         env.step(np.array([token]))
     *_, infos = env.step(np.array([env.vocab_size]))
     assert infos["text"][0] == " was very good"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_that_has_its_bos_gets_no_second_one(side):
+    tokenizer = llama(legacy=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    plain = encode_prompts(tokenizer, [("", "the film was", "")], P)[0][1]
+    assert plain[0] == tokenizer.bos_token_id
+    (text, ids) = encode_prompts(tokenizer, [("<s>", "the film was", "")], P)[0]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids == tokenizer("<s>the film was", add_special_tokens=False)["input_ids"]
+    (text, ids) = encode_prompts(tokenizer, [("<s>", "the film was very good", "")], 4, side)[0]
+    assert len(ids) == 4
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert text.startswith("<s>")
+    twice = encode_prompts(tokenizer, [("", "<s><s>the film", "")], P)[0][1]
+    assert twice.count(tokenizer.bos_token_id) == 3, "what somebody writes twice is meant so"
 
 
 def test_the_end_of_a_text_is_found_without_a_context_too():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
@@ -37,10 +38,23 @@ class Split:
         return len(self.rows)
 
     @classmethod
-    def of(cls, rows: Sequence[Row] | datasets.Dataset) -> Split:
-        """Wrap rows, with a fingerprint of their content."""
+    def of(cls, rows: Sequence[Row] | datasets.Dataset, filled: Sequence[str] = ()) -> Split:
+        """Wrap rows, with a fingerprint of their content.
+
+        Args:
+            rows: The samples.
+            filled: Columns in which no row may hold null.
+
+        Raises:
+            ValueError: One does.
+        """
         digest = hashlib.sha256()
-        for row in rows:
+        for index, row in enumerate(rows):
+            for column in filled:
+                if row.get(column, "") is None:
+                    raise ValueError(
+                        f"data must have text for the prompt in column {column!r}, got null in row {index}"
+                    )
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return cls(rows, digest.hexdigest()[:16])
 
@@ -97,7 +111,8 @@ class Task:
             source: "mini", "hub" or a folder.
 
         Raises:
-            ValueError: The split's name is not one of these, or the task has no such split.
+            ValueError: The split's name is not one of these, or the task has no such split; null in a column that the
+                prompt's format string names.
         """
         if name not in SPLITS:
             raise ValueError(f"split must be one of {list(SPLITS)}, got {name!r}")
@@ -109,21 +124,20 @@ class Task:
             rows = self.data[name]
         else:
             rows = self.data
-        return rows if isinstance(rows, Split) else Split.of(rows)
+        return rows if isinstance(rows, Split) else Split.of(rows, self._columns_of_prompt)
+
+    @property
+    def _columns_of_prompt(self) -> list[str]:
+        names = [name for _, name, _, _ in Formatter().parse(self.prompt)] if isinstance(self.prompt, str) else []
+        return [re.split(r"[.[]", name)[0] for name in names if name]
 
     def prompt_of(self, row: Row) -> tuple[str, str, str]:
         """The prompt of a row as (before, body, after).
 
         Raises:
-            ValueError: A column of the format string is null in this row, or what a function returns is no prompt.
+            ValueError: What a function returns is no prompt.
         """
-        if isinstance(self.prompt, str):
-            missing = [name for _, name, _, _ in Formatter().parse(self.prompt) if name and row.get(name, "") is None]
-            if missing:
-                raise ValueError(f"prompt of task {self.name!r} needs text in column {missing[0]!r}, got None in {row}")
-            prompt: Any = self.prompt.format(**row)
-        else:
-            prompt = self.prompt(row)
+        prompt: Any = self.prompt.format(**row) if isinstance(self.prompt, str) else self.prompt(row)
         if not isinstance(prompt, str) and not (
             isinstance(prompt, tuple) and len(prompt) == 3 and all(isinstance(part, str) for part in prompt)
         ):
