@@ -480,10 +480,23 @@ def page():
         packed=", ".join(name for name in CAUSAL if can_pack(model_of(name))),
         padded=", ".join(name for name in CAUSAL if not can_pack(model_of(name))),
         seq2seq=", ".join(SEQ2SEQ),
+        every=every_family(),
         near=NEAR,
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
         tables="\n\n".join(table.markdown() for table in tables),
     )
+
+
+def every_family():
+    """What tests/test_every_family.py finds of all causal classes of transformers."""
+    from test_every_family import NOT_TRIED, PADDED, REFUSALS, SERVED
+
+    padded = sorted(PADDED.split())
+    packed = sorted(set(SERVED) - set(padded))
+    lines = [f"- {len(packed)} packed: {', '.join(packed)}.", f"- {len(padded)} padded: {', '.join(padded)}."]
+    refused = [f"  - {', '.join(sorted(names.split()))}: {reason}" for reason, names in REFUSALS.items()]
+    lines += [f"- {sum(len(names.split()) for names in REFUSALS.values())} refused, by a message that says:", *refused]
+    return "\n".join([*lines, "- Not tried:", *(f"  - {name}: {reason}" for name, reason in NOT_TRIED.items())])
 
 
 TEXT = """\
@@ -501,6 +514,19 @@ texts of several lengths together; one whose code cannot is refused when the pol
   {seq2seq}.
 
 `textgym.packing.can_pack(model)` tells which way a model goes.
+
+A mixture of experts is trained as any other model: the auxiliary loss that balances its routers
+(`config.output_router_logits`) is no part of any loss here. A model with LongRoPE positions (Phi 3, 3.5, 4) reads all
+texts of an environment with the factors that its longest can need, P + T tokens. A tokenizer may have more tokens than
+the model embeds (Gemma 3's image token); a text that holds one is refused by its name.
+
+## Every causal class
+
+`tests/test_every_family.py` makes a tiny model with random weights of every causal class that transformers has, and
+compares log-probabilities of texts of several lengths, sampled and judged together, with the model's for each alone
+(encoder-decoders stand here with their decoders alone):
+
+{every}
 
 ## How near they are to transformers
 
