@@ -92,8 +92,8 @@ class Policy(nn.Module, ABC):
     Attributes:
         tokenizer: The tokenizer of its tokens; environments are made with it.
         decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
-        can_hand_off: Whether it has an action beyond the tokens, `vocab_size`, by which it asks the guide to finish.
-            Environments made with ``handoff=True`` need such a policy, others one without.
+        can_hand_off: Whether it has an action beyond the tokens, the environment's ``vocab_size``, by which it asks the
+            guide to finish. Environments made with ``handoff=True`` need such a policy, others one without.
         prompt_columns: P, how many columns of an observation are the prompt's, for policies that read prompts apart
             from what follows them; None for unknown. Algorithms set it to what their environment has.
         context_length: P + T, most tokens of a text, for policies whose positions depend on it (see
@@ -108,18 +108,13 @@ class Policy(nn.Module, ABC):
     _more_end_ids: tuple[int, ...] = ()
 
     @property
-    def vocab_size(self) -> int:
-        """How many token ids there are, which is the largest plus one; that of its environments."""
-        return vocabulary_size(self.tokenizer)
-
-    @property
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text, EOS first."""
         return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *self._more_end_ids]))
 
     def add_end_tokens(self, token_ids: Sequence[int]) -> None:
         """Let further tokens end a text, as algorithms do with those that end an episode of their environment."""
-        self._more_end_ids = tuple(token for token in token_ids if token != self.tokenizer.eos_token_id)
+        self._more_end_ids = tuple(dict.fromkeys([*self._more_end_ids, *token_ids]))
 
     @property
     def device(self) -> torch.device:
@@ -322,6 +317,8 @@ class LanguageModelPolicy(Policy):
 
     A mixture of experts is trained as any other model: the auxiliary loss that balances its routers, which
     ``config.output_router_logits`` asks for, is no part of any loss here.
+
+    The positions of a LongRoPE model are fixed for `context_length` (see `textgym.positions`), in the model itself.
 
     The tokenizer can have more tokens than the model has embeddings (Gemma 3's has one for images): these are never
     chosen, and a text that holds one is refused. All tokens that the model's generation config names as its ends are
@@ -540,7 +537,7 @@ class LanguageModelPolicy(Policy):
             max_new_tokens=max_new_tokens,
             value_head=self.heads["value"] if values else None,
             handoff_head=self._handoff_head,
-            vocab_size=self.vocab_size,
+            vocab_size=vocabulary_size(self.tokenizer),
             unused_ids=unused_ids(self.tokenizer),
             dtype=self._dtype,
         )

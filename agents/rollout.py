@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -122,7 +123,7 @@ class Rollout:
 
 
 def agree(env: TextVectorEnv, policy: Policy) -> None:
-    """Let the tokens that end a text of the policy or an episode of the environment do both.
+    """Tell an environment and a policy of each other: which tokens end a text, and how long it can be.
 
     Raises:
         ValueError: Only one of the two has the hand-off.
@@ -134,6 +135,18 @@ def agree(env: TextVectorEnv, policy: Policy) -> None:
         )
     env.add_end_tokens(policy.end_token_ids)
     policy.add_end_tokens(env.end_token_ids)
+    policy.context_length = policy.context_length or env.max_prompt_tokens + env.max_new_tokens
+
+
+@contextlib.contextmanager
+def agreeing(env: TextVectorEnv, policy: Policy) -> Iterator[None]:
+    """`agree` for a while: texts end as they did again afterwards, so that no evaluation changes the next."""
+    ends, more = env._ends, policy._more_end_ids
+    agree(env, policy)
+    try:
+        yield
+    finally:
+        env._ends, policy._more_end_ids = ends, more
 
 
 def collect(
@@ -169,39 +182,39 @@ def collect(
         raise ValueError("env must be made with parking=True: rows wait for each other, and end on the same step")
     if env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
         raise ValueError("env must not be made with autoreset_mode=SAME_STEP: the last step must show the whole texts")
-    agree(env, policy)
     if len(seeds) != env.num_envs:
         raise ValueError(f"seeds must have one entry for each of the {env.num_envs} rows, got {len(seeds)}")
 
-    observation, info = env.reset(seed=reset_seed, options=dict(options or {}))
-    prompts, references, sample_ids = info["prompt"], info["references"], info["sample_id"]
-    live = np.flatnonzero(
-        sample_ids != NO_SAMPLE
-    )  # the last reset of a sequential pass can leave rows without a sample
-    prefix_lengths = info["prefix_length"].copy()
+    with agreeing(env, policy):
+        observation, info = env.reset(seed=reset_seed, options=dict(options or {}))
+        prompts, references, sample_ids = info["prompt"], info["references"], info["sample_id"]
+        live = np.flatnonzero(
+            sample_ids != NO_SAMPLE
+        )  # the last reset of a sequential pass can leave rows without a sample
+        prefix_lengths = info["prefix_length"].copy()
 
-    sampler = policy.sampler(
-        observation,
-        seeds=seeds,
-        decoding=decoding,
-        values=values,
-        max_new_tokens=env.max_new_tokens,
-        prefix_lengths=prefix_lengths,
-    )
-    sampler.keep(~info["parked"][sampler.rows])
-    actions = np.zeros(env.num_envs, np.int64)
-    # Tokens are all that goes to the environment and comes from the device at every step.
-    rows: list[np.ndarray] = []
-    samples: list[Sample] = []
-    while True:
-        if len(sampler.rows):
-            samples.append(sampler.sample())
-            rows.append(sampler.rows)
-            actions[sampler.rows] = samples[-1].tokens.cpu().numpy()
-        observation, rewards, terminations, _, info = env.step(actions)
-        if terminations[live].all():
-            break
+        sampler = policy.sampler(
+            observation,
+            seeds=seeds,
+            decoding=decoding,
+            values=values,
+            max_new_tokens=env.max_new_tokens,
+            prefix_lengths=prefix_lengths,
+        )
         sampler.keep(~info["parked"][sampler.rows])
+        actions = np.zeros(env.num_envs, np.int64)
+        # Tokens are all that goes to the environment and comes from the device at every step.
+        rows: list[np.ndarray] = []
+        samples: list[Sample] = []
+        while True:
+            if len(sampler.rows):
+                samples.append(sampler.sample())
+                rows.append(sampler.rows)
+                actions[sampler.rows] = samples[-1].tokens.cpu().numpy()
+            observation, rewards, terminations, _, info = env.step(actions)
+            if terminations[live].all():
+                break
+            sampler.keep(~info["parked"][sampler.rows])
 
     shape = (env.num_envs, env.max_new_tokens)
     log_probs, state_values = torch.zeros(2, *shape, device=policy.device)

@@ -21,7 +21,7 @@ from agents.policy import POLICY_FILE, Evaluation, Policy, left_packed, replaced
 from textgym.decoding import Decoding, Sample, at_least_float32, choose, resolve_device
 from textgym.seeding import uniform
 from textgym.tasks.lock import CombinationLock
-from textgym.tokenization import pretrained_tokenizer
+from textgym.tokenization import pretrained_tokenizer, vocabulary_size
 
 TABLES_FILE = "tables.safetensors"
 
@@ -51,7 +51,7 @@ class TabularPolicy(Policy):
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer must have an eos_token: it is the action that ends a text")
-        self.logits = nn.Parameter(torch.zeros(num_states, len(tokenizer)))
+        self.logits = nn.Parameter(torch.zeros(num_states, vocabulary_size(tokenizer)))
         self.value_table = nn.Parameter(torch.zeros(num_states))
         self.guide_value_table = nn.Parameter(torch.zeros(num_states))
         self.tokenizer = tokenizer
@@ -228,7 +228,8 @@ class TabularSampler:
         states = policy.states(self._texts[rows]).gather(1, lengths[:, None]).squeeze(1)
         logits = at_least_float32(policy.logits[states])
         scores = logits.clone()
-        scores[self._eos_banned[rows, self._step], policy.tokenizer.eos_token_id] = -math.inf
+        ends = list(policy.end_token_ids)
+        scores[:, ends] = scores[:, ends].masked_fill(self._eos_banned[rows, self._step, None], -math.inf)
         tokens = choose(scores, self._uniforms[rows, self._step], self.decoding)
         log_probs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
         self._texts[rows, lengths] = tokens

@@ -202,7 +202,7 @@ def test_everybody_reads_the_same_text(kind, prompt):
     check_whole(tokenizer, prompt, ids, text)
     assert text == ("very good" if prompt[-1].isspace() else " very good")
     assert seen == [text]
-    assert env.texts([prompt], [ids]) == [text]
+    assert env.texts([ids], [prompt]) == [text]
     assert env.written_texts([0]) == [text]
     assert env.render()[0] == f"\x1b[2m{prompt}\x1b[0m\x1b[32m{text}\x1b[0m"
     env.reset(seed=0)

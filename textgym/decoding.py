@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers.utils import is_bitsandbytes_available, is_gguf_available, is_
 
 from textgym.hub import file_beside
 from textgym.packing import Autocast, PackedCache, PaddedCache, can_pack, fuse_activations, head
-from textgym.positions import check_positions, fix_positions, short_context
+from textgym.positions import check_positions, with_positions_alike
 from textgym.seeding import uniform
 from textgym.seq2seq import Seq2SeqCache, decoder_start
 
@@ -189,7 +188,8 @@ class Sampler:
         self.value_head, self.handoff_head = value_head, handoff_head
         logits = model.get_output_embeddings().weight.shape[0]
         self.vocab_size = logits if vocab_size is None else vocab_size
-        self._unused = [token for token in unused_ids if token < logits]
+        unused = [token for token in unused_ids if token < logits]
+        self._unused = torch.tensor(unused, dtype=torch.int64, device=model.device)
         self._ends = [token for token in self.eos_token_ids if 0 <= token < min(logits, self.vocab_size)]
         self.rows = np.flatnonzero(lengths > 0)
         self._texts = [texts[row] for row in self.rows]
@@ -227,7 +227,7 @@ class Sampler:
         values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
         scores = logits[:, : self.vocab_size]
         left_out = [logits[:, scores.shape[1] :].logsumexp(-1)]
-        if self._unused:
+        if len(self._unused):
             left_out.append(scores[:, self._unused].logsumexp(-1))
             scores[:, self._unused] = -math.inf
         if self._eos_banned is not None:
@@ -345,7 +345,8 @@ class BeamSearch(Sampler):
         self._check_asked()
         if self._found is None:
             self._found = self._search()
-        texts, filler = [self._found[row] for row in self.rows.tolist()], max(self.eos_token_ids[:1], default=0)
+        texts = [self._found[row] for row in self.rows.tolist()]
+        filler = self.eos_token_ids[0] if self.eos_token_ids else 0
         tokens = [text[self._step] if self._step < len(text) else filler for text in texts]
         self._step += 1
         unknown = torch.full((len(texts),), math.nan, device=self.model.device)
@@ -381,7 +382,7 @@ class BeamSearch(Sampler):
             start = decoder_start(model)
             inputs["decoder_input_ids"] = np.array([[*start, *new] for _, new in texts], np.int64)
         ends = [token for token in self.eos_token_ids if token >= 0]
-        never = [*self._unused, *range(self.vocab_size, model.get_output_embeddings().weight.shape[0])]
+        never = [*self._unused.tolist(), *range(self.vocab_size, model.get_output_embeddings().weight.shape[0])]
         usual, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with self._autocast:
@@ -449,11 +450,8 @@ def generate(
     remaining = horizon - prefix
     texts: list[list[int]] = [[] for _ in ids]
     order = np.argsort(lengths, kind="stable")[::-1]
-    # Rows that need the long factors of LongRoPE are written apart, since a row's text must not depend on the batch.
-    border = short_context(model)
-    long = np.zeros(len(ids), bool) if border is None else lengths + remaining > border
-    for rows, context_length in ((order[~long[order]], None), (order[long[order]], sys.maxsize)):
-        fix_positions(model, context_length)
+    for alike in with_positions_alike(model, lengths + remaining):
+        rows = order[np.isin(order, alike)]
         for start in range(0, len(rows), batch_size or max(len(rows), 1)):
             batch = rows[start : start + (batch_size or len(rows))]
             sampler = sampler_class(decoding)(
@@ -481,7 +479,7 @@ def sampler_class(decoding: Decoding) -> type[Sampler]:
 
 def as_ids(token_ids: int | Sequence[int]) -> tuple[int, ...]:
     """One token id, or several, as several."""
-    return (token_ids,) if isinstance(token_ids, int) else tuple(token_ids)
+    return (int(token_ids),) if isinstance(token_ids, int | np.integer) else tuple(token_ids)
 
 
 def write(sampler: Any, limits: np.ndarray, eos_token_id: int | Sequence[int]) -> list[list[int]]:

@@ -813,12 +813,12 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._add(infos, "guide_tokens", mask, (self._authors[rows] == Author.GUIDE).sum(1))
         return infos
 
-    def texts(self, prompts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> list[str]:
+    def texts(self, token_ids: Sequence[Sequence[int]], prompts: Sequence[str]) -> list[str]:
         """What the reward reads of token ids: the text up to where an episode of them would have ended.
 
         Args:
-            prompts: For each text its prompt, without the template.
             token_ids: For each text what follows the prompt, prefix included.
+            prompts: For each text its prompt, without the template.
         """
         from textgym.tokenization import Context
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -62,6 +65,24 @@ def fix_positions(model: PreTrainedModel, context_length: int | None) -> None:
         elif rope_type in ("longrope", _FIXED):
             _fix(module, long, border, None)
             module.rope_type = _FIXED  # transformers leaves alone what it does not know
+
+
+def with_positions_alike(model: PreTrainedModel, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of a batch that is read once, each with the positions that its texts need, whatever else is in the batch.
+
+    Args:
+        model: The model, which is changed for each part (see `fix_positions`).
+        lengths: (n,) integers, most tokens of each text.
+
+    Yields:
+        Indices of texts, integers (m,): all of them, but of a LongRoPE model first short texts and then long ones.
+    """
+    border = short_context(model)
+    long = np.zeros(len(lengths), bool) if border is None else np.asarray(lengths) > border
+    for part, context_length in ((~long, None), (long, sys.maxsize)):
+        if part.any():
+            fix_positions(model, context_length)
+            yield np.flatnonzero(part)
 
 
 def _fix(module: Any, long: bool, border: int, layer_type: str | None) -> None:

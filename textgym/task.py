@@ -38,23 +38,10 @@ class Split:
         return len(self.rows)
 
     @classmethod
-    def of(cls, rows: Sequence[Row] | datasets.Dataset, filled: Sequence[str] = ()) -> Split:
-        """Wrap rows, with a fingerprint of their content.
-
-        Args:
-            rows: The samples.
-            filled: Columns in which no row may hold null.
-
-        Raises:
-            ValueError: One does.
-        """
+    def of(cls, rows: Sequence[Row] | datasets.Dataset) -> Split:
+        """Wrap rows, with a fingerprint of their content."""
         digest = hashlib.sha256()
-        for index, row in enumerate(rows):
-            for column in filled:
-                if row.get(column, "") is None:
-                    raise ValueError(
-                        f"data must have text for the prompt in column {column!r}, got null in row {index}"
-                    )
+        for row in rows:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return cls(rows, digest.hexdigest()[:16])
 
@@ -111,8 +98,7 @@ class Task:
             source: "mini", "hub" or a folder.
 
         Raises:
-            ValueError: The split's name is not one of these, or the task has no such split; null in a column that the
-                prompt's format string names.
+            ValueError: The split's name is not one of these, or the task has no such split.
         """
         if name not in SPLITS:
             raise ValueError(f"split must be one of {list(SPLITS)}, got {name!r}")
@@ -124,19 +110,19 @@ class Task:
             rows = self.data[name]
         else:
             rows = self.data
-        return rows if isinstance(rows, Split) else Split.of(rows, self._columns_of_prompt)
-
-    @property
-    def _columns_of_prompt(self) -> list[str]:
-        names = [name for _, name, _, _ in Formatter().parse(self.prompt)] if isinstance(self.prompt, str) else []
-        return [re.split(r"[.[]", name)[0] for name in names if name]
+        return rows if isinstance(rows, Split) else Split.of(rows)
 
     def prompt_of(self, row: Row) -> tuple[str, str, str]:
         """The prompt of a row as (before, body, after).
 
         Raises:
-            ValueError: What a function returns is no prompt.
+            ValueError: A column that the format string names is null, or what a function returns is no prompt.
         """
+        if isinstance(self.prompt, str):
+            columns = [re.split(r"[.[]", name)[0] for _, name, _, _ in Formatter().parse(self.prompt) if name]
+            missing = [column for column in columns if row.get(column, "") is None]
+            if missing:
+                raise ValueError(f"prompt of task {self.name!r} needs text in column {missing[0]!r}, got null in {row}")
         prompt: Any = self.prompt.format(**row) if isinstance(self.prompt, str) else self.prompt(row)
         if not isinstance(prompt, str) and not (
             isinstance(prompt, tuple) and len(prompt) == 3 and all(isinstance(part, str) for part in prompt)

@@ -149,13 +149,16 @@ class _Vocabulary(NamedTuple):
         size: The largest id plus one.
         gaps: The ids below that are no token.
         ordinary: bool (size,), tokens that are text whatever stands around them: neither special nor a byte.
-        keeps_space: Whether a text that is encoded alone keeps the space, or the lack of it, with which it begins.
+        joins: Whether texts are encoded and decoded to the same alone and after others, space included, up to where
+            single bytes make a character; None where texts cannot be encoded, but for words of the vocabulary.
+        whole: Tokens known to be of whole characters, or known not to.
     """
 
     size: int
     gaps: tuple[int, ...]
     ordinary: np.ndarray
-    keeps_space: bool
+    joins: bool | None
+    whole: dict[int, bool]
 
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -173,18 +176,27 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
         apart = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         ordinary[[id for id in apart if id < size]] = False
         ordinary[[id for token, id in tokens.items() if token.startswith("<0x") and _BYTE.fullmatch(token)]] = False
-        known = _Vocabulary(size, tuple(gaps), ordinary, _keeps_space(tokenizer))
+        known = _Vocabulary(size, tuple(gaps), ordinary, _joins(tokenizer), {})
         _VOCABULARIES[tokenizer] = len(tokenizer), known
     return known
 
 
-def _keeps_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    texts = ["a", " a", "  a", "\n a"]
+def _joins(tokenizer: PreTrainedTokenizerBase) -> bool | None:
+    texts = ["a", " a", "  a", "\n a", "a ", "."]
     try:
         letter, *ids = tokenizer(["x", *texts], add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception:  # tokenizers raise it where a word has no token: such have no text but theirs to tell apart
-        return True
-    return decode(tokenizer, [[*letter, *line] for line in ids]) == ["x" + text for text in texts]
+    except Exception:  # tokenizers raise it where a word has no token
+        return None
+    return decode(tokenizer, [*ids, *([*letter, *line] for line in ids)]) == [*texts, *("x" + text for text in texts)]
+
+
+def _is_whole(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token is of whole characters."""
+    known = _vocabulary(tokenizer).whole
+    if token not in known:
+        text = decode(tokenizer, [[token]])[0]
+        known[token] = bool(text) and "\ufffd" not in text
+    return known[token]
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -258,13 +270,24 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, of_model: int | Sequence[int] | 
 
 
 def ends_beside(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a text of the model beside which a tokenizer lies (see `end_ids`)."""
+    """The tokens that end a text of the model beside which a tokenizer lies (see `end_ids`).
+
+    Raises:
+        ValueError: The model's generation config cannot be read.
+    """
     file = file_beside(tokenizer.name_or_path, "generation_config.json") if tokenizer.name_or_path else None
-    return end_ids(tokenizer, None if file is None else json.loads(Path(file).read_text()).get("eos_token_id"))
+    if file is None:
+        return end_ids(tokenizer, None)
+    try:
+        return end_ids(tokenizer, json.loads(Path(file).read_text()).get("eos_token_id"))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} must be a JSON object whose eos_token_id is a token id, a list of them or null: {error}"
+        ) from error
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which the chat template closes an answer; None where it shows none."""
+    """The token with which the chat template closes an answer, one of those added to the vocabulary; None for none."""
     place = "\0"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": place}]
     try:
@@ -273,12 +296,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     _, _, after = text.rpartition(place)
     ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if place in text and after else []
-    return next((token for token in ids if _is_silent(tokenizer, token)), None)
-
-
-def _is_silent(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether texts are decoded without a token."""
-    return not decode(tokenizer, [[token]])[0]
+    return next((id for id in ids if id in tokenizer.added_tokens_decoder and id != tokenizer.unk_token_id), None)
 
 
 def template_parts(tokenizer: PreTrainedTokenizerBase, template: str, chat: bool) -> tuple[str, str]:
@@ -473,7 +491,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
         return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
 
     ids = encode(texts)
-    if not end or _vocabulary(tokenizer).keeps_space:
+    if not end or _vocabulary(tokenizer).joins is not False:
         return ids
     context = Context(encode([end])[0], end)
     wrong = [i for i, lost in enumerate(loses_space(texts, ids)) if lost]
@@ -517,12 +535,15 @@ def decode_continuations(
     """
     if not len(token_ids):
         return []
-    ordinary = _vocabulary(tokenizer).ordinary
+    known = _vocabulary(tokenizer)
+    if known.joins and all(not ids or _is_whole(tokenizer, ids[-1]) for ids, _ in contexts):
+        return decode(tokenizer, [list(ids) for ids in token_ids])
+    ordinary = known.ordinary
     ends = []
     for ids, _ in contexts:
         # Only the end of a context matters, from a token that is decoded to the same whatever stands before it.
         start = max(len(ids) - _LAST_TOKENS, 0)
-        while start > 0 and not ordinary[ids[start]]:
+        while start > 0 and not (ordinary[ids[start]] and _is_whole(tokenizer, ids[start])):
             start -= 1
         ends.append(tuple(ids[start:]))
     different = list(dict.fromkeys(ends))
@@ -540,7 +561,7 @@ def decode_continuations(
             letter = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
             alone, begun = decode(tokenizer, [letter, [*letter, *ids]])
             text = begun[len(alone) :]
-        lost = shown != shown.rstrip() and before == before.rstrip()
+        lost = before and before == before.rstrip() and shown != shown.rstrip()
         texts.append(text.lstrip() if lost else text)
     return texts
 
@@ -572,9 +593,8 @@ class Ends:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab() if stop else {}
         # Texts are decoded without special tokens, so their names are never in one.
-        named = {
-            text: vocabulary[text] for text in stop if text in vocabulary and _is_silent(tokenizer, vocabulary[text])
-        }
+        special = {*tokenizer.all_special_ids}
+        named = {text: vocabulary[text] for text in stop if vocabulary.get(text) in special}
         self.named = tuple(named.values())
         self.tokens = np.zeros(vocabulary_size(tokenizer), bool)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

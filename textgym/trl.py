@@ -90,7 +90,7 @@ def reward_function(env: gym.Env | VectorEnv) -> Callable[..., list[float]]:
             )
         values = engine.reward_function(
             prompts=list(task_prompt),
-            completions=engine.texts(list(task_prompt), ids),
+            completions=engine.texts(ids, list(task_prompt)),
             references=[tuple(texts) for texts in references],
         )
         total, parts = split_parts(values, len(ids))

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from agents.algorithm import Algorithm, check
 from agents.policy import Evaluation, LanguageModelPolicy, Policy, replaced_folder
+from agents.rollout import agree
 from agents.sb3.policies import CausalLMActorCriticPolicy, MaskableCausalLMActorCriticPolicy, evaluate_transitions
 from agents.sb3.vec_env import TextVecEnv
 from textgym.decoding import Decoding, Sample, Sampler
 from textgym.engine import TextVectorEnv
 from textgym.seeding import hash64
-from textgym.tokenization import pretrained_tokenizer
+from textgym.tokenization import pretrained_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -191,6 +192,7 @@ class SB3Algorithm(Algorithm):
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.name} runs in one process, got {self.accelerator.num_processes}")
         self.env = _without_parking(self.env)
+        agree(self.env, self.policy)
         self.steps = episodes_per_iteration * self.env.max_new_tokens
         sb3_policy: Any = "MultiInputPolicy"
         own: dict[str, Any] = {"learning_rate": learning_rate}
@@ -332,7 +334,7 @@ class SB3Policy(Policy):
         super().__init__()
         self.model, self.network, self.tokenizer = model, model.policy, tokenizer
         self.decoding = Decoding(greedy=True)
-        self.can_hand_off = bool(cast("spaces.Discrete", model.action_space).n > self.vocab_size)
+        self.can_hand_off = bool(cast("spaces.Discrete", model.action_space).n > vocabulary_size(tokenizer))
 
     def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> Sampler:
         """Begin to write a batch of texts; `predict` chooses their tokens, whatever decoding and seeds say."""

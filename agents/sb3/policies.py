@@ -26,7 +26,7 @@ from agents.algorithm import check
 from agents.policy import Evaluation, LanguageModelPolicy, Policy, left_packed
 from textgym.decoding import Decoding, Sample, Sampler, at_least_float32, choose, nucleus, on_host
 from textgym.packing import autocast, head
-from textgym.tokenization import unused_ids
+from textgym.tokenization import unused_ids, vocabulary_size
 
 Observation = Mapping[str, Tensor]
 
@@ -86,7 +86,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         if prompt_columns is not None:
             self.language_model.prompt_columns = prompt_columns
         self.prompt_columns = prompt_columns
-        size = self.language_model.vocab_size + self.language_model.can_hand_off
+        size = vocabulary_size(self.language_model.tokenizer) + self.language_model.can_hand_off
         if not isinstance(action_space, spaces.Discrete) or action_space.n != size:
             raise ValueError(
                 f"action_space must be Discrete({size}), the model's tokens and a hand-off where it has one, got "
@@ -222,10 +222,11 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         model = model or self.language_model
         with autocast(model.device, model._dtype):
             logits = head(model.model, states)
-        log_probs = at_least_float32(logits).log_softmax(-1)[:, : model.vocab_size]
+        size = vocabulary_size(model.tokenizer)
+        log_probs = at_least_float32(logits).log_softmax(-1)[:, :size]
         # Actions that are no token of the model have no probability, and no gradient that is not a number.
         never = torch.finfo(log_probs.dtype).min
-        log_probs = pad(log_probs, (0, model.vocab_size - log_probs.shape[1]), value=never)
+        log_probs = pad(log_probs, (0, size - log_probs.shape[1]), value=never)
         if unused := unused_ids(model.tokenizer):
             log_probs = log_probs.index_fill(1, torch.tensor(unused, device=log_probs.device), never)
         if not model.can_hand_off:
@@ -332,7 +333,7 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
             with torch.no_grad():
                 scores = self._log_probs(self._states(obs, self.masking_model), self.masking_model)
             near = nucleus(scores, self.top_p).isfinite()
-            near[:, self.language_model.vocab_size :] = True
+            near[:, vocabulary_size(self.language_model.tokenizer) :] = True
             both = near if allowed is None else near & allowed.view_as(near)
             allowed = both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed.view_as(near))
         distribution = MaskableCategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
@@ -497,7 +498,7 @@ def evaluate_transitions(policy: Policy, obs: Observation, actions: Tensor) -> E
     Returns:
         As `Policy.evaluate`, each entry (n,).
     """
-    handed = actions == policy.vocab_size
+    handed = actions == vocabulary_size(policy.tokenizer)
     texts = _Texts(obs["input_ids"], obs["attention_mask"], actions, ~handed, policy.prompt_columns)
     handoffs = texts.to_columns(handed) if policy.can_hand_off else None
     now = policy.evaluate(texts.input_ids, texts.attention_mask, texts.columns, handoffs)

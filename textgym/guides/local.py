@@ -159,10 +159,9 @@ class LocalGuide:
         completions = []
         for ids in self._write(contexts, requests, [request.max_new_tokens for request in requests], own):
             finished = bool(ids) and bool(ends[ids[-1]])
-            # The same vocabulary may name another of its tokens as the end.
-            completions.append(
-                Completion(token_ids=[*ids[:-1], tokenizer.eos_token_id] if finished else ids, finished=finished)
-            )
+            if finished:  # its EOS is the environment's, by whatever name; of another end the environment has its own
+                ids = [*ids[:-1], *([tokenizer.eos_token_id] if ids[-1] == own.eos_token_id else [])]
+            completions.append(Completion(token_ids=ids, finished=finished))
         return completions
 
     def _complete_texts(
@@ -282,8 +281,9 @@ class LocalGuide:
             key = (self.path, _modified(self.path), str(resolve_device(self.device)), *how.values())
             self._model = _LOADED.get(key)
             if self._model is None:
-                self._model = _LOADED[key] = load_model(self.path, device=self.device, **how).requires_grad_(False)
-                check_served(self._model)
+                model = load_model(self.path, device=self.device, **how).requires_grad_(False)
+                check_served(model)
+                self._model = _LOADED[key] = model
         if self._own_tokenizer is None:
             if self.tokenizer is None and self.path is not None:
                 self._own_tokenizer = pretrained_tokenizer(self.path, self.gguf_file)

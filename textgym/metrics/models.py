@@ -6,11 +6,13 @@ import math
 import os
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from textgym.decoding import load_model, resolve_device
 from textgym.metrics.base import Metric
+from textgym.positions import with_positions_alike
 
 # The layer whose output correlates best with human judgement, as bert-score's authors chose it on WMT16. Their table
 # goes by the model's name, which a folder does not have; this one by its type and number of layers.
@@ -63,37 +65,43 @@ class Perplexity(Metric):
         if not any(map(len, prediction_ids)):
             raise ValueError("prediction_ids must hold at least one token, got none")
         total, count = 0.0, 0
-        order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]) - len(prediction_ids[i]))
+        lengths = np.array([len(prompt) + len(text) for prompt, text in zip(prompt_ids, prediction_ids, strict=True)])
         training = self.model.training
         self.model.eval()
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            # Prompts end and predictions begin at one column, so that logits are needed from there on only.
-            before = max(len(prompt_ids[i]) for i in rows)
-            after = max(len(prediction_ids[i]) for i in rows)
-            if not after:
-                continue
-            ids = torch.zeros(len(rows), before + after, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(rows):
-                columns = slice(before - len(prompt_ids[i]), before + len(prediction_ids[i]))
-                ids[row, columns] = torch.tensor([*prompt_ids[i], *prediction_ids[i]])
-                mask[row, columns] = 1
-            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-            logits = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                logits_to_keep=after + 1,
-            ).logits[:, :-1]
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), ids[:, before:].flatten(), reduction="none"
-            )
-            written = mask[:, before:].flatten()
-            total += float((losses * written).sum(dtype=torch.float64))
-            count += int(written.sum())
+        for alike in with_positions_alike(self.model, lengths):
+            order = alike[np.argsort(-lengths[alike], kind="stable")].tolist()
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                of_batch = self._batch([prompt_ids[i] for i in rows], [prediction_ids[i] for i in rows])
+                total, count = total + of_batch[0], count + of_batch[1]
         self.model.train(training)
         return {"perplexity": math.exp(total / count)}
+
+    def _batch(self, prompt_ids: Sequence[Sequence[int]], prediction_ids: Sequence[Sequence[int]]) -> tuple[float, int]:
+        """Negative log-likelihood of a batch of predictions, and their tokens."""
+        # Prompts end and predictions begin at one column, so that logits are needed from there on only.
+        before = max(map(len, prompt_ids))
+        after = max(map(len, prediction_ids))
+        if not after:
+            return 0.0, 0
+        ids = torch.zeros(len(prompt_ids), before + after, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (prompt, text) in enumerate(zip(prompt_ids, prediction_ids, strict=True)):
+            columns = slice(before - len(prompt), before + len(text))
+            ids[row, columns] = torch.tensor([*prompt, *text])
+            mask[row, columns] = 1
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=after + 1,
+        ).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, before:].flatten(), reduction="none"
+        )
+        written = mask[:, before:].flatten()
+        return float((losses * written).sum(dtype=torch.float64)), int(written.sum())
 
 
 class BertScore(Metric):
