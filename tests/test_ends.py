@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_policy import tiny_tokenizer
+from test_texts import llama
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
@@ -85,6 +86,23 @@ def test_which_tokens_end_a_text(tmp_path):
     assert env().end_token_ids == (0,)
 
 
+@pytest.mark.parametrize("after", [" </s>", "\n</s>", "</s>", ""])
+def test_the_space_before_an_end_of_turn_is_no_end(after):
+    tokenizer = llama(legacy=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.content }}" + after + "{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    assert end_of_turn(tokenizer) == (tokenizer.eos_token_id if after else None)
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]", '{"eos_token_id": "x"}'])
+def test_a_generation_config_that_cannot_be_read_is_named(content, tmp_path):
+    turn_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json must be a JSON object whose eos_token_id"):
+        env(tokenizer=tmp_path)
+
+
 def test_a_policy_stops_where_its_model_does(tmp_path):
     model, tokenizer = chain_model(ANSWER), turn_tokenizer()
     policy, greedy = CausalLMPolicy(model, tokenizer), Decoding(greedy=True)
@@ -152,6 +170,10 @@ def test_a_guide_stops_where_its_model_does(arguments):
     assert seen == [" w10"]
     assert infos["guide_tokens"][0] == 2
     assert made._input_ids[0][made._attention_mask[0] > 0][-1] == 0, "a finished text ends as the environment's do"
+    chatting = env(1, guide=guide, handoff=True, stop=["<turn>"])
+    chatting.reset(seed=0)
+    chatting.step(np.array([made.vocab_size]))
+    assert chatting._input_ids[0][chatting._attention_mask[0] > 0][-1] == (TURN if arguments else 0 if named else TURN)
     made.reset(seed=1, options={"guidance": {"restart_prob": 1.0, "restart_length": [6, 8]}})
     assert made._prefix_length[0] <= 1
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_decoding import tiny_model
 from test_policy import tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, RecurrentGemmaConfig
 
 from textgym.decoding import Decoding, generate
 from textgym.guides.base import GuideRequest
@@ -203,6 +203,19 @@ def test_templates_and_chats_are_what_the_model_reads():
         assert [type(completion.text) for completion in written] == [str, str]
     prints = [text_guide(**options)[0].fingerprint for options in ({}, {"chat": False}, {"stop": ["x"]})]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_model_that_cannot_be_served_is_refused_every_time(tmp_path):
+    config = RecurrentGemmaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, lru_width=32, attention_window_size=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    WORDS.save_pretrained(tmp_path)
+    guide = LocalGuide(tmp_path, device="cpu")
+    for asked in (guide, guide, LocalGuide(tmp_path, device="cpu")):
+        with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM does not"):
+            asked.complete(requests(1), WORDS)
 
 
 def test_a_text_ends_before_a_stop_string():

@@ -17,6 +17,7 @@ from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.base import GuideRequest
 from textgym.guides.local import LocalGuide
+from textgym.metrics.models import Perplexity
 from textgym.positions import fix_positions, short_context
 
 VOCAB, SHORT = 64, 12
@@ -107,6 +108,26 @@ def test_a_guide_gives_each_request_the_positions_that_it_needs():
         ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
         chosen = reference(ids, use_cache=False).logits[0, len(request.prompt_ids) - 1 : -1].argmax(-1).tolist()
         assert chosen == completion.token_ids
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_perplexity_does_not_depend_on_the_batch(batch_size):
+    rng, reference = np.random.default_rng(0), model_of()
+    prompts, texts = ([rng.integers(2, VOCAB, n).tolist() for n in lengths] for lengths in ((3, 9, 4, 9), (5, 9, 8, 2)))
+    total = sum(
+        float(alone(reference, [*prompt, *text], long=False)[-len(text) :].detach().double().sum())
+        for prompt, text in zip(prompts, texts, strict=True)
+    )
+    metric = Perplexity(model_of(), batch_size=batch_size)
+    result = metric.compute(prompt_ids=prompts, prediction_ids=texts)
+    assert result["perplexity"] == pytest.approx(np.exp(-total / sum(map(len, texts))), rel=1e-4)
+
+
+def test_a_short_context_of_few_tokens_can_be_tried():
+    config = model_of().config
+    config.rope_parameters["original_max_position_embeddings"] = 6
+    config.original_max_position_embeddings = 6
+    assert CausalLMPolicy(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer())
 
 
 def test_other_models_stay_as_they_are():

@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+from transformers import (
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    T5Tokenizer,
+)
 
 from agents import SL, CausalLMPolicy, evaluate
 from agents.sb3 import TextVecEnv
@@ -162,6 +169,21 @@ def test_a_character_that_begins_in_the_prompt_belongs_to_the_text():
     for cut in range(1, len(face)):
         context = Context([*tokenizer("good")["input_ids"], *face[:cut]], "good\ufffd")
         assert decode_continuations(tokenizer, [context], [face[cut:]]) == ["😀"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level BPE", "byte fallback", "ByT5"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_that_is_cut_inside_a_character(kind, side):
+    tokenizer = ByT5Tokenizer() if kind == "ByT5" else tokenizer_of(kind)
+    for columns in range(4, 24):
+        [(shown, ids)] = encode_prompts(tokenizer, [("", "good 😀😀 é film", "")], columns, side)
+        for new in ("é", " good", "\nfun", "😀"):
+            tokens = tokenizer(new, add_special_tokens=False)["input_ids"]
+            (before, whole) = decode(tokenizer, [ids, [*ids, *tokens]])
+            (text,) = decode_continuations(tokenizer, [Context(ids, shown)], [tokens])
+            if whole.startswith(before):
+                assert text in (whole[len(before) :], whole[len(before) :].lstrip())
+            assert "\ufffd" not in text or kind == "byte fallback"
 
 
 def test_bytes_that_make_no_character_leave_the_prompt_alone():

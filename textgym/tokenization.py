@@ -152,6 +152,7 @@ class _Vocabulary(NamedTuple):
         joins: Whether texts are encoded and decoded to the same alone and after others, space included, up to where
             single bytes make a character; None where texts cannot be encoded, but for words of the vocabulary.
         whole: Tokens known to be of whole characters, or known not to.
+        decoded: Texts of the ends of contexts, as many as are worth keeping.
     """
 
     size: int
@@ -159,6 +160,7 @@ class _Vocabulary(NamedTuple):
     ordinary: np.ndarray
     joins: bool | None
     whole: dict[int, bool]
+    decoded: dict[tuple[int, ...], str]
 
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -176,7 +178,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
         apart = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         ordinary[[id for id in apart if id < size]] = False
         ordinary[[id for token, id in tokens.items() if token.startswith("<0x") and _BYTE.fullmatch(token)]] = False
-        known = _Vocabulary(size, tuple(gaps), ordinary, _joins(tokenizer), {})
+        known = _Vocabulary(size, tuple(gaps), ordinary, _joins(tokenizer), {}, {})
         _VOCABULARIES[tokenizer] = len(tokenizer), known
     return known
 
@@ -460,8 +462,8 @@ class Context(NamedTuple):
 
 NO_CONTEXT = Context()
 
-# Characters and tokens of a context that a tokenizer looks at.
-_LAST_CHARACTERS, _LAST_TOKENS = 32, 4
+# Characters and tokens of a context that a tokenizer looks at, and how many ends of contexts are kept decoded.
+_LAST_CHARACTERS, _LAST_TOKENS, _DECODED_ENDS = 32, 4, 10_000
 # Texts that encode to tokens which, with one tokenizer or another, do not merge with what follows.
 _ANCHORS = ("a", ".", "\n", "\u4e2d")
 
@@ -515,6 +517,15 @@ def _leading_space(text: str) -> str:
     return text[: len(text) - len(text.lstrip())]
 
 
+def _end_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[int, ...]:
+    """The last tokens of a context, from one that is decoded to the same whatever stands before it."""
+    ordinary = _vocabulary(tokenizer).ordinary
+    start = max(len(ids) - _LAST_TOKENS, 0)
+    while start > 0 and not (ordinary[ids[start]] and _is_whole(tokenizer, ids[start])):
+        start -= 1
+    return tuple(ids[start:])
+
+
 def decode_continuations(
     tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]
 ) -> list[str]:
@@ -538,20 +549,15 @@ def decode_continuations(
     known = _vocabulary(tokenizer)
     if known.joins and all(not ids or _is_whole(tokenizer, ids[-1]) for ids, _ in contexts):
         return decode(tokenizer, [list(ids) for ids in token_ids])
-    ordinary = known.ordinary
-    ends = []
-    for ids, _ in contexts:
-        # Only the end of a context matters, from a token that is decoded to the same whatever stands before it.
-        start = max(len(ids) - _LAST_TOKENS, 0)
-        while start > 0 and not (ordinary[ids[start]] and _is_whole(tokenizer, ids[start])):
-            start -= 1
-        ends.append(tuple(ids[start:]))
-    different = list(dict.fromkeys(ends))
-    decoded = dict(zip(different, decode(tokenizer, [list(end) for end in different]), strict=True))
+    ends = [_end_of(tokenizer, ids) for ids, _ in contexts]
+    if len(known.decoded) > _DECODED_ENDS:
+        known.decoded.clear()
+    new = [end for end in dict.fromkeys(ends) if end not in known.decoded]
+    known.decoded.update(zip(new, decode(tokenizer, [list(end) for end in new]), strict=True))
     wholes = decode(tokenizer, [[*end, *ids] for end, ids in zip(ends, token_ids, strict=True)])
     texts = []
     for (_, shown), end, ids, whole in zip(contexts, ends, token_ids, wholes, strict=True):
-        before = decoded[end]
+        before = known.decoded[end]
         complete = before.rstrip("\ufffd")
         if whole.startswith(before):
             text = whole[len(before) :]
@@ -570,6 +576,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str
     """Decode whole texts without special tokens (see `decode_continuations` for what continues one)."""
     if not ids:
         return []
+    kind, usual = type(tokenizer), PreTrainedTokenizerFast
+    if tokenizer.is_fast and (kind._decode, kind.decode, kind.batch_decode) == (
+        usual._decode,
+        usual.decode,
+        usual.batch_decode,
+    ):  # which do this for each text, after looking at the type of every id
+        decode_one = tokenizer.backend_tokenizer.decode
+        return [decode_one(line, skip_special_tokens=True) for line in ids]
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
