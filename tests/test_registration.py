@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -112,3 +113,7 @@ def test_specs_survive_json():
     again = gym.make(gym.envs.registration.EnvSpec.from_json(spec.to_json()))
     assert again.unwrapped.guidance == Guidance(restart_prob=0.5)
     assert textgym.__all__
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert textgym.__version__ == importlib.metadata.version("textgym")

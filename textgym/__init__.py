@@ -10,6 +10,7 @@ from textgym.guidance import Guidance
 from textgym.task import Split, Task
 
 __all__ = ["Guidance", "Split", "Task", "register"]
+__version__ = "0.1.0"
 
 
 def register(id: str, task: Task) -> None:
