@@ -283,7 +283,7 @@ def trl(algorithm: str, iterations: int) -> Iterator[Callable[[], float]]:
     import torch
 
     from benchmarks import workload
-    from textgym.data.sources import cache_dir
+    from textgym.storage import cache_dir
 
     version = PEERS[algorithm]
     python = cache_dir() / "peers" / f"trl-{version}" / "bin" / "python"

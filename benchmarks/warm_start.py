@@ -20,7 +20,7 @@ from agents.policy import CausalLMPolicy, LanguageModelPolicy
 from agents.supervised import SL
 from benchmarks.profiles import LanguageModel, TaskProfile
 from benchmarks.results import write_text
-from textgym.data.sources import cache_dir
+from textgym.storage import cache_dir
 from textgym.decoding import load_model
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import fingerprint_of

@@ -12,7 +12,8 @@ import pytest
 
 from textgym.data import sources
 from textgym.data.mini import SIZES, mini_rows
-from textgym.data.sources import cache_dir, load_split, resolve_source
+from textgym.data.sources import load_split, resolve_source
+from textgym.storage import cache_dir
 from textgym.tasks import TASKS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

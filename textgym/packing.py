@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
-from textgym.data.sources import cache_dir
+from textgym.storage import cache_dir
 from textgym.positions import short_context
 
 ATTENTION, COMPILED_ATTENTION = "textgym_packed", "textgym_packed_compiled"

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from textgym.data.sources import cache_dir
+from textgym.storage import cache_dir
 from textgym.hub import file_beside
 from textgym.task import Task
 

@@ -34,11 +34,6 @@ _HUB_POST = re.compile(
 _IMDB_VALIDATION_EVERY = 20
 
 
-def cache_dir() -> Path:
-    """The folder for whatever textgym trains and keeps: $TEXTGYM_CACHE, else ~/.cache/textgym."""
-    return Path(os.environ.get("TEXTGYM_CACHE") or Path.home() / ".cache" / "textgym").expanduser()
-
-
 def resolve_source(source: str | os.PathLike | None) -> str:
     """Turn the environment's `source` argument into "mini", "hub" or the path of a folder that exists.
 

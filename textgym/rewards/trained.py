@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from textgym.data.sources import cache_dir
+from textgym.storage import cache_dir
 
 
 class Trained(NamedTuple):

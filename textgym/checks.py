@@ -1,0 +1,63 @@
+"""How arguments are checked: every error names the argument, what is allowed and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+
+
+def check(name: str, value: Any, valid: bool, allowed: str) -> None:
+    """Refuse a value that is not valid.
+
+    Args:
+        name: The argument's name.
+        value: What came.
+        valid: Whether it is valid.
+        allowed: What is allowed, to be read after "must be".
+
+    Raises:
+        ValueError: `valid` is False.
+    """
+    if not valid:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """Return a value that is one of those allowed, of the same type (so that 1 is not True).
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    valid = any(value is option or (type(value) is type(option) and value == option) for option in allowed)
+    check(name, value, valid, f"one of {list(allowed)}")
+    return value
+
+
+def check_arguments(owner: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Refuse keyword arguments that `owner` does not have, with the nearest one that it has.
+
+    Raises:
+        TypeError: "PPO has no argument 'lr'; did you mean 'learning_rate'?"
+    """
+    allowed = list(allowed)
+    for name in given:
+        if name not in allowed:
+            nearest = nearest_name(name, allowed)
+            meant = f"did you mean {nearest!r}?" if nearest else f"it has {', '.join(sorted(allowed))}"
+            raise TypeError(f"{owner} has no argument {name!r}; {meant}")
+
+
+def nearest_name(name: str, allowed: Sequence[str]) -> str | None:
+    """The name that was probably meant: the most alike, or the one whose words begin as `name` is written ("lr")."""
+    alike = get_close_matches(name, allowed, n=1)
+    initials = [option for option in allowed if "".join(word[0] for word in option.split("_")) == name]
+    parts = [option for option in allowed if name in option.split("_")]
+    return next(iter([*alike, *initials, *parts]), None)
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is an integer, of Python or NumPy, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
