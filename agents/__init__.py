@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from agents.grpo import GRPO
     from agents.lols import D2LOLS, LOLS
     from agents.policy import CausalLMPolicy, LanguageModelPolicy, Policy, Seq2SeqPolicy
+    from agents.policy.tabular import TabularPolicy
     from agents.ppo import PPO
     from agents.ppo_plus_plus import PPOPlusPlus
     from agents.reinforce import REINFORCE
     from agents.rloo import RLOO
     from agents.supervised import SL
-    from agents.tabular import TabularPolicy
 
     ALGORITHMS: dict[str, type]
 
@@ -41,7 +41,7 @@ _HOMES = _ALGORITHMS | {
     "LanguageModelPolicy": "policy",
     "Policy": "policy",
     "Seq2SeqPolicy": "policy",
-    "TabularPolicy": "tabular",
+    "TabularPolicy": "policy.tabular",
     "evaluate": "evaluation",
 }
 

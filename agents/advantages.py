@@ -1,4 +1,4 @@
-"""Credit for tokens: advantages and returns over ragged bodies, and means over credited tokens only."""
+"""Advantages and returns of the tokens of ragged texts, and means over some of their entries."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ def gae(
     """Generalised advantage estimation over the credited tokens of each row.
 
     ``A_h = delta_h + gamma lambda A_{h+1}`` with ``delta_h = r_h + gamma V(s_{h+1}) - V(s_h)`` (Schulman et al. 2016,
-    arXiv 1506.02438, equation 16). Credited tokens are one contiguous run a row, anywhere in it. The value after the
-    last one is zero: an episode that ends, by EOS or by length, has ended.
+    arXiv 1506.02438, equation 16). The credited tokens of a row are contiguous, anywhere in it. The value after them is
+    zero: an episode that reaches EOS or the horizon is over.
 
     Args:
         rewards: float (N, T), the reward of each token.
         values: float (N, T), the value of the state before each token.
-        mask: bool (N, T), which tokens are credited. What stands elsewhere in the other arrays is never read.
+        mask: bool (N, T), which tokens are credited. Other entries of the other arrays are never read.
         gamma: Discount factor.
         gae_lambda: Trace decay; 1 gives Monte-Carlo returns, 0 one-step temporal differences.
 
@@ -33,6 +33,18 @@ def gae(
         next_value = values[:, column]
         advantages[:, column] = next_advantage
     return advantages, advantages + values
+
+
+def policy_advantages(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    steps: torch.Tensor,
+    decisions: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages of decisions that the policy's own follow: `gae` over `steps` (an `agents.phase.Estimator`)."""
+    return gae(rewards, values, steps, gamma, gae_lambda)
 
 
 def last_of(mask: torch.Tensor) -> torch.Tensor:

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any, Literal
-
 import torch
 
 from agents.advantages import gae, last_of
-from agents.algorithm import check, check_guide
-from agents.policy import Policy
-from agents.policy_gradient import Credit
+from agents.algorithm import check_guide
+from agents.phase import Phase
 from agents.ppo import PPO
-from agents.rollout import Rollout
+from textgym.checks import check
 from textgym.guidance import Guidance
 
-if TYPE_CHECKING:
-    from textgym.engine import TextVectorEnv
+
+def imitate(beta: float) -> Phase:
+    """The guide completes every text: with probability beta after t policy tokens, t uniform on {1..T}, else alone."""
+    guidance = Guidance(handoff_prob=1.0, handoff_length=None, no_body_prob=1 - beta)
+    return Phase(guidance, continuation="guide", advantages=guide_advantages)
+
+
+def guide_advantages(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    steps: torch.Tensor,
+    decisions: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The guide's Q minus its V of the policy's decisions (an `agents.phase.Estimator`).
+
+    The Q of the last decision is seen: the guide completed the text, and the GAE trace runs over the completion. The Q
+    of an earlier decision is what the value function says of the next state,
+    ``A_h = r_h + gamma V_g(s_{h+1}) - V_g(s_h)``, since a longer trace would mix in the policy's own mistakes.
+    """
+    trace, returns = gae(rewards, values, steps, gamma, gae_lambda)
+    one_step, _ = gae(rewards, values, steps, gamma, 0.0)
+    return torch.where(last_of(decisions), trace, one_step).masked_fill(~decisions, 0), returns
 
 
 class AggreVaTeD(PPO):
@@ -27,60 +45,28 @@ class AggreVaTeD(PPO):
     | none | with prob. beta, t policy tokens, else none | guide to the end | body | V of the guide, on completion |
 
     t is uniform on {1..T}. Where the policy ends the text before it has written t tokens there is no completion. The
-    advantage of a decision is the guide's Q minus V: the policy learns to choose what serves the guide best, in states
+    advantage of a decision is the guide's Q minus V: the policy learns to choose what serves the guide best in states
     of its own, and does at best one step of improvement on the guide in each of them.
 
-    Args:
-        policy: As for `PPO`.
-        env: A `TextVectorEnv` with a guide that can complete texts, made without ``handoff=True``: here the schedule
-            hands off, not the policy.
-        beta: Probability that the policy writes at all, above 0.
-        **hyperparameters: As for `PPO`.
+    Differs from the paper: gradient steps are PPO's, and earlier decisions are credited by one-step differences of V.
 
     Raises:
-        ValueError: The environment has no such guide, or an argument is wrong.
+        ValueError: The environment has no guide that can complete texts, or was made with ``handoff=True`` (here the
+            schedule hands off, not the policy), or an argument is wrong.
     """
 
     name = "aggrevated"
 
-    def __init__(
-        self, policy: Policy | str | os.PathLike, env: TextVectorEnv, *, beta: float = 0.8, **hyperparameters: Any
-    ) -> None:
-        check("beta", beta, 0 < beta <= 1, "in (0, 1]")
-        check_guide(env, self.name, hand_off=True)
-        if env.handoff:
-            raise ValueError(f"env must be made without handoff=True for {self.name}: here the schedule hands off")
-        super().__init__(policy, env, **hyperparameters)
-        self.hyperparameters["beta"] = self.beta = beta
+    beta: float = 0.8
+    """Probability that the policy writes at all, above 0."""
 
-    def guidance(self) -> Guidance:
-        """The guide writes every text to its end, after t policy tokens or alone."""
-        return Guidance(handoff_prob=1.0, handoff_length=None, no_body_prob=1 - self.beta)
+    def check_hyperparameters(self) -> None:
+        """Check the arguments, and that the guide can complete texts."""
+        super().check_hyperparameters()
+        check("beta", self.beta, 0 < self.beta <= 1, "in (0, 1]")
+        check_guide(self.env, self.name, completes=True)
 
     @property
-    def critic_of(self) -> Literal["policy", "guide"]:
-        """After the credited decision the guide goes on."""
-        return "guide"
-
-    def estimate(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
-        """The guide's Q minus V.
-
-        The last decision's Q is seen: the guide did go on from there, and its GAE trace runs over the completion. The
-        Q of one before is what the critic says of the next state: ``A_h = r_h + gamma V_g(s_{h+1}) - V_g(s_h)``, since
-        a longer trace would mix in the policy's own mistakes.
-        """
-        decisions, completion = rollout.decisions, rollout.completion
-        written = decisions | completion
-        rewards = self.token_rewards(rollout, reference_log_probs, written)
-        values = self.state_values(rollout, rewards, written, completion)
-        trace, returns = gae(rewards, values, written, self.gamma, self.gae_lambda)
-        one_step, _ = gae(rewards, values, written, self.gamma, 0.0)
-        return Credit(
-            decisions=decisions,
-            log_probs=rollout.log_probs,
-            reference_log_probs=reference_log_probs,
-            advantages=torch.where(last_of(decisions), trace, one_step).masked_fill(~decisions, 0),
-            states=completion,
-            values=values,
-            returns=returns,
-        )
+    def phase(self) -> Phase:
+        """The guide completes every text."""
+        return imitate(self.beta)

@@ -1,174 +1,162 @@
-"""What every algorithm shares: checks, the learn loop, evaluation, tracking, checkpoints, exact resume."""
+"""The base class of algorithms: the loop of iterations, evaluation, tracking, checkpoints."""
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agents.card import model_card
-from agents.evaluation import EvaluationResult, evaluate, make_env, sibling_env
-from agents.policy import LanguageModelPolicy, Policy, replaced_folder
-from agents.processes import SUPPORTED, add, gather, gather_state, own_state, start_equal
-from agents.rollout import Rollout, agree, collect
-from agents.sharding import assemble, load_optimizer, scatter, shard, uses_fsdp, whole
-from textgym.decoding import Decoding
+from agents.checkpoint import read_checkpoint, write_checkpoint
+from agents.environments import agree, make_env, sibling_env
+from agents.evaluation import EvaluationResult, evaluate
+from agents.policy import LanguageModelPolicy, Policy
+from agents.processes import gather_state, make_accelerator, own_state, reduce, start_equal
+from agents.sharding import assemble, load_optimizer, scatter, shard, whole
+from textgym.checks import check, check_arguments
 from textgym.engine import TextVectorEnv
-from textgym.guidance import Guidance
-from textgym.seeding import hash64
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-TRAINING = "training"  # the folder of a checkpoint that holds what only training needs
 Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 
 
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+@dataclass(kw_only=True, eq=False, repr=False)
 class Algorithm(ABC):
-    """A policy, an environment, and a loop of iterations that improve the one on the other.
+    """A policy, an environment, and a loop of iterations that improve the policy on the environment.
+
+    Algorithms are dataclasses, subclasses without being decorated: an annotated attribute of the class is a keyword
+    argument, with its default and its documentation where it stands. `check_hyperparameters` checks the arguments,
+    `__post_init__` makes what training needs, `iterate` runs one iteration.
 
     Started as several processes (``torchrun``, ``accelerate launch``) they train one policy together; all of them make
     the same calls. Numbers of episodes are those of all processes, the rows of `env` those of each (docs/processes.md).
 
-    Args:
-        policy: A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence.
-        env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
-        episodes_per_iteration: Episodes (for supervised learning: reference texts) an iteration; a multiple of the
-            rows of `env` in all processes.
-        decoding: How training episodes are sampled (None: as the policy does).
-        seed: Seed of everything random here and in the environment.
-        device: "auto" (an accelerator where there is one, in several processes each its own) or a torch device.
-        eval_every: Iterations between two evaluations on validation prompts; 0 never evaluates.
-        eval_prompts: Validation prompts of such an evaluation, always the same ones.
-        eval_env: What to evaluate on (None: the validation split of the environment, with a guide only for hand-offs).
-        output_dir: Where checkpoints go: ``last`` and, judged by `score`, ``best``; each is a model folder and can be
-            resumed with `load`. They are written at every evaluation and when `learn` returns.
-        track: Names of Accelerate's trackers ("tensorboard", "wandb", ...), or tracker objects.
-
     Attributes:
-        history: One record an iteration: metric name to number.
+        hyperparameters: The arguments as they were given, but for objects (`policy`, `env`, `eval_env`, `track`).
+        history: One record per iteration: metric name to number.
         num_timesteps: Policy tokens so far.
         num_guide_tokens: Guide tokens so far.
         num_episodes: Episodes so far.
         iteration: Iterations so far.
-        last_rollout: The episodes of the last iteration, for callbacks.
+        optimizer: The optimiser, whose state a checkpoint holds.
+
+    Raises:
+        TypeError: An argument that the algorithm does not have.
+        ValueError: A value outside of what is allowed; the message names the argument.
     """
 
     name: ClassVar[str]
     plays_episodes: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        episodes_per_iteration: int,
-        decoding: Decoding | None,
-        seed: int,
-        device: str | torch.device,
-        eval_every: int,
-        eval_prompts: int,
-        eval_env: TextVectorEnv | None,
-        output_dir: str | os.PathLike | None,
-        track: str | GeneralTracker | Sequence[str | GeneralTracker] | None,
-        hyperparameters: dict[str, Any],
-    ) -> None:
-        check("episodes_per_iteration", episodes_per_iteration, episodes_per_iteration >= 1, "at least 1")
-        check("eval_every", eval_every, eval_every >= 0, "at least 0")
-        check("eval_prompts", eval_prompts, eval_prompts >= 1, "at least 1")
-        check("seed", seed, seed >= 0, "at least 0")
-        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise ValueError(
-                f"{self.name} does not run under DeepSpeed; FSDP spreads the same over processes: accelerate launch "
-                "--config_file examples/accelerate/fsdp.yaml"
-            )
-        uses_fsdp()  # refuses what is not supported, before weights are loaded
-        self.accelerator = Accelerator(
-            # Without this the processes of torchrun would each train a policy of its own where there is no accelerator.
-            cpu=not torch.accelerator.is_available(),
-            log_with=track,  # type: ignore[arg-type]
-            project_dir=output_dir,
-        )
-        if (kind := self.accelerator.distributed_type) not in SUPPORTED:
-            raise ValueError(f"distributed_type must be one of {[k.value for k in SUPPORTED]}, got {kind.value!r}")
-        if self.accelerator.mixed_precision != "no":
-            raise ValueError(
-                f"mixed_precision must be 'no', got {self.accelerator.mixed_precision!r}: a policy has its own, "
-                'from_pretrained(..., dtype="auto")'
-            )
+    # `Any`, because names are taken too: `__post_init__` loads what they name.
+    policy: Policy | Any = field(kw_only=False)
+    """A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence."""
+    env: TextVectorEnv | Any = field(kw_only=False)
+    """The id of an environment, or a `TextVectorEnv` made with ``parking=True``."""
+    episodes_per_iteration: int = 64
+    """Episodes an iteration, a multiple of the rows of `env` in all processes."""
+    seed: int = 0
+    """Seed of everything random, in the environment too."""
+    device: str | torch.device = "auto"
+    """"auto" (an accelerator where there is one, in several processes each its own) or a torch device."""
+    eval_every: int = 0
+    """Iterations between two evaluations on validation prompts; 0 never evaluates."""
+    eval_prompts: int = 256
+    """Validation prompts of such an evaluation, the same ones each time."""
+    eval_env: TextVectorEnv | None = None
+    """What to evaluate on; None: the validation split of `env`, with a guide only for hand-offs."""
+    output_dir: str | os.PathLike | None = None
+    """Where checkpoints go: ``last`` and, by `score`, ``best``, model folders from which `load` continues, written at
+    every evaluation and when `learn` returns."""
+    track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None
+    """Names of Accelerate's trackers ("tensorboard", "wandb", ...), or tracker objects."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        dataclass(kw_only=True, eq=False, repr=False)(cls)  # keeps an `__init__` that the class defines itself
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Refuse arguments that the class does not have by the name of the one that was probably meant."""
+        parameters = inspect.signature(cls.__init__).parameters
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            check_arguments(cls.__name__, options, list(parameters)[1:])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.check_hyperparameters()
+        objects = ("policy", "env", "eval_env", "track")
+        self.hyperparameters = {
+            part.name: getattr(self, part.name) for part in fields(self) if part.name not in objects
+        }
+        self.accelerator = make_accelerator(self.name, self.track, self.output_dir)
         processes = self.accelerator.num_processes
-        if (started := int(os.environ.get("WORLD_SIZE", 1))) > 1 == processes:
-            raise ValueError(
-                f"WORLD_SIZE={started} processes were started, but each runs alone: make no PartialState or "
-                "Accelerator before the algorithm, or set ACCELERATE_USE_CPU=true where there is no GPU"
-            )
-        device = self.accelerator.device if device == "auto" else torch.device(device)
+        device = self.accelerator.device if self.device == "auto" else torch.device(self.device)
         check("device", device, processes == 1 or device == self.accelerator.device, '"auto" in several processes')
-        if not isinstance(policy, Policy):
-            policy = LanguageModelPolicy.from_pretrained(policy, device=device)
-        self.policy = policy
+        if not isinstance(self.policy, Policy):
+            self.policy = LanguageModelPolicy.from_pretrained(self.policy, device=device)
         self.policy.to(device)
-        if isinstance(env, str):
-            rows = max(1, episodes_per_iteration // processes)
-            env = make_env(env, num_envs=rows, tokenizer=self.policy.tokenizer)
+        if isinstance(self.env, str):
+            rows = max(1, self.episodes_per_iteration // processes)
+            self.env = make_env(self.env, num_envs=rows, tokenizer=self.policy.tokenizer)
+        self._check_environment()
+        agree(self.env, self.policy)
+        start_equal(self.accelerator, self.policy)
+        self.policy.prompt_columns = self.env.max_prompt_tokens
+        self.policy.context_length = self.env.max_prompt_tokens + self.env.max_new_tokens
+        self._twins: list[tuple[Policy, Policy]] = []
+        self.learner = self.twin_of(self.policy)
+        self.trainable = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
+        if self.eval_every and self.eval_env is None:
+            rows = min(self.eval_prompts, self.env.num_envs)
+            self.eval_env = sibling_env(self.env, num_envs=rows, split="validation")
+
+        self.optimizer: torch.optim.Optimizer
+        self.history: list[dict[str, Any]] = []
+        self.iteration = self.num_timesteps = self.num_guide_tokens = self.num_episodes = 0
+        self.best_score = -math.inf
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments, before anything is loaded; subclasses check theirs and those of their base.
+
+        Raises:
+            ValueError: A value outside of what is allowed.
+        """
+        check("episodes_per_iteration", self.episodes_per_iteration, self.episodes_per_iteration >= 1, "at least 1")
+        check("eval_every", self.eval_every, self.eval_every >= 0, "at least 0")
+        check("eval_prompts", self.eval_prompts, self.eval_prompts >= 1, "at least 1")
+        check("seed", self.seed, self.seed >= 0, "at least 0")
+
+    def _check_environment(self) -> None:
+        env, processes = self.env, self.accelerator.num_processes
         if not isinstance(env, TextVectorEnv) or not env.parking:
             raise ValueError(f"env must be an environment id or a TextVectorEnv made with parking=True, got {env!r}")
-        if self.plays_episodes and episodes_per_iteration % (env.num_envs * processes):
+        if self.plays_episodes and self.episodes_per_iteration % (env.num_envs * processes):
             rows_of_all = f"{env.num_envs} rows" + (f" in each of {processes} processes" if processes > 1 else "")
             raise ValueError(
                 f"episodes_per_iteration must be a multiple of the environment's {rows_of_all}, "
-                f"got {episodes_per_iteration}"
+                f"got {self.episodes_per_iteration}"
             )
         if self.plays_episodes and processes > 1 and env.order != "random":
             raise ValueError(f"env must have order='random' in several processes, got {env.order!r}")
         if env.tokenizer.get_vocab() != self.policy.tokenizer.get_vocab():
             raise ValueError("env must be made with the policy's tokenizer: make_vec(..., tokenizer=policy.tokenizer)")
-        agree(env, self.policy)
-        if self.plays_episodes and (decoding or self.policy.decoding).num_beams > 1:
-            raise ValueError(
-                "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with "
-                "beams in evaluate(..., decoding=...) and generate"
-            )
-        start_equal(self.accelerator, self.policy)
-        self.env = env
-        self.policy.prompt_columns = env.max_prompt_tokens
-        self.policy.context_length = env.max_prompt_tokens + env.max_new_tokens
-        self._twins: list[tuple[Policy, Policy]] = []
-        self.learner = self.twin_of(self.policy)
-        self.trainable = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
-        self.episodes_per_iteration = episodes_per_iteration
-        self.decoding = decoding
-        self.seed = seed
-        self.eval_every = eval_every
-        self.eval_prompts = eval_prompts
-        self.output_dir = None if output_dir is None else Path(output_dir)
-        self.hyperparameters = hyperparameters
-        self._tracked = track is not None
-        self._eval_env = eval_env
-        if eval_every and eval_env is None:
-            self._eval_env = sibling_env(env, num_envs=min(eval_prompts, env.num_envs), split="validation")
-
-        self.history: list[dict[str, Any]] = []
-        self.iteration = self.num_timesteps = self.num_guide_tokens = self.num_episodes = 0
-        self.best_score = -math.inf
 
     def twin_of(self, policy: Policy) -> Policy:
-        """What `policy`'s gradient steps are taken on: itself, or with FSDP a twin whose weights are in pieces."""
+        """What `policy`'s gradient steps are taken on: itself, or with FSDP a twin whose weights are sharded."""
         twin = shard(self.accelerator, policy)
         if twin is not policy:
             self._twins.append((policy, twin))
@@ -190,23 +178,14 @@ class Algorithm(ABC):
     def iterate(self) -> dict[str, Any]:
         """Run one iteration, move the counters of tokens and episodes, and return its record."""
 
-    @property
-    @abstractmethod
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser whose state a checkpoint holds."""
-
     def score(self, record: Mapping[str, Any]) -> float | None:
-        """How good the policy is by an iteration's record, higher is better; None where it was not judged."""
+        """How good the policy is by an iteration's record, higher is better; None where it was not evaluated."""
         return record.get("eval/reward")
 
     @property
     def finished(self) -> bool:
         """Whether further iterations would be pointless."""
         return False
-
-    def guidance(self) -> Guidance | tuple[Guidance, ...]:
-        """Who writes which part of the next iteration's episodes; by default what the environment was made with."""
-        return self.env.initial_guidance
 
     def learn(
         self,
@@ -243,7 +222,7 @@ class Algorithm(ABC):
 
     def _learn(self, done: Callable[[], float], callback: Callback | None, progress_bar: bool) -> Self:
         """Iterate until `done`, the share of the work that is finished, reaches 1."""
-        if self._tracked:
+        if self.track is not None:
             config = {key: value for key, value in self.hyperparameters.items() if isinstance(value, int | float | str)}
             self.accelerator.init_trackers("textgym", config={"algorithm": self.name, **config})
         columns = (
@@ -268,10 +247,10 @@ class Algorithm(ABC):
                 progress.update(bar, completed=min(done(), 1.0), status=self.status(record))
                 if callback is not None:
                     stop = torch.tensor(float(callback(locals(), globals()) is False), device=self.policy.device)
-                    if add(self.accelerator, stop) > 0:
+                    if reduce(self.accelerator, stop) > 0:
                         break
         if self.output_dir is not None:
-            self.save(self.output_dir / "last")
+            self.save(Path(self.output_dir) / "last")
         while self.accelerator.trackers:  # `end_training` would take leave of the other processes too
             self.accelerator.trackers.pop().finish()
         return self
@@ -297,8 +276,8 @@ class Algorithm(ABC):
             if self.output_dir is not None:
                 # The best first: what goes on from "last" plays this iteration again if it ends between the two.
                 for folder in ("best", "last") if better else ("last",):
-                    self.save(self.output_dir / folder)
-        if self._tracked:
+                    self.save(Path(self.output_dir) / folder)
+        if self.track is not None:
             self.accelerator.log(record, step=self.num_timesteps)
         return record
 
@@ -308,42 +287,10 @@ class Algorithm(ABC):
 
     def evaluate(self) -> EvaluationResult:
         """Evaluate the policy on the fixed validation prompts, with its own decoding and a fixed seed."""
-        assert self._eval_env is not None
+        assert self.eval_env is not None
         return evaluate(
-            self.policy, self._eval_env, num_prompts=self.eval_prompts, metrics=(), accelerator=self.accelerator
+            self.policy, self.eval_env, num_prompts=self.eval_prompts, metrics=(), accelerator=self.accelerator
         )
-
-    def collect(self, **options: Any) -> Rollout:
-        """Play `episodes_per_iteration` episodes, each process its share, and count them.
-
-        Args:
-            **options: Reset options beside the guidance ("group_size", ...).
-
-        Returns:
-            The episodes of all processes.
-        """
-        rollouts, rows = [], self.env.num_envs
-        # Rows of all processes are those of one environment; these are the ones before this process's.
-        before = rows * self.accelerator.process_index
-        for part in range(self.episodes_per_iteration // (rows * self.accelerator.num_processes)):
-            rollouts.append(
-                collect(
-                    self.env,
-                    self.policy,
-                    seeds=hash64(self.seed, self.iteration, part, before + np.arange(rows)),
-                    decoding=self.decoding,
-                    # Spread, because rows of one environment seeded s are seeded s, s + 1, ...
-                    reset_seed=(int(hash64(self.seed)) >> 33) + before if self.iteration == part == 0 else None,
-                    options={"guidance": self.guidance(), **options},
-                )
-            )
-        rollout = Rollout.concatenate(gather(self.accelerator, rollouts))
-        self.last_rollout = rollout
-        self.check_finite("reward", rollout.rewards)
-        self.num_episodes += len(rollout)
-        self.num_timesteps += int(rollout.policy_tokens.sum())
-        self.num_guide_tokens += int(rollout.guide_tokens.sum())
-        return rollout
 
     def check_finite(self, what: str, values: torch.Tensor) -> None:
         """Stop where a number is not finite.
@@ -361,11 +308,11 @@ class Algorithm(ABC):
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> Any:
-        """Choose actions, as in Stable-Baselines3 (see `Policy.predict`)."""
+        """Choose actions, as in Stable-Baselines3 (see `Actor.predict`)."""
         return self.policy.predict(observation, state, episode_start, deterministic)
 
     def generate(self, prompts: list[str], **arguments: Any) -> list[str]:
-        """Continue texts (see `Policy.generate`); by default at most the environment's new tokens."""
+        """Continue texts (see `Actor.generate`); by default at most the environment's new tokens."""
         return self.policy.generate(prompts, **{"max_new_tokens": self.env.max_new_tokens, **arguments})
 
     def training_state(self) -> dict[str, Any]:
@@ -384,7 +331,7 @@ class Algorithm(ABC):
             setattr(self, name, value)
         self.history = state["history"]
         load_optimizer(self.optimizer, state["optimizer"])
-        self.env.set_state(own_state(self.accelerator, _to_arrays(state["env"])))
+        self.env.set_state(own_state(self.accelerator, state["env"]))
 
     def models(self) -> dict[str, nn.Module]:
         """Models beside the policy that a checkpoint holds, by the name of their file."""
@@ -396,36 +343,30 @@ class Algorithm(ABC):
         It is written under a temporary name and then renamed, so that a folder of this name is always whole. Of several
         processes, which all call this, the first one writes, and the others wait for it.
         """
-        state = _plain(self.training_state())
+        state = self.training_state()
         if self.accelerator.is_main_process:
-            self._write(Path(path), state)
+            guide = self.env.guide if self.num_guide_tokens else None
+            played = self.plays_episodes and self.num_episodes > 0  # what was not used may not be loaded
+            card = model_card(
+                self.policy,
+                self.env,
+                algorithm=self.name,
+                load=f"{type(self).__name__}.load",
+                training=f"{self.num_episodes:,} episodes, {self.num_timesteps:,} tokens of the policy, "
+                f"{self.num_guide_tokens:,} of a guide, seed {self.seed}",
+                parts={"Guide": guide, "Reward": self.env.reward_function if played else None},
+                history=self.history,
+            )
+            write_checkpoint(
+                path,
+                self.policy,
+                algorithm=self.name,
+                hyperparameters=self.hyperparameters,
+                models=self.models(),
+                state=state,
+                card=card,
+            )
         self.accelerator.wait_for_everyone()
-
-    def _write(self, path: Path, state: dict[str, Any]) -> None:
-        with replaced_folder(path) as folder:
-            self.policy.save_pretrained(folder)
-            training = folder / TRAINING
-            training.mkdir()
-            for name, model in self.models().items():
-                save_file(self._own_weights(model), training / f"{name}.safetensors")
-            torch.save(state, training / "state.pt")
-            description = {
-                "algorithm": self.name,
-                "hyperparameters": _plain(self.hyperparameters),
-                "frozen": [name for name, weight in self.policy.named_parameters() if not weight.requires_grad],
-            }
-            (training / "algorithm.json").write_text(json.dumps(description, indent=2))
-            model_card(self).save(folder / "README.md")
-
-    def _own_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The weights of a model beside the policy, each once, without the frozen ones that are the policy's too."""
-        seen = {weight.data_ptr() for weight in self.policy.parameters() if not weight.requires_grad}
-        own = {}
-        for name, weight in model.state_dict().items():
-            if weight.data_ptr() not in seen:
-                seen.add(weight.data_ptr())
-                own[name] = weight.contiguous()
-        return own
 
     @classmethod
     def load(
@@ -453,77 +394,32 @@ class Algorithm(ABC):
         Raises:
             ValueError: `path` is no checkpoint of this algorithm.
         """
-        folder, training = Path(path), Path(path) / TRAINING
-        try:
-            description = json.loads((training / "algorithm.json").read_text())
-        except FileNotFoundError as error:
-            raise ValueError(f"path must be a folder written by {cls.__name__}.save, got {str(path)!r}") from error
-        if description["algorithm"] != cls.name:
-            raise ValueError(f"path must hold a checkpoint of {cls.name!r}, got one of {description['algorithm']!r}")
-        hyperparameters = {**description["hyperparameters"], **arguments}
-        if isinstance(hyperparameters.get("decoding"), dict):
-            hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
+        checkpoint = read_checkpoint(path, cls.name, f"{cls.__name__}.save")
+        hyperparameters = {**checkpoint.hyperparameters, **arguments}
         device = hyperparameters.get("device", "auto")
-        policy = policy_class.from_pretrained(folder, device=device, **policy_arguments or {})
-        for name in description["frozen"]:
+        policy = policy_class.from_pretrained(path, device=device, **policy_arguments or {})
+        for name in checkpoint.frozen:
             policy.get_parameter(name).requires_grad_(False)
         algorithm = cls(policy, env, **hyperparameters)
-        for name, model in algorithm.models().items():
-            weights = load_file(training / f"{name}.safetensors", device=str(algorithm.policy.device))
-            if weights.keys() != algorithm._own_weights(model).keys():
-                raise ValueError(f"path holds another {name} than that of {str(path)!r} as it is loaded")
-            model.load_state_dict(weights, strict=False)
-        # Only tensors and plain values: nothing in the file can run code.
-        algorithm.load_training_state(torch.load(training / "state.pt", map_location="cpu", weights_only=True))
+        checkpoint.load_models(algorithm.models(), algorithm.policy)
+        algorithm.load_training_state(checkpoint.state)
         return algorithm
 
 
-def check_guide(env: Any, name: str, *, hand_off: bool = False) -> None:
+def check_guide(env: Any, name: str, *, completes: bool = False) -> None:
     """Refuse an environment whose guide cannot do what an algorithm asks of it.
 
     Args:
         env: The environment.
         name: The algorithm's.
-        hand_off: Whether the guide must complete texts that the policy began.
+        completes: Whether the guide must complete texts that the policy began, when the algorithm says so.
 
     Raises:
-        ValueError: It has no guide, or one that can only start texts.
+        ValueError: It has no guide, or one that can only start texts; or the policy decides when to hand off.
     """
     guide = getattr(env, "guide", None)
-    if guide is None or (hand_off and not guide.can_hand_off):
-        asked = "complete texts" if hand_off else "start texts"
+    if guide is None or (completes and not guide.can_hand_off):
+        asked = "complete texts" if completes else "start texts"
         raise ValueError(f"env must have a guide that can {asked} for {name}: make_vec(..., guide=...), got {guide!r}")
-
-
-def check(name: str, value: Any, valid: bool, allowed: str) -> None:
-    """Refuse a wrong argument.
-
-    Raises:
-        ValueError: It is not valid.
-    """
-    if not valid:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _plain(value: Any) -> Any:
-    """Nested containers with arrays as tensors, and value objects and paths as plain data."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return str(value) if isinstance(value, Path | torch.device) else value
-
-
-def _to_arrays(value: Any) -> Any:
-    """Undo `_plain` where an environment stands on the other side."""
-    if isinstance(value, dict):
-        return {key: _to_arrays(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_arrays(item) for item in value]
-    return value.numpy() if isinstance(value, torch.Tensor) else value
+    if completes and env.handoff:
+        raise ValueError(f"env must be made without handoff=True for {name}: here the schedule hands off")

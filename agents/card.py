@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from agents.lora import has_adapters
 from agents.policy import LanguageModelPolicy
+from agents.policy.lora import has_adapters
 
 if TYPE_CHECKING:
-    from agents.algorithm import Algorithm
+    from agents.policy import Policy
+    from textgym.engine import TextVectorEnv
 
 
-def model_card(agent: Algorithm) -> ModelCard:
-    """Write the card from what an algorithm knows; paths of this machine are not in it."""
-    env, policy = agent.env, agent.policy
+def model_card(
+    policy: Policy,
+    env: TextVectorEnv,
+    *,
+    algorithm: str,
+    load: str,
+    training: str,
+    parts: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+) -> ModelCard:
+    """Write the card; paths of this machine are not in it.
+
+    Args:
+        policy: The policy.
+        env: What it was trained on.
+        algorithm: Name of the algorithm.
+        load: What continues the training.
+        training: How much was trained.
+        parts: Guide and reward by name, None where it was not used.
+        history: One record per iteration.
+    """
     model = policy.model if isinstance(policy, LanguageModelPolicy) else None
     seq2seq = model is not None and model.config.is_encoder_decoder
     library = "textgym" if model is None else "peft" if has_adapters(model) else "transformers"
@@ -26,37 +46,33 @@ def model_card(agent: Algorithm) -> ModelCard:
         library_name=library,
         pipeline_tag="text2text-generation" if seq2seq else "text-generation",
         base_model=None if model is None else _hub_id(model.name_or_path),
-        tags=["textgym", "reinforcement-learning", agent.name, env.task.name],
+        tags=["textgym", "reinforcement-learning", algorithm, env.task.name],
     )
     rows = {
         "Task": env.task.name if env.spec is None else f"{env.task.name} (`{env.spec.id}`)",
-        "Algorithm": agent.name,
+        "Algorithm": algorithm,
         "Prompt / new tokens": f"{env.max_prompt_tokens} / {env.max_new_tokens}",
-        "Training": f"{agent.num_episodes:,} episodes, {agent.num_timesteps:,} tokens of the policy, "
-        f"{agent.num_guide_tokens:,} of a guide, seed {agent.seed}",
+        "Training": training,
         "Data": f"{env.source if env.source in ('mini', 'hub') else 'a folder'}, split {env.split}, fingerprint "
         f"`{env.data.fingerprint}`",
     }
-    # What was not used may not be loaded.
-    guide = env.guide if agent.num_guide_tokens else None
-    reward = env.reward_function if agent.plays_episodes and agent.num_episodes else None
-    for what, part in (("Guide", guide), ("Reward", reward)):
+    for name, part in parts.items():
         fingerprint = getattr(part, "fingerprint", None)
         known = "" if fingerprint is None or Path(fingerprint).exists() else f", fingerprint `{fingerprint}`"
         if part is not None:
-            rows[what] = getattr(part, "__name__", type(part).__name__) + known
-    scores = {name: value for record in agent.history for name, value in record.items() if _is_score(name)}
+            rows[name] = getattr(part, "__name__", type(part).__name__) + known
+    scores = {name: value for record in history for name, value in record.items() if _is_score(name)}
     rows |= {name: f"{value:.4f}" for name, value in scores.items()}
-    if agent.history:
-        rows["Iteration"] = str(agent.iteration)
+    if history:
+        rows["Iteration"] = str(history[-1]["iteration"])
     use = f"agents.{'LanguageModelPolicy' if model is not None else type(policy).__name__}.from_pretrained(folder)"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {agent.name} on {env.task.name}\n\n"
-        "Trained with textgym. Scores are those of the last look at validation prompts.\n\n| | |\n|---|---|\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {algorithm} on {env.task.name}\n\n"
+        "Trained with textgym. Scores are those of the last evaluation on validation prompts.\n\n| | |\n|---|---|\n"
         + "\n".join(lines)
-        + f"\n\n`{use}` reads the policy with its heads, decoding and tokenizer; `{type(agent).__name__}.load(folder, "
-        "env)` continues the training. All hyperparameters are in `training/algorithm.json`"
+        + f"\n\n`{use}` loads the policy with its heads, decoding and tokenizer; `{load}(folder, env)` continues the "
+        "training. All hyperparameters are in `training/algorithm.json`"
         + ("" if model is None else f"; transformers opens the folder as a `{type(model).__name__}`")
         + ".\n"
     )

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
-
-from agents.policy import Policy
 from agents.ppo_plus_plus import PPOPlusPlus
 from textgym.guides.base import Author
-
-if TYPE_CHECKING:
-    from textgym.engine import TextVectorEnv
 
 
 class DRPO(PPOPlusPlus):
@@ -20,22 +13,17 @@ class DRPO(PPOPlusPlus):
     |---|---|---|---|---|
     | with probability beta, the first t tokens of a reference | to the end | none | body | V of the policy, on body |
 
-    Args:
-        policy: As for `PPO`.
-        env: A `TextVectorEnv` made with ``guide="references"``.
-        beta: Probability that an episode starts from a reference.
-        **hyperparameters: As for `PPO`.
+    Differs from the paper: beta is 0.6, the paper mixes with 1.0; else as `PPO` does.
 
     Raises:
-        ValueError: The environment has another guide or none, or an argument is wrong.
+        ValueError: The environment was not made with ``guide="references"``, or an argument is wrong.
     """
 
     name = "dr-po"
 
-    def __init__(
-        self, policy: Policy | str | os.PathLike, env: TextVectorEnv, *, beta: float = 0.6, **hyperparameters: Any
-    ) -> None:
-        guide = getattr(env, "guide", None)
+    def check_hyperparameters(self) -> None:
+        """Check the arguments, and that the guide is the dataset's references."""
+        guide = getattr(self.env, "guide", None)
         if getattr(guide, "author", None) != Author.REFERENCE:
             raise ValueError(f"env must be made with guide='references' for {self.name}, got {guide!r}")
-        super().__init__(policy, env, beta=beta, **hyperparameters)
+        super().check_hyperparameters()

@@ -1,4 +1,4 @@
-"""Judging a policy: every prompt of a split once, the task's reward, and metrics beside it.
+"""Evaluation of a policy: a completion for every prompt of a split, its reward, and metrics.
 
 Also a command: ``python -m agents.evaluation --policy PATH --env textgym/IMDB-v0 --split test``.
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
 
-from agents.policy import LanguageModelPolicy, Policy
+from agents.environments import make_env
+from agents.policy import Actor, LanguageModelPolicy
 from agents.processes import gather
 from agents.rollout import Rollout, collect
 from textgym.decoding import Decoding
@@ -26,20 +24,26 @@ from textgym.guidance import Guidance
 from textgym.guides.base import Author
 from textgym.metrics import NAMES, MissingRequirement, load
 from textgym.seeding import hash64
+from textgym.storage import new_file
 from textgym.task import SplitName
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from agents.algorithm import Algorithm
     from textgym.engine import TextVectorEnv
     from textgym.metrics.base import Metric
 
 
+class Agent(Protocol):
+    """What holds the policy to evaluate, such as an algorithm."""
+
+    policy: Any
+
+
 @dataclass
 class EvaluationResult:
-    """What a policy wrote for the prompts of a split, and what that was worth.
+    """The completions that a policy wrote for the prompts of a split, and how good they are.
 
     Attributes:
         task: Name of the task.
@@ -54,7 +58,7 @@ class EvaluationResult:
         rewards: float (N,), in the order of `sample_ids`.
         reward_parts: Mean of each part of the reward.
         metrics: What the metrics say of all texts, by the names that they return.
-        metric_signatures: What these numbers hang on beside the texts, by the name of the metric.
+        metric_signatures: What these numbers depend on beside the texts, by the name of the metric.
         metrics_left_out: Metrics of the task that were not computed, each with the reason.
         sample_ids: int (N,), rows of the split, ascending.
         prompts: N prompts.
@@ -138,8 +142,6 @@ class EvaluationResult:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one JSON line a prompt: its text, what was written, by whom, and the reward."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = []
         for row in range(len(self.rewards)):
             sample = {
@@ -153,14 +155,12 @@ class EvaluationResult:
                 "authors": [Author(author).name.lower() for author in self.authors[row]],
             }
             lines.append(json.dumps(sample, ensure_ascii=False))
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        os.replace(temporary, path)
+        with new_file(path) as file:
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def evaluate(
-    agent: Algorithm | Policy,
+    agent: Actor | Agent,
     env: str | TextVectorEnv,
     split: SplitName = "test",
     *,
@@ -175,16 +175,16 @@ def evaluate(
     accelerator: Accelerator | None = None,
     **env_arguments: Any,
 ) -> EvaluationResult:
-    """Write a text for every prompt of a split, once, and judge it.
+    """Write a completion for every prompt of a split, and judge it.
 
-    A prompt's text hangs on `seed` and the sample alone, so two policies are compared on paired draws, and the number
-    of rows changes nothing.
+    A prompt's completion depends on `seed` and the sample alone: policies are compared on paired draws, whatever the
+    number of rows.
 
     A policy that can hand off is evaluated with that action: ``evaluate(policy, id, guide=..., handoff=True,
     handoff_cost=...)``. Its rewards are then less the cost, which is also a part of the reward of its own.
 
     Args:
-        agent: An algorithm or a policy.
+        agent: A policy, or an algorithm, whose policy is evaluated.
         env: The id of an environment; or a `TextVectorEnv` made with ``parking=True``, whose own split and rows are
             then used. It is seeded anew, and guidance that was in force there no longer is.
         split: "train", "validation" or "test"; only with an id.
@@ -215,7 +215,7 @@ def evaluate(
     unknown = sorted(set(metrics or ()) - set(NAMES))
     if unknown:
         raise ValueError(f"metrics must be of {list(NAMES)}, got {unknown}")
-    policy: Policy = agent if isinstance(agent, Policy) else agent.policy
+    policy: Any = agent if isinstance(agent, Actor) else agent.policy
     how = decoding or policy.decoding
     if best_of > 1 and (how.greedy or how.num_beams > 1):
         raise ValueError(f"best_of must be 1 with greedy decoding or beams, which write one text only, got {best_of}")
@@ -248,7 +248,7 @@ def evaluate(
                     seeds=seeds,
                     decoding=decoding,
                     values=False,
-                    # One a row, so that a guide's part in a text hangs on the sample too, not on the row.
+                    # One a row, so that what a guide writes depends on the sample too, not on the row.
                     reset_seed=seeds.tolist(),
                     options={"index": rows.tolist(), "guidance": Guidance()},
                 )
@@ -336,28 +336,6 @@ def _load_metrics(
                 raise
             left_out[name] = str(error)
     return judges, left_out
-
-
-def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
-    """Make an environment as agents want it: rows wait for each other, and nothing resets by itself."""
-    arguments |= {"parking": True, "autoreset_mode": AutoresetMode.DISABLED}
-    return gym.make_vec(env_id, num_envs=num_envs, **arguments).unwrapped  # type: ignore[return-value]
-
-
-def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName) -> TextVectorEnv:
-    """Make the same environment on another split: without a guide, unless its policy can hand off to it.
-
-    Raises:
-        ValueError: `env` was not made by `gymnasium.make_vec`, so how it was made is not known.
-    """
-    if env.spec is None:
-        raise ValueError("eval_env must be given where env was not made by gymnasium.make_vec")
-    arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
-    arguments |= {"guidance": None, "order": "random", "split": split}
-    # What is loaded already is shared, not loaded again.
-    arguments |= {"guide": env.guide if env.handoff else None}
-    arguments |= {"tokenizer": env.tokenizer, "reward": env.reward_function}
-    return make_env(env.spec.id, num_envs=num_envs, **arguments)
 
 
 def main(

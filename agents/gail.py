@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn.functional import softplus
 
-from agents.algorithm import check
-from agents.policy import Policy
-from agents.policy_gradient import in_parts
 from agents.ppo import PPO
-from agents.processes import add, add_gradients, add_terms, share, turn
+from agents.processes import in_parts, reduce, reduce_gradients, reduce_terms, share, share_of_loss
 from agents.rollout import Rollout
 from agents.supervised import Example, collate
+from textgym.checks import check
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from textgym.engine import TextVectorEnv
 
 
 class GAIL(PPO):
@@ -31,12 +26,7 @@ class GAIL(PPO):
     references of the same prompts (so that a prompt gives nothing away), and the reward of a text is then
     ``-log(1 - D(x, y))``. The task's own reward is recorded as "reward" and trains nothing.
 
-    Args:
-        policy: As for `PPO`.
-        env: As for `PPO`; its samples have references.
-        discriminator_learning_rate: Step size of its Adam.
-        discriminator_epochs: Its passes over an iteration's texts.
-        **hyperparameters: As for `PPO`.
+    Differs from the paper: gradient steps are PPO's, not TRPO's; D judges whole texts, not single steps.
 
     Raises:
         ValueError: An argument is wrong; while learning, an iteration without any reference.
@@ -44,53 +34,50 @@ class GAIL(PPO):
 
     name = "gail"
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        discriminator_learning_rate: float = 1e-4,
-        discriminator_epochs: int = 1,
-        **hyperparameters: Any,
-    ) -> None:
-        check("discriminator_learning_rate", discriminator_learning_rate, discriminator_learning_rate > 0, "above 0")
-        check("discriminator_epochs", discriminator_epochs, discriminator_epochs >= 1, "at least 1")
-        super().__init__(policy, env, **hyperparameters)
-        self.hyperparameters |= {
-            "discriminator_learning_rate": discriminator_learning_rate,
-            "discriminator_epochs": discriminator_epochs,
-        }
-        self.discriminator_epochs = discriminator_epochs
+    discriminator_learning_rate: float = 1e-4
+    """Step size of the discriminator's Adam."""
+    discriminator_epochs: int = 1
+    """The discriminator's passes over an iteration's texts."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments (see `Algorithm.check_hyperparameters`)."""
+        super().check_hyperparameters()
+        rate, epochs = self.discriminator_learning_rate, self.discriminator_epochs
+        check("discriminator_learning_rate", rate, rate > 0, "above 0")
+        check("discriminator_epochs", epochs, epochs >= 1, "at least 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.discriminator = self.policy.copy()  # what is frozen there is frozen here
         self.discriminator_optimizer = torch.optim.Adam(
             [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad],
-            lr=discriminator_learning_rate,
+            lr=self.discriminator_learning_rate,
         )
         self._rewards = torch.zeros(0)
 
-    def play(self) -> Rollout:
-        """Play, teach the discriminator, and let it judge."""
-        rollout = super().play()
-        self.discriminator_record = self.teach(rollout)
+    def play(self, **options: Any) -> Rollout:
+        """Play, train the discriminator, and let it judge."""
+        rollout = super().play(**options)
+        self.discriminator_record = self.train_discriminator(rollout)
         with torch.no_grad():
             mine = share(self.accelerator, torch.arange(len(rollout), device=rollout.rewards.device))
             rewards = torch.zeros_like(rollout.rewards)
             for rows in in_parts(mine, self.minibatch_size):
                 rewards[rows] = softplus(self.log_odds(rollout, rows)).to(rewards.dtype)
-            self._rewards = add(self.accelerator, rewards)
+            self._rewards = reduce(self.accelerator, rewards)
         self.check_finite("discriminator reward", self._rewards)
         return rollout
 
     def rewards(self, rollout: Rollout) -> torch.Tensor:
-        """What the discriminator gave this iteration's texts, ``-log(1 - D)``."""
+        """The discriminator's rewards of this iteration's texts, ``-log(1 - D)``."""
         return self._rewards
 
     def iterate(self) -> dict[str, Any]:
-        """Add how the discriminator is doing."""
+        """Add the discriminator's loss, accuracy and mean reward to the record."""
         record = super().iterate()
         return {**record, "discriminator_reward": float(self._rewards.mean()), **self.discriminator_record}
 
-    def teach(self, rollout: Rollout) -> dict[str, float]:
+    def train_discriminator(self, rollout: Rollout) -> dict[str, float]:
         """Train the discriminator on pairs of a reference and a text of one prompt.
 
         Returns:
@@ -109,16 +96,16 @@ class GAIL(PPO):
             order = random.permutation(paired)
             for start in range(0, len(order), self.minibatch_size):
                 chosen = order[start : start + self.minibatch_size]
-                mine, weight = turn(self.accelerator, chosen)
+                mine, weight = share_of_loss(self.accelerator, chosen)
                 references = self.log_odds_of([examples[row] for row in mine])
                 texts = self.log_odds(rollout, torch.from_numpy(mine).to(references.device))
                 loss = weight * (softplus(-references).sum() / len(chosen) + softplus(texts).sum() / len(chosen))
                 right = weight * torch.cat([references > 0, texts < 0]).sum() / (2 * len(chosen))
                 self.discriminator_optimizer.zero_grad()
                 loss.backward()
-                step = add_terms(self.accelerator, {"loss": loss.detach(), "accuracy": right})
+                step = reduce_terms(self.accelerator, {"loss": loss.detach(), "accuracy": right})
                 self.check_finite("discriminator loss", step["loss"])
-                add_gradients(self.accelerator, parameters)
+                reduce_gradients(self.accelerator, parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
                 self.discriminator_optimizer.step()
                 steps.append((float(step["loss"]), float(step["accuracy"])))
@@ -128,7 +115,7 @@ class GAIL(PPO):
     def log_odds(self, rollout: Rollout, rows: torch.Tensor) -> torch.Tensor:
         """Log-odds of D for some of the policy's texts."""
         ends = rollout.prompt_columns + (rollout.authors[rows] >= 0).sum(1, keepdim=True)
-        return self.discriminator.values(rollout.input_ids[rows], rollout.attention_mask[rows], ends)[0].squeeze(1)
+        return self.discriminator.values(rollout.input_ids[rows], rollout.attention_mask[rows], ends).squeeze(1)
 
     def log_odds_of(self, examples: list[Example]) -> torch.Tensor:
         """Log-odds of D for references."""
@@ -137,7 +124,7 @@ class GAIL(PPO):
             for tensor in collate(examples, self.env.pad_token_id, self.env.max_prompt_tokens)
         )
         ends = columns.amax(1, keepdim=True) + 1
-        return self.discriminator.values(input_ids, attention_mask, ends)[0].squeeze(1)
+        return self.discriminator.values(input_ids, attention_mask, ends).squeeze(1)
 
     def models(self) -> dict[str, nn.Module]:
         """Add the discriminator."""

@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from agents.algorithm import check, check_guide
-from agents.policy import Policy
-from agents.policy_gradient import PolicyGradient, in_parts
+from agents.algorithm import check_guide
+from agents.phase import Phase
+from agents.policy_gradient import PolicyGradient
+from agents.ppo_plus_plus import restart
+from agents.processes import in_parts
 from agents.rollout import Rollout
-from textgym.guidance import Guidance
-
-if TYPE_CHECKING:
-    from textgym.engine import TextVectorEnv
+from textgym.checks import check
 
 
 class GroupPolicyGradient(PolicyGradient):
     """Base class of the algorithms whose baseline is a group: k texts of one prompt and, with a guide, one prefix.
 
-    Args:
-        policy: As for `PolicyGradient`.
-        env: As for `PolicyGradient`; its number of rows is a multiple of `group_size`, in every process.
-        group_size: k. Texts with other prefixes would be other states, which need other baselines.
-        beta: Probability that a group starts from a guide's prefix, cut as in PPO++; 0 needs no guide.
-        **shared: As for `PolicyGradient`.
+    The rows of `env`, in every process, are a multiple of `group_size`.
 
     Raises:
         ValueError: The environment has no guide where `beta` asks for one, its rows make no whole groups, or an
             argument is wrong.
     """
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        group_size: int = 4,
-        beta: float = 0.0,
-        **shared: Any,
-    ) -> None:
-        check("group_size", group_size, group_size >= 2, "at least 2")
-        check("beta", beta, 0 <= beta <= 1, "in [0, 1]")
-        if beta:
-            check_guide(env, f"{self.name} with beta={beta}")
-        super().__init__(policy, env, **shared)
-        check("group_size", group_size, self.env.num_envs % group_size == 0, f"a divisor of {self.env.num_envs} rows")
-        self.hyperparameters |= {"group_size": group_size, "beta": beta}
-        self.group_size, self.beta = group_size, beta
+    group_size: int = 4
+    """k, texts of one prompt and one prefix; texts with other prefixes would be other states, with other baselines."""
+    beta: float = 0.0
+    """Probability that a group starts from a guide's prefix, cut as in PPO++; 0 needs no guide."""
 
-    def guidance(self) -> Guidance | tuple[Guidance, ...]:
-        """Restart groups from a guide's prefix with probability beta."""
-        return Guidance(restart_prob=self.beta) if self.beta else super().guidance()
+    def check_hyperparameters(self) -> None:
+        """Check the arguments, and that there is a guide where one is asked for."""
+        super().check_hyperparameters()
+        check("group_size", self.group_size, self.group_size >= 2, "at least 2")
+        check("beta", self.beta, 0 <= self.beta <= 1, "in [0, 1]")
+        if self.beta:
+            check_guide(self.env, f"{self.name} with beta={self.beta}")
 
-    def play(self) -> Rollout:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows = self.env.num_envs
+        check("group_size", self.group_size, rows % self.group_size == 0, f"a divisor of {rows} rows")
+
+    @property
+    def phase(self) -> Phase:
+        """Groups restart from a guide's prefix with probability beta."""
+        return restart(self.beta) if self.beta else Phase()
+
+    def play(self, **options: Any) -> Rollout:
         """Play whole groups, one after another."""
-        return self.collect(group_size=self.group_size)
+        return super().play(group_size=self.group_size, **options)
 
     def minibatches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Split groups at random, `n_epochs` times: texts of one prompt stay together, and it is read once for all."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 
-from agents.algorithm import check
 from agents.group import GroupPolicyGradient
-from agents.policy import Evaluation, Policy
+from agents.policy import Evaluation
 from agents.policy_gradient import Credit
 from agents.rollout import Rollout
-
-if TYPE_CHECKING:
-    from textgym.engine import TextVectorEnv
+from textgym.checks import check
 
 # Keeps advantages of a group whose rewards are all but equal from blowing up.
 EPSILON = 1e-4
@@ -30,51 +26,36 @@ class GRPO(GroupPolicyGradient):
     ``L = -mean_i (1/|y_i|) sum_h [min(rho A_i, clip(rho, 1 - c, 1 + c) A_i) - kl_coef (pi_ref / pi - 1 - log(pi_ref /
     pi))]`` with ``A_i = (r_i - mean r) / std r`` over the k texts of a group, and |y_i| the decisions of text i.
 
-    Args:
-        policy: As for `PolicyGradient`.
-        env: As for `PolicyGradient`; its number of rows is a multiple of `group_size`.
-        group_size: k, texts of one prompt and one prefix.
-        beta: Probability that a group starts from a guide's prefix (guided GRPO); 0 needs no guide.
-        clip_range: c above.
-        kl_coef: Weight of the KL penalty; 0.04 is published.
-        kl_penalty: "loss" is published; "reward" takes the summed KL from each text's reward, as RLOO does.
-        scale: What differences to the group's mean are divided by: their standard deviation in the "group" (published),
-            in the "batch" (Hu et al. 2025, REINFORCE++ with baseline, arXiv 2501.03262), or "none" (Liu et al. 2025,
-            Dr. GRPO, arXiv 2503.20783).
-        length_norm: What the sum over a text's decisions is divided by: their number, "text" (published); the mean
-            number of decisions of a minibatch's texts, "batch", so that every decision counts alike (the token-level
-            loss of DAPO, Yu et al. 2025, arXiv 2503.14476); or the "horizon" T (Dr. GRPO).
-        **shared: As for `PolicyGradient`.
+    Differs from the paper: the reward is given, not a model that is trained in turns; a group can start from a prefix.
 
     Raises:
-        ValueError: The environment has no guide where `beta` asks for one, its rows make no whole groups, or an
-            argument is wrong.
+        ValueError: As for `GroupPolicyGradient`.
     """
 
     name = "grpo"
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        group_size: int = 4,
-        beta: float = 0.0,
-        clip_range: float = 0.2,
-        kl_coef: float = 0.04,
-        kl_penalty: Literal["reward", "loss"] = "loss",
-        scale: Literal["group", "batch", "none"] = "group",
-        length_norm: Literal["text", "batch", "horizon"] = "text",
-        **shared: Any,
-    ) -> None:
-        check("clip_range", clip_range, clip_range > 0, "above 0")
-        check("scale", scale, scale in ("group", "batch", "none"), '"group", "batch" or "none"')
-        check("length_norm", length_norm, length_norm in ("text", "batch", "horizon"), '"text", "batch" or "horizon"')
-        super().__init__(
-            policy, env, group_size=group_size, beta=beta, kl_coef=kl_coef, kl_penalty=kl_penalty, **shared
-        )
-        self.hyperparameters |= {"clip_range": clip_range, "scale": scale, "length_norm": length_norm}
-        self.clip_range, self.scale, self.length_norm = clip_range, scale, length_norm
+    clip_range: float = 0.2
+    """c above."""
+    kl_coef: float = 0.04
+    """Weight of the KL penalty; 0.04 is published."""
+    kl_penalty: Literal["reward", "loss"] = "loss"
+    """"loss" is published; "reward" takes the summed KL from each text's reward, as RLOO does."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """What differences to the group's mean are divided by: their standard deviation in the "group" (published), in the
+    "batch" (Hu et al. 2025, REINFORCE++ with baseline, arXiv 2501.03262), or "none" (Liu et al. 2025, Dr. GRPO, arXiv
+    2503.20783)."""
+    length_norm: Literal["text", "batch", "horizon"] = "text"
+    """What the sum over a text's decisions is divided by: their number, "text" (published); the mean number of them in
+    a minibatch's texts, "batch", so that every decision counts alike (token-level loss of DAPO, Yu et al. 2025,
+    arXiv 2503.14476); or the "horizon" T (Dr. GRPO)."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments (see `Algorithm.check_hyperparameters`)."""
+        super().check_hyperparameters()
+        scales, norms = ("group", "batch", "none"), ("text", "batch", "horizon")
+        check("clip_range", self.clip_range, self.clip_range > 0, "above 0")
+        check("scale", self.scale, self.scale in scales, '"group", "batch" or "none"')
+        check("length_norm", self.length_norm, self.length_norm in norms, '"text", "batch" or "horizon"')
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
         """Return relative to the group."""

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-
-from agents.aggrevated import AggreVaTeD
-from agents.algorithm import check
-from agents.policy import Policy
-from agents.policy_gradient import Credit
+from agents.aggrevated import imitate
+from agents.algorithm import check_guide
+from agents.phase import Phase
 from agents.ppo import PPO
-from agents.rollout import Rollout
-from textgym.guidance import Guidance
+from agents.ppo_plus_plus import restart
+from textgym.checks import check, is_int
 from textgym.seeding import uniform
 
-if TYPE_CHECKING:
-    from textgym.engine import TextVectorEnv
 
-
-class LOLS(AggreVaTeD):
+class LOLS(PPO):
     """Locally optimal learning to search (Chang et al. 2015, arXiv 1502.02206; Chang et al. 2023, arXiv 2306.11816).
 
     | iteration | prefix | body | completion | policy gradient on | critic learns |
@@ -28,55 +19,35 @@ class LOLS(AggreVaTeD):
     | with probability tau, as PPO++ | with prob. beta, t guide tokens | to the end | none | body | V of the policy |
     | else, as AggreVaTeD | none | with prob. beta, t policy tokens | guide | body | V of the guide, on completion |
 
-    The two critics are two heads of one network.
+    The two value functions are two heads of one network.
 
-    Args:
-        policy: As for `PPO`.
-        env: As for `AggreVaTeD`.
-        tau: Probability that an iteration is one of PPO++.
-        beta: Share of the episodes with a prefix, or with a body.
-        **hyperparameters: As for `PPO`.
+    Differs from the first paper: gradient steps are PPO's, and an iteration, not an episode, draws between the two.
 
     Raises:
-        ValueError: The environment has no guide that can complete texts, or an argument is wrong.
+        ValueError: As for `AggreVaTeD`.
     """
 
     name = "lols"
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv,
-        *,
-        tau: float = 0.8,
-        beta: float = 0.8,
-        **hyperparameters: Any,
-    ) -> None:
-        check("tau", tau, 0 <= tau <= 1, "in [0, 1]")
-        super().__init__(policy, env, beta=beta, **hyperparameters)
-        self.hyperparameters["tau"] = self.tau = tau
+    tau: float = 0.8
+    """Probability that an iteration is one of PPO++."""
+    beta: float = 0.8
+    """Share of the episodes with a prefix, or with a body."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments, and that the guide can complete texts."""
+        super().check_hyperparameters()
+        check("tau", self.tau, 0 <= self.tau <= 1, "in [0, 1]")
+        check("beta", self.beta, 0 < self.beta <= 1, "in (0, 1]")
+        check_guide(self.env, self.name, completes=True)
 
     @property
-    def restarting(self) -> bool:
-        """Whether this iteration is one of PPO++."""
-        return bool(uniform(self.seed, self.iteration) < self.tau)
-
-    def guidance(self) -> Guidance:
-        """The guide starts texts, or ends them."""
-        return Guidance(restart_prob=self.beta) if self.restarting else super().guidance()
-
-    @property
-    def critic_of(self) -> Literal["policy", "guide"]:
-        """After a decision goes on who ends the text."""
-        return "policy" if self.restarting else "guide"
-
-    def estimate(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
-        """PPO's credit, or AggreVaTeD's."""
-        estimate = PPO.estimate if self.restarting else AggreVaTeD.estimate
-        return estimate(self, rollout, reference_log_probs)
+    def phase(self) -> Phase:
+        """Drawn for each iteration."""
+        return restart(self.beta) if uniform(self.seed, self.iteration) < self.tau else imitate(self.beta)
 
 
-class D2LOLS(LOLS):
+class D2LOLS(PPO):
     """Direct and differentiable LOLS (Chang et al. 2023, arXiv 2306.11816): first imitate the guide, then surpass it.
 
     | iteration | prefix | body | completion | policy gradient on | critic learns |
@@ -84,33 +55,28 @@ class D2LOLS(LOLS):
     | the first tau, as AggreVaTeD | none | with prob. beta, t policy tokens | guide | body | V of the guide |
     | after, as PPO++ | with prob. beta, t guide tokens | to the end | none | body | V of the policy |
 
-    Args:
-        policy: As for `PPO`.
-        env: As for `AggreVaTeD`.
-        tau: Iterations of AggreVaTeD.
-        beta: Share of the episodes with a body, or with a prefix.
-        **hyperparameters: As for `PPO`.
+    Differs from the paper: when the phase changes, the new value head starts as a copy of the other one
+    (`agents.value_function`); else as PPO++ and AggreVaTeD do.
 
     Raises:
-        ValueError: The environment has no guide that can complete texts, or an argument is wrong.
+        ValueError: As for `AggreVaTeD`.
     """
 
     name = "d2lols"
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv,
-        *,
-        tau: int = 20,
-        beta: float = 0.8,
-        **hyperparameters: Any,
-    ) -> None:
-        check("tau", tau, isinstance(tau, int) and tau >= 0, "an int of at least 0, a number of iterations")
-        super().__init__(policy, env, beta=beta, **hyperparameters)
-        self.hyperparameters["tau"] = self.tau = tau
+    tau: int = 20
+    """Iterations of AggreVaTeD."""
+    beta: float = 0.8
+    """Share of the episodes with a body, or with a prefix."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments, and that the guide can complete texts."""
+        super().check_hyperparameters()
+        check("tau", self.tau, is_int(self.tau) and self.tau >= 0, "an int of at least 0, a number of iterations")
+        check("beta", self.beta, 0 < self.beta <= 1, "in (0, 1]")
+        check_guide(self.env, self.name, completes=True)
 
     @property
-    def restarting(self) -> bool:
-        """Whether the guide has been imitated long enough."""
-        return self.iteration >= self.tau
+    def phase(self) -> Phase:
+        """The guide is imitated in the first tau iterations."""
+        return imitate(self.beta) if self.iteration < self.tau else restart(self.beta)

@@ -1,11 +1,10 @@
-"""What all policy gradients share: a reference policy to stay near, and gradient steps over an iteration's episodes."""
+"""What policy gradients share: an iteration, from episodes to gradient steps, and a reference policy to stay near."""
 
 from __future__ import annotations
 
 import math
-import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -13,19 +12,19 @@ import numpy as np
 import torch
 
 from agents.advantages import kl_estimate, masked_mean
-from agents.algorithm import Algorithm, check
-from agents.policy import Evaluation, Policy
-from agents.processes import add, add_gradients, add_terms, share, turn
-from agents.rollout import Rollout
+from agents.algorithm import Algorithm
+from agents.phase import Phase
+from agents.policy import Evaluation
+from agents.processes import gather, in_parts, reduce, reduce_gradients, reduce_terms, share, share_of_loss
+from agents.rollout import Rollout, collect
 from agents.sharding import clip_gradients
 from agents.supervised import Example, encode_example, num_targets, supervised_loss
+from textgym.checks import check
 from textgym.decoding import Decoding
+from textgym.seeding import hash64
 
 if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
     from torch import Tensor, nn
-
-    from textgym.engine import TextVectorEnv
 
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES = ("constant", "linear", "cosine")
@@ -36,13 +35,13 @@ class Credit:
     """What the decisions of N episodes are worth, and what else a loss needs to know of them.
 
     Attributes:
-        decisions: bool (N, T), the policy's actions; what the next four say elsewhere is never read.
+        decisions: bool (N, T), the policy's actions; other entries of the next three are never read.
         log_probs: float (N, T), log-probabilities when they were sampled.
         reference_log_probs: float (N, T), log-probabilities under the reference policy.
         advantages: float (N, T).
-        states: bool (N, T), the states whose value the critic learns; nowhere True without a critic.
-        values: float (N, T), what the critic said of them.
-        returns: float (N, T), what it should say.
+        states: bool (N, T), the states whose value is learned; nowhere True without a value function.
+        values: float (N, T), their values before the update.
+        returns: float (N, T), the targets of their values.
     """
 
     decisions: Tensor
@@ -74,145 +73,107 @@ class Credit:
 class PolicyGradient(Algorithm):
     """Base class of the algorithms that maximise ``E[r(x, y)] - kl_coef KL(pi || pi_ref)`` by gradient steps.
 
-    The reference policy is a frozen copy of the starting policy, of which weights that are not trained are shared (with
-    adapters: all but these). Every iteration plays `episodes_per_iteration`
-    episodes, gives credit to the policy's decisions (`credit`) and goes over them `n_epochs` times, minibatch by
-    minibatch (`loss`). The objective is the same whoever else wrote in an episode: a guide's tokens carry no penalty
-    and no gradient.
+    Every iteration plays `episodes_per_iteration` episodes as its `phase` says (`play`), credits the policy's decisions
+    (`credit`), and follows the gradient of `loss`, minibatch by minibatch, `n_epochs` times (`update`). The reference
+    policy is a frozen copy of the starting policy, and shares the weights that are not trained (with adapters: all but
+    these). The objective does not depend on who else wrote in an episode: a guide's tokens carry no penalty and no
+    gradient.
 
     Log-probabilities are those of the untruncated softmax at temperature 1, in sampling, in updates and for the
     reference, whatever the decoding is. With top-k or top-p sampling ratios are therefore not importance weights of
     the truncated distribution; in return every sampled token has a finite log-probability under every later policy,
     which a new top-k set could deny it.
 
-    Args:
-        policy: A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence.
-        env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
-        episodes_per_iteration: Episodes an iteration, a multiple of the rows of `env` in all processes.
-        minibatch_size: Episodes a gradient step, of all processes.
-        gradient_accumulation_steps: Passes into which a gradient step is cut, to save memory; the gradient is the same.
-        n_epochs: Passes over an iteration's episodes.
-        learning_rate: Step size of Adam, at the start.
-        lr_schedule: How it goes on, over `schedule_episodes`: "constant", "linear" or "cosine", both to zero.
-        schedule_episodes: Episodes after which schedules are at their end; must be given where one is not constant.
-        kl_coef: Weight of the KL penalty (its start value, with `kl_target`).
-        kl_penalty: "reward" puts ``-kl_coef (log pi - log pi_ref)`` on every decision's reward; "loss" adds
-            ``kl_coef`` times the estimate ``pi_ref / pi - 1 - log(pi_ref / pi)`` to every decision's loss
-            (http://joschu.net/blog/kl-approx.html, k3). Where advantages are counted in standard deviations (all but
-            RLOO) the same number holds less as a loss than as a reward, whose standard deviation is small.
-        kl_target: Hold the KL of a text (nats, summed over its decisions) near this value by changing `kl_coef` after
-            every iteration (Ziegler et al. 2019, arXiv 1909.08593, section 2.2); None keeps `kl_coef`.
-        target_coef: Weight of a supervised loss on reference texts of the iteration's prompts (the rows that the task
-            says to imitate).
-        target_kl: Stop an iteration's updates when the policy is 1.5 times this far from the one that sampled (nats a
-            decision); None never stops.
-        max_grad_norm: Gradients are scaled down to this norm.
-        decoding: How training episodes are sampled (None: as the policy does).
-        seed: Seed of everything random here and in the environment.
-        device: "auto" or a torch device.
-        eval_every: Iterations between evaluations on validation prompts; 0 never evaluates.
-        eval_prompts: Validation prompts of such an evaluation.
-        eval_env: What to evaluate on (None: the validation split of `env`, with a guide only for hand-offs).
-        output_dir: Where the checkpoints ``last`` and ``best`` go.
-        track: Accelerate trackers.
-
     Attributes:
         reference: The reference policy.
-        kl_coef: The weight of the KL penalty now.
+        kl_coef: The weight of the KL penalty now, which `kl_target` moves.
+        last_rollout: The episodes of the last iteration, for callbacks.
     """
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        episodes_per_iteration: int = 64,
-        minibatch_size: int = 16,
-        gradient_accumulation_steps: int = 1,
-        n_epochs: int = 2,
-        learning_rate: float = 1e-4,
-        lr_schedule: Schedule = "constant",
-        schedule_episodes: int | None = None,
-        kl_coef: float = 0.02,
-        kl_penalty: Literal["reward", "loss"] = "reward",
-        kl_target: float | None = None,
-        target_coef: float = 0.0,
-        target_kl: float | None = None,
-        max_grad_norm: float = 1.0,
-        decoding: Decoding | None = None,
-        seed: int = 0,
-        device: str | torch.device = "auto",
-        eval_every: int = 0,
-        eval_prompts: int = 256,
-        eval_env: TextVectorEnv | None = None,
-        output_dir: str | os.PathLike | None = None,
-        track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None,
-    ) -> None:
-        hyperparameters = {
-            key: value
-            for key, value in locals().items()
-            if key not in ("self", "policy", "env", "eval_env", "track", "__class__")
-        }
-        check("minibatch_size", minibatch_size, minibatch_size >= 1, "at least 1")
+    minibatch_size: int = 16
+    """Episodes a gradient step, of all processes."""
+    gradient_accumulation_steps: int = 1
+    """Passes into which a gradient step is split, to save memory; the gradient is the same."""
+    n_epochs: int = 2
+    """Passes over an iteration's episodes."""
+    learning_rate: float = 1e-4
+    """Step size of Adam, at the start."""
+    lr_schedule: Schedule = "constant"
+    """How the step size changes over `schedule_episodes`: "constant", "linear" or "cosine", both to zero."""
+    schedule_episodes: int | None = None
+    """Episodes after which schedules are at their end; must be given where one is not constant."""
+    kl_coef: float = 0.02
+    """Weight of the KL penalty (its start value, with `kl_target`)."""
+    kl_penalty: Literal["reward", "loss"] = "reward"
+    """"reward" subtracts ``kl_coef (log pi - log pi_ref)`` from every decision's reward; "loss" adds ``kl_coef`` times
+    the estimate ``pi_ref / pi - 1 - log(pi_ref / pi)`` to every decision's loss
+    (http://joschu.net/blog/kl-approx.html, k3). Where advantages are normalised (all but RLOO) the same number weighs
+    less as a loss than as a reward, whose standard deviation is small."""
+    kl_target: float | None = None
+    """Hold the KL of a text (nats, summed over its decisions) near this value by changing `kl_coef` after every
+    iteration (Ziegler et al. 2019, arXiv 1909.08593, section 2.2); None keeps `kl_coef`."""
+    target_coef: float = 0.0
+    """Weight of a supervised loss on references of the iteration's prompts, where the task says to imitate them."""
+    target_kl: float | None = None
+    """Stop an iteration's updates when the policy is 1.5 times this far from the one that sampled (nats a decision);
+    None never stops."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    decoding: Decoding | None = None
+    """How training episodes are sampled; None as the policy does."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments (see `Algorithm.check_hyperparameters`)."""
+        super().check_hyperparameters()
+        check("minibatch_size", self.minibatch_size, self.minibatch_size >= 1, "at least 1")
         check(
             "gradient_accumulation_steps",
-            gradient_accumulation_steps,
-            1 <= gradient_accumulation_steps <= minibatch_size,
-            f"in {{1..minibatch_size={minibatch_size}}}",
+            self.gradient_accumulation_steps,
+            1 <= self.gradient_accumulation_steps <= self.minibatch_size,
+            f"in {{1..minibatch_size={self.minibatch_size}}}",
         )
-        check("n_epochs", n_epochs, n_epochs >= 1, "at least 1")
-        check("learning_rate", learning_rate, learning_rate > 0, "above 0")
-        check("lr_schedule", lr_schedule, lr_schedule in SCHEDULES, f"one of {SCHEDULES}")
+        check("n_epochs", self.n_epochs, self.n_epochs >= 1, "at least 1")
+        check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        check("lr_schedule", self.lr_schedule, self.lr_schedule in SCHEDULES, f"one of {SCHEDULES}")
         check(
             "schedule_episodes",
-            schedule_episodes,
-            lr_schedule == "constant" if schedule_episodes is None else schedule_episodes >= 1,
+            self.schedule_episodes,
+            self.lr_schedule == "constant" if self.schedule_episodes is None else self.schedule_episodes >= 1,
             "at least 1, and given where a schedule is not constant",
         )
-        check("kl_penalty", kl_penalty, kl_penalty in ("reward", "loss"), '"reward" or "loss"')
+        check("kl_penalty", self.kl_penalty, self.kl_penalty in ("reward", "loss"), '"reward" or "loss"')
         check(
             "kl_target",
-            kl_target,
-            kl_target is None or (kl_target > 0 and kl_coef > 0),
+            self.kl_target,
+            self.kl_target is None or (self.kl_target > 0 and self.kl_coef > 0),
             "above 0 (as kl_coef), or None",
         )
-        check("target_kl", target_kl, target_kl is None or target_kl > 0, "None or above 0")
-        check("max_grad_norm", max_grad_norm, max_grad_norm > 0, "above 0")
+        check("target_kl", self.target_kl, self.target_kl is None or self.target_kl > 0, "None or above 0")
+        check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0")
         for name in ("kl_coef", "target_coef"):
-            check(name, hyperparameters[name], hyperparameters[name] >= 0, "at least 0")
-        super().__init__(
-            policy,
-            env,
-            episodes_per_iteration=episodes_per_iteration,
-            decoding=decoding,
-            seed=seed,
-            device=device,
-            eval_every=eval_every,
-            eval_prompts=eval_prompts,
-            eval_env=eval_env,
-            output_dir=output_dir,
-            track=track,
-            hyperparameters=hyperparameters,
-        )
-        self.minibatch_size, self.n_epochs = minibatch_size, n_epochs
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.learning_rate, self.lr_schedule, self.schedule_episodes = learning_rate, lr_schedule, schedule_episodes
-        self.kl_coef, self.kl_penalty, self.kl_target = kl_coef, kl_penalty, kl_target
-        self.target_coef, self.target_kl, self.max_grad_norm = target_coef, target_kl, max_grad_norm
+            check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.decoding or self.policy.decoding).num_beams > 1:
+            raise ValueError(
+                "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with "
+                "beams in evaluate(..., decoding=...) and generate"
+            )
         self.reference = self.policy.copy().requires_grad_(False)
-        self._optimizer = torch.optim.Adam(self.trainable, lr=learning_rate, eps=1e-5, fused=True)
+        self.optimizer = torch.optim.Adam(self.trainable, lr=self.learning_rate, eps=1e-5, fused=True)
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Adam over everything that is trained."""
-        return self._optimizer
+    def phase(self) -> Phase:
+        """Who writes the episodes of this iteration, and how their decisions are credited."""
+        return Phase()
 
     @abstractmethod
     def credit(self, rollout: Rollout, reference_log_probs: Tensor) -> Credit:
-        """Say what each decision was worth.
+        """Credit the decisions of an iteration's episodes.
 
         Args:
-            rollout: N episodes; `rewards` has their rewards.
+            rollout: N episodes; `rewards` returns their rewards.
             reference_log_probs: float (N, T), of the decisions.
         """
 
@@ -223,7 +184,8 @@ class PolicyGradient(Algorithm):
         Args:
             now: What the policy says of their decisions and states now.
             old: Their credit.
-            minibatch: The whole minibatch's. Means are over it, so that the losses of its parts add up to its own.
+            minibatch: The credit of the whole minibatch. Means are over it, so that the losses of its parts add up to
+                its own.
 
         Returns:
             Scalars by name: "loss", whose gradient is followed, "approx_kl" (nats a decision to the policy that
@@ -250,12 +212,8 @@ class PolicyGradient(Algorithm):
             terms["loss"] = terms["loss"] + self.kl_coef * terms["kl_loss"]
         return terms
 
-    def play(self) -> Rollout:
-        """Play an iteration's episodes."""
-        return self.collect()
-
     def iterate(self) -> dict[str, Any]:
-        """Play episodes, give credit to decisions, take gradient steps."""
+        """Play episodes, credit their decisions, follow the gradient of the loss."""
         rollout = self.play()
         reference_log_probs = self.reference_log_probs(rollout)
         credit = self.credit(rollout, reference_log_probs)
@@ -290,6 +248,39 @@ class PolicyGradient(Algorithm):
             self.kl_coef = float(self.kl_coef * (1 + 0.1 * excess))
         return record
 
+    def play(self, **options: Any) -> Rollout:
+        """Play `episodes_per_iteration` episodes, each process its share, and count them.
+
+        Args:
+            **options: Reset options beside the guidance ("group_size", ...).
+
+        Returns:
+            The episodes of all processes.
+        """
+        guidance = self.phase.guidance
+        rollouts, rows = [], self.env.num_envs
+        # Rows of all processes are those of one environment; these are the ones before this process's.
+        before = rows * self.accelerator.process_index
+        for part in range(self.episodes_per_iteration // (rows * self.accelerator.num_processes)):
+            rollouts.append(
+                collect(
+                    self.env,
+                    self.policy,
+                    seeds=hash64(self.seed, self.iteration, part, before + np.arange(rows)),
+                    decoding=self.decoding,
+                    # Spread, because rows of one environment seeded s are seeded s, s + 1, ...
+                    reset_seed=(int(hash64(self.seed)) >> 33) + before if self.iteration == part == 0 else None,
+                    options={"guidance": self.env.initial_guidance if guidance is None else guidance, **options},
+                )
+            )
+        rollout = Rollout.concatenate(gather(self.accelerator, rollouts))
+        self.last_rollout = rollout
+        self.check_finite("reward", rollout.rewards)
+        self.num_episodes += len(rollout)
+        self.num_timesteps += int(rollout.policy_tokens.sum())
+        self.num_guide_tokens += int(rollout.guide_tokens.sum())
+        return rollout
+
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
         """Log-probabilities (N, T) of the decisions under the reference policy, zero elsewhere."""
@@ -297,10 +288,14 @@ class PolicyGradient(Algorithm):
         columns, result = rollout.columns(decisions), torch.zeros_like(rollout.log_probs)
         mine = share(self.accelerator, torch.nonzero(decisions.any(1)).flatten())
         for rows in in_parts(mine, self.minibatch_size):
-            result[rows] = self.reference.evaluate(
-                rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], rollout.handoffs[rows]
+            result[rows] = self.reference.evaluate_actions(
+                rollout.input_ids[rows],
+                rollout.attention_mask[rows],
+                columns[rows],
+                rollout.handoffs[rows],
+                values_of=None,
             ).log_probs.to(result.dtype)
-        return add(self.accelerator, result)
+        return reduce(self.accelerator, result)
 
     def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
         """Take gradient steps over the episodes that have a decision, or a state to learn from.
@@ -310,35 +305,20 @@ class PolicyGradient(Algorithm):
         Returns:
             Losses and diagnostics, means over the gradient steps that were taken.
         """
-        judged = (credit.decisions | credit.states).any(1)
+        rows = torch.nonzero((credit.decisions | credit.states).any(1)).flatten()
         demonstrations = self.demonstrations(rollout) if self.target_coef else {}
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self.scheduled(self.lr_schedule)
         steps: list[dict[str, Tensor]] = []
         stopped = False
-        for minibatch in self.minibatches(torch.nonzero(judged).flatten()):
-            whole = credit[minibatch]
-            targets = num_targets(self.among(demonstrations, minibatch))
-            step: dict[str, Tensor] = {}
+        for minibatch in self.minibatches(rows):
             self.optimizer.zero_grad()
-            for part in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
-                rows, weight = turn(self.accelerator, part)
-                terms = self.loss(self.judge(rollout, credit, rows), credit[rows], whole)
-                terms = {name: weight * term for name, term in terms.items()}
-                if examples := self.among(demonstrations, part):
-                    texts, weight = turn(self.accelerator, examples)
-                    weight *= num_targets(texts) / targets
-                    terms["target_loss"] = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
-                    terms["loss"] = terms["loss"] + self.target_coef * terms["target_loss"]
-                terms["loss"].backward()
-                for name, term in terms.items():
-                    step[name] = step.get(name, 0) + term.detach()
-            step = add_terms(self.accelerator, step)
+            step = self.backward(rollout, credit, minibatch, demonstrations)
             self.check_finite("loss", step["loss"])
             stopped = self.target_kl is not None and float(step["approx_kl"]) > 1.5 * self.target_kl
             if stopped:
                 break
-            add_gradients(self.accelerator, self.trainable)
+            reduce_gradients(self.accelerator, self.trainable)
             step["gradient_norm"] = clip_gradients(self.trainable, self.max_grad_norm)
             self.check_finite("gradient norm", step["gradient_norm"])
             self.optimizer.step()
@@ -349,15 +329,44 @@ class PolicyGradient(Algorithm):
         }
         return {**dict(sorted(means.items())), "gradient_steps": len(steps), "stopped_early": float(stopped)}
 
-    def judge(self, rollout: Rollout, credit: Credit, rows: Tensor) -> Evaluation:
-        """What the policy says now of some rows' decisions and states."""
-        decisions, states = credit.decisions[rows], credit.states[rows]
-        return self.learner.evaluate(
+    def backward(
+        self, rollout: Rollout, credit: Credit, minibatch: Tensor, demonstrations: dict[int, Example]
+    ) -> dict[str, Tensor]:
+        """Add the gradient of a minibatch's loss to the parameters', in `gradient_accumulation_steps` parts.
+
+        Args:
+            rollout: The iteration's episodes.
+            credit: Their credit.
+            minibatch: int64 (B,), rows of both.
+            demonstrations: Reference texts to imitate beside, by row.
+
+        Returns:
+            The terms of the loss, sums over parts and processes.
+        """
+        whole, targets = credit[minibatch], num_targets(_of_rows(demonstrations, minibatch))
+        step: dict[str, Tensor] = {}
+        for part in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
+            rows, weight = share_of_loss(self.accelerator, part)
+            terms = self.loss(self.evaluate_actions(rollout, credit, rows), credit[rows], whole)
+            terms = {name: weight * term for name, term in terms.items()}
+            if examples := _of_rows(demonstrations, part):
+                texts, weight = share_of_loss(self.accelerator, examples)
+                weight *= num_targets(texts) / targets
+                terms["target_loss"] = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
+                terms["loss"] = terms["loss"] + self.target_coef * terms["target_loss"]
+            terms["loss"].backward()
+            for name, term in terms.items():
+                step[name] = step.get(name, 0) + term.detach()
+        return reduce_terms(self.accelerator, step)
+
+    def evaluate_actions(self, rollout: Rollout, credit: Credit, rows: Tensor) -> Evaluation:
+        """What the policy says now of the decisions of some rows."""
+        return self.learner.evaluate_actions(
             rollout.input_ids[rows],
             rollout.attention_mask[rows],
-            rollout.columns(decisions | states),
+            rollout.columns(credit.decisions[rows]),
             rollout.handoffs[rows],
-            states & ~decisions,
+            values_of=None,
         )
 
     def minibatches(self, rows: Tensor) -> Iterator[Tensor]:
@@ -368,7 +377,7 @@ class PolicyGradient(Algorithm):
             yield from in_parts(rows[order], self.minibatch_size)
 
     def scheduled(self, schedule: Schedule) -> float:
-        """The factor that a schedule has come to."""
+        """The factor of a schedule in this iteration, 1 in the first one."""
         if schedule == "constant":
             return 1.0
         assert self.schedule_episodes is not None
@@ -390,11 +399,6 @@ class PolicyGradient(Algorithm):
                 examples[row] = encode_example(self.env, rollout.prompts[row], prompt_ids, text)
         return examples
 
-    @staticmethod
-    def among(demonstrations: dict[int, Example], rows: Tensor) -> list[Example]:
-        """The demonstrations of some rows, in their order."""
-        return [demonstrations[row] for row in rows.tolist() if row in demonstrations] if demonstrations else []
-
     def models(self) -> dict[str, nn.Module]:
         """The reference policy, beside the policy."""
         return {**super().models(), "reference": self.reference}
@@ -409,6 +413,6 @@ class PolicyGradient(Algorithm):
         self.kl_coef = state["kl_coef"]
 
 
-def in_parts(rows: Tensor, size: int) -> Sequence[Tensor]:
-    """Split rows; none into no part, where `Tensor.split` makes an empty one."""
-    return rows.split(size) if len(rows) else ()
+def _of_rows(demonstrations: dict[int, Example], rows: Tensor) -> list[Example]:
+    """The demonstrations of some rows, in their order."""
+    return [demonstrations[row] for row in rows.tolist() if row in demonstrations] if demonstrations else []

@@ -1,24 +1,158 @@
-"""Proximal policy optimisation for text, with a per-token KL penalty. Reads from top to bottom."""
+"""Proximal policy optimisation for text, with a per-token KL penalty."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from agents.advantages import gae, last_of, masked_mean, whiten
-from agents.algorithm import check
-from agents.policy import Evaluation, Policy
-from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule, in_parts
-from agents.processes import add, share
+from agents.advantages import last_of, whiten
+from agents.policy import Evaluation
+from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule
 from agents.rollout import Rollout
+from agents.value_function import ValueFunction
+from textgym.checks import check
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from textgym.engine import TextVectorEnv
+
+class PPO(PolicyGradient):
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) for text.
+
+    | prefix | body | completion | policy gradient on | critic learns |
+    |---|---|---|---|---|
+    | none | policy to the end | none | body | V of the policy, on body |
+
+    In an environment with hand-offs the action to ask the guide is a decision like any other: credit ends there, with
+    the reward of the text that the guide completed.
+
+    Differs from the paper: rewards carry a KL penalty to the starting policy (Ziegler et al. 2019, arXiv 1909.08593);
+    advantages are normalised over an iteration, not over a minibatch; the value loss is clipped (as in OpenAI's
+    baselines); a value function is shifted to the mean return before it learns (`agents.value_function`).
+    """
+
+    name = "ppo"
+
+    gamma: float = 1.0
+    """Discount factor."""
+    gae_lambda: float = 0.95
+    """Trace decay of the advantages."""
+    normalize_advantage: bool = True
+    """Whether advantages are shifted and scaled to mean 0 and standard deviation 1 over an iteration's decisions."""
+    clip_range: float = 0.2
+    """How far a ratio may move from 1."""
+    clip_schedule: Schedule = "constant"
+    """How `clip_range` changes over `schedule_episodes`: "constant", "linear" or "cosine"."""
+    clip_range_vf: float | None = 0.2
+    """How far a value may move; None does not clip."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    critic: Literal["shared", "separate"] = "shared"
+    """"shared" is a head on the policy's own network; "separate" is a network of its own, at first a copy of the
+    policy's."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments (see `Algorithm.check_hyperparameters`)."""
+        super().check_hyperparameters()
+        check("gamma", self.gamma, 0 <= self.gamma <= 1, "in [0, 1]")
+        check("gae_lambda", self.gae_lambda, 0 <= self.gae_lambda <= 1, "in [0, 1]")
+        check("clip_range", self.clip_range, self.clip_range > 0, "above 0")
+        check("clip_schedule", self.clip_schedule, self.clip_schedule in SCHEDULES, f"one of {SCHEDULES}")
+        if self.clip_schedule != "constant" and self.schedule_episodes is None:
+            raise ValueError(f"schedule_episodes must be given where clip_schedule is {self.clip_schedule!r}")
+        clip_range_vf = self.clip_range_vf
+        check("clip_range_vf", clip_range_vf, clip_range_vf is None or clip_range_vf > 0, "None or above 0")
+        check("vf_coef", self.vf_coef, self.vf_coef >= 0, "at least 0")
+        check("ent_coef", self.ent_coef, self.ent_coef >= 0, "at least 0")
+        check("critic", self.critic, self.critic in ("shared", "separate"), '"shared" or "separate"')
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        network, learner = self.policy, self.learner
+        if self.critic == "separate":
+            network = self.policy.copy()
+            learner = self.twin_of(network)
+            parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+            self.optimizer.add_param_group({"params": parameters})
+            self.trainable += parameters
+        self.value_function = ValueFunction(
+            network,
+            learner,
+            recorded=self.critic == "shared",
+            accelerator=self.accelerator,
+            rows_at_once=self.minibatch_size,
+            gamma=self.gamma,
+        )
+
+    def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
+        """Advantages of the decisions and targets of the value function, as the iteration's `phase` says."""
+        phase, decisions = self.phase, rollout.decisions
+        learned = phase.learned(rollout)
+        steps = decisions | learned
+        kl_coef = self.kl_coef if self.kl_penalty == "reward" else 0.0
+        rewards = token_rewards(self.rewards(rollout), rollout.log_ratio(reference_log_probs), steps, kl_coef)
+        values = self.value_function(rollout, rewards, steps, learned, phase.continuation)
+        advantages, returns = phase.advantages(rewards, values, steps, decisions, self.gamma, self.gae_lambda)
+        return Credit(
+            decisions=decisions,
+            log_probs=rollout.log_probs,
+            reference_log_probs=reference_log_probs,
+            advantages=whiten(advantages, decisions) if self.normalize_advantage else advantages,
+            states=learned,
+            values=values,
+            returns=returns,
+        )
+
+    def evaluate_actions(self, rollout: Rollout, credit: Credit, rows: torch.Tensor) -> Evaluation:
+        """What the policy says now of the decisions, and the value function of the states, of some rows."""
+        texts, continuation = (rollout.input_ids[rows], rollout.attention_mask[rows]), self.phase.continuation
+        decisions, states = credit.decisions[rows], credit.states[rows]
+        if self.critic == "separate":
+            values = self.value_function.learner.values(*texts, rollout.columns(states), continuation)
+            return super().evaluate_actions(rollout, credit, rows)._replace(values=values)
+        columns = rollout.columns(decisions | states)
+        return self.learner.evaluate_actions(
+            *texts, columns, rollout.handoffs[rows], states_only=states & ~decisions, values_of=continuation
+        )
+
+    def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
+        """The clipped surrogate, the value loss, the entropy bonus, and the KL penalty where it is a loss."""
+        num_decisions = minibatch.decisions.sum()
+        terms = ppo_loss(
+            log_probs=now.log_probs,
+            values=now.values,
+            entropy=now.entropy,
+            old_log_probs=old.log_probs,
+            old_values=old.values,
+            advantages=old.advantages,
+            returns=old.returns,
+            decisions=old.decisions,
+            states=old.states,
+            clip_range=self.clip_range * self.scheduled(self.clip_schedule),
+            clip_range_vf=self.clip_range_vf,
+            vf_coef=self.vf_coef,
+            ent_coef=self.ent_coef,
+            num_decisions=num_decisions,
+            num_states=minibatch.states.sum(),
+        )._asdict()
+        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions.clamp(min=1))
+
+    def models(self) -> dict[str, nn.Module]:
+        """Add the network of the value function, where it has one of its own."""
+        separate = {"critic": self.value_function.network} if self.critic == "separate" else {}
+        return {**super().models(), **separate}
+
+    def training_state(self) -> dict[str, Any]:
+        """Add which values have started."""
+        return {**super().training_state(), "started": list(self.value_function.started)}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `training_state`."""
+        super().load_training_state(state)
+        self.value_function.started = list(state["started"])
 
 
 class PPOLoss(NamedTuple):
@@ -116,206 +250,3 @@ def token_rewards(
         float (N, T), zero outside of `written`.
     """
     return torch.where(last_of(written), rewards[:, None], 0) - kl_coef * log_ratio.masked_fill(~written, 0)
-
-
-class PPO(PolicyGradient):
-    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) for text.
-
-    | prefix | body | completion | policy gradient on | critic learns |
-    |---|---|---|---|---|
-    | none | policy to the end | none | body | V of the policy, on body |
-
-    In an environment with hand-offs the action to ask the guide is a decision like any other: credit ends there, with
-    the reward of the text that the guide completed.
-
-    Args:
-        policy: As for `PolicyGradient`.
-        env: As for `PolicyGradient`.
-        gamma: Discount factor.
-        gae_lambda: Trace decay of the advantages.
-        clip_range: How far a ratio may move from 1.
-        clip_schedule: How `clip_range` goes on, over `schedule_episodes`: "constant", "linear" or "cosine".
-        clip_range_vf: How far a value may move; None does not clip.
-        vf_coef: Weight of the value loss.
-        ent_coef: Weight of the entropy bonus.
-        critic: "shared" is a head on the policy's own network; "separate" is a network of its own, a copy of the
-            policy's to begin with.
-        **shared: As for `PolicyGradient`.
-
-    Raises:
-        ValueError: An argument is wrong.
-    """
-
-    name = "ppo"
-
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        gamma: float = 1.0,
-        gae_lambda: float = 0.95,
-        clip_range: float = 0.2,
-        clip_schedule: Schedule = "constant",
-        clip_range_vf: float | None = 0.2,
-        vf_coef: float = 0.1,
-        ent_coef: float = 0.0,
-        critic: Literal["shared", "separate"] = "shared",
-        **shared: Any,
-    ) -> None:
-        check("gamma", gamma, 0 <= gamma <= 1, "in [0, 1]")
-        check("gae_lambda", gae_lambda, 0 <= gae_lambda <= 1, "in [0, 1]")
-        check("clip_range", clip_range, clip_range > 0, "above 0")
-        check("clip_schedule", clip_schedule, clip_schedule in SCHEDULES, f"one of {SCHEDULES}")
-        if clip_schedule != "constant" and shared.get("schedule_episodes") is None:
-            raise ValueError(f"schedule_episodes must be given where clip_schedule is {clip_schedule!r}")
-        check("clip_range_vf", clip_range_vf, clip_range_vf is None or clip_range_vf > 0, "None or above 0")
-        check("vf_coef", vf_coef, vf_coef >= 0, "at least 0")
-        check("ent_coef", ent_coef, ent_coef >= 0, "at least 0")
-        check("critic", critic, critic in ("shared", "separate"), '"shared" or "separate"')
-        super().__init__(policy, env, **shared)
-        self.hyperparameters |= {
-            "gamma": gamma,
-            "gae_lambda": gae_lambda,
-            "clip_range": clip_range,
-            "clip_schedule": clip_schedule,
-            "clip_range_vf": clip_range_vf,
-            "vf_coef": vf_coef,
-            "ent_coef": ent_coef,
-            "critic": critic,
-        }
-        self.gamma, self.gae_lambda = gamma, gae_lambda
-        self.clip_range, self.clip_schedule, self.clip_range_vf = clip_range, clip_schedule, clip_range_vf
-        self.vf_coef, self.ent_coef = vf_coef, ent_coef
-        self.critic = self.policy
-        if critic == "separate":
-            self.critic = self.policy.copy()
-            self.critic_learner = self.twin_of(self.critic)
-            parameters = [parameter for parameter in self.critic_learner.parameters() if parameter.requires_grad]
-            self.optimizer.add_param_group({"params": parameters})
-            self.trainable += parameters
-        self.started: list[str] = []  # the critics that have judged episodes, see `state_values`
-
-    @property
-    def critic_of(self) -> Literal["policy", "guide"]:
-        """Whose value the critic learns in this iteration: of who goes on after the credited decision."""
-        return "policy"
-
-    def estimate(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
-        """Advantages and value targets by GAE over the decisions, before advantages are normalised."""
-        decisions = rollout.decisions
-        rewards = self.token_rewards(rollout, reference_log_probs, decisions)
-        values = self.state_values(rollout, rewards, decisions, decisions)
-        advantages, returns = gae(rewards, values, decisions, self.gamma, self.gae_lambda)
-        return Credit(
-            decisions=decisions,
-            log_probs=rollout.log_probs,
-            reference_log_probs=reference_log_probs,
-            advantages=advantages,
-            states=decisions,
-            values=values,
-            returns=returns,
-        )
-
-    def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
-        """The estimate, with advantages normalised over all decisions of the iteration."""
-        credit = self.estimate(rollout, reference_log_probs)
-        return replace(credit, advantages=whiten(credit.advantages, credit.decisions))
-
-    def token_rewards(self, rollout: Rollout, reference_log_probs: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """Rewards of the steps in `written`, with the KL penalty of the decisions where it is a reward."""
-        kl_coef = self.kl_coef if self.kl_penalty == "reward" else 0.0
-        return token_rewards(self.rewards(rollout), rollout.log_ratio(reference_log_probs), written, kl_coef)
-
-    def state_values(
-        self, rollout: Rollout, rewards: torch.Tensor, states: torch.Tensor, learned: torch.Tensor
-    ) -> torch.Tensor:
-        """What the critic says of the states before the steps in `states`.
-
-        A critic that judges for the first time is started first. It begins as a copy of the other one where that has
-        learned already, since the features of the network now serve that head; and it is shifted to the mean return of
-        the states that it will learn. Gradient steps of a size that suits the policy hardly move a bias: an offset
-        would be learned through the mean of the features, in the wrong order of the states, and the first advantages
-        would mostly say how near the end a token is.
-
-        Args:
-            rollout: N episodes.
-            rewards: float (N, T), of the steps in `states`.
-            states: bool (N, T), the steps to judge, up to the end of each episode.
-            learned: bool (N, T), those of them whose value the critic learns.
-
-        Returns:
-            float (N, T), zero outside of `states`.
-        """
-        starts = self.critic_of not in self.started and bool(learned.any())
-        copied = starts and bool(self.started)
-        if copied:
-            self.critic.copy_values(to=self.critic_of)
-        recorded = self.critic is self.policy and self.critic_of == "policy" and not copied
-        values = rollout.values if recorded else self.judged_again(rollout, states)
-        values = values.masked_fill(~states, 0)
-        if starts:
-            _, returns = gae(rewards, values, states, self.gamma, 1.0)
-            shift = float(masked_mean(returns - values, learned))
-            self.critic.shift_values(**{f"of_{self.critic_of}": shift})
-            self.started.append(self.critic_of)
-            values = (values + shift).masked_fill(~states, 0)
-        return values
-
-    @torch.no_grad()
-    def judged_again(self, rollout: Rollout, states: torch.Tensor) -> torch.Tensor:
-        """Values (N, T) of the states before the steps in `states`, as the critic's network says now."""
-        columns, values = rollout.columns(states), torch.zeros_like(rollout.values)
-        mine = share(self.accelerator, torch.nonzero(states.any(1)).flatten())
-        for rows in in_parts(mine, self.minibatch_size):
-            of_policy, of_guide = self.critic.values(
-                rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows]
-            )
-            values[rows] = (of_policy if self.critic_of == "policy" else of_guide).to(values.dtype)
-        return add(self.accelerator, values)
-
-    def judge(self, rollout: Rollout, credit: Credit, rows: torch.Tensor) -> Evaluation:
-        """Let a separate critic judge the states, and the policy only its decisions."""
-        if self.critic is self.policy:
-            return super().judge(rollout, credit, rows)
-        now = super().judge(rollout, replace(credit, states=torch.zeros_like(credit.states)), rows)
-        values, guide_values = self.critic_learner.values(
-            rollout.input_ids[rows], rollout.attention_mask[rows], rollout.columns(credit.states[rows])
-        )
-        return now._replace(values=values, guide_values=guide_values)
-
-    def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
-        """The clipped surrogate, the value loss, the entropy bonus, and the KL penalty where it is a loss."""
-        values = now.values if self.critic_of == "policy" else now.guide_values
-        num_decisions = minibatch.decisions.sum()
-        terms = ppo_loss(
-            log_probs=now.log_probs,
-            values=values,
-            entropy=now.entropy,
-            old_log_probs=old.log_probs,
-            old_values=old.values,
-            advantages=old.advantages,
-            returns=old.returns,
-            decisions=old.decisions,
-            states=old.states,
-            clip_range=self.clip_range * self.scheduled(self.clip_schedule),
-            clip_range_vf=self.clip_range_vf,
-            vf_coef=self.vf_coef,
-            ent_coef=self.ent_coef,
-            num_decisions=num_decisions,
-            num_states=minibatch.states.sum(),
-        )._asdict()
-        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions.clamp(min=1))
-
-    def models(self) -> dict[str, nn.Module]:
-        """Add the critic's network, where it has one of its own."""
-        return super().models() if self.critic is self.policy else {**super().models(), "critic": self.critic}
-
-    def training_state(self) -> dict[str, Any]:
-        """Add which critics have been started."""
-        return {**super().training_state(), "started": list(self.started)}
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `training_state`."""
-        super().load_training_state(state)
-        self.started = list(state["started"])

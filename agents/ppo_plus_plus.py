@@ -1,17 +1,20 @@
-"""PPO++: PPO whose episodes often start where the guide would have got to."""
+"""PPO++: PPO whose episodes often start from a prefix that the guide wrote."""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
-
-from agents.algorithm import check, check_guide
-from agents.policy import Policy
+from agents.algorithm import check_guide
+from agents.phase import Phase
 from agents.ppo import PPO
+from textgym.checks import check
 from textgym.guidance import Guidance
 
-if TYPE_CHECKING:
-    from textgym.engine import TextVectorEnv
+
+def restart(beta: float) -> Phase:
+    """The policy completes texts, which start from a guide's prefix with probability beta.
+
+    The guide writes a whole text of L tokens and the episode keeps the first t of them, t uniform on {0..L-1}.
+    """
+    return Phase(Guidance(restart_prob=beta))
 
 
 class PPOPlusPlus(PPO):
@@ -21,14 +24,10 @@ class PPOPlusPlus(PPO):
     |---|---|---|---|---|
     | with probability beta, t guide tokens | policy to the end | none | body | V of the policy, on body |
 
-    The guide writes a whole text of L tokens and the episode keeps the first t of them, t uniform on {0..L-1}. The
-    mixture of starts covers the states that a good text passes through, which a weak policy alone would seldom reach.
+    The mixture of starts covers the states that a good text passes through, which a weak policy alone would seldom
+    reach.
 
-    Args:
-        policy: As for `PPO`.
-        env: A `TextVectorEnv` with a guide.
-        beta: Probability that an episode starts from a prefix of the guide.
-        **hyperparameters: As for `PPO`.
+    Differs from the paper: as `PPO` does.
 
     Raises:
         ValueError: The environment has no guide, or an argument is wrong.
@@ -36,14 +35,16 @@ class PPOPlusPlus(PPO):
 
     name = "ppo++"
 
-    def __init__(
-        self, policy: Policy | str | os.PathLike, env: TextVectorEnv, *, beta: float = 0.6, **hyperparameters: Any
-    ) -> None:
-        check("beta", beta, 0 <= beta <= 1, "in [0, 1]")
-        check_guide(env, self.name)
-        super().__init__(policy, env, **hyperparameters)
-        self.hyperparameters["beta"] = self.beta = beta
+    beta: float = 0.6
+    """Probability that an episode starts from a prefix of the guide."""
 
-    def guidance(self) -> Guidance:
-        """Restart from a guide's prefix with probability beta, cut as published."""
-        return Guidance(restart_prob=self.beta, restart_length=None)
+    def check_hyperparameters(self) -> None:
+        """Check the arguments, and that there is a guide."""
+        super().check_hyperparameters()
+        check("beta", self.beta, 0 <= self.beta <= 1, "in [0, 1]")
+        check_guide(self.env, self.name)
+
+    @property
+    def phase(self) -> Phase:
+        """Restarts from the guide's prefixes."""
+        return restart(self.beta)

@@ -1,25 +1,27 @@
-"""What processes that train one policy together tell each other.
+"""Communication between processes that train one policy together.
 
-Every process plays a share of an iteration's episodes. From then on all of them hold all episodes and decide the same;
-only passes through networks are shared out. A loss is divided by what a whole minibatch counts, so the sum of what the
-processes computed is what one process would have, and so are gradients.
+Every process plays a share of an iteration's episodes. From then on every process holds all episodes and takes the same
+decisions; only passes through networks are divided among them. Losses are divided by the counts of the whole minibatch,
+so that the sum over processes is the loss, and the gradient, of one process alone.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import DistributedType
-from accelerate.utils import gather_object
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch.distributed.tensor import DTensor
 
 from agents.rollout import Rollout
+from agents.sharding import uses_fsdp
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
 
 SUPPORTED = (
     DistributedType.NO,
@@ -32,44 +34,91 @@ SUPPORTED = (
 Items = TypeVar("Items", torch.Tensor, np.ndarray, Sequence[Any])
 
 
+def make_accelerator(
+    algorithm: str,
+    track: str | GeneralTracker | Sequence[str | GeneralTracker] | None,
+    output_dir: str | os.PathLike | None,
+) -> Accelerator:
+    """Make the accelerator of an algorithm.
+
+    Args:
+        algorithm: The algorithm's name, for errors.
+        track: Accelerate's trackers.
+        output_dir: Where trackers write.
+
+    Raises:
+        ValueError: The processes were started in a way that is not supported.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            f"{algorithm} does not run under DeepSpeed; FSDP spreads the same over processes: accelerate launch "
+            "--config_file examples/accelerate/fsdp.yaml"
+        )
+    uses_fsdp()  # refuses what is not supported, before weights are loaded
+    accelerator = Accelerator(
+        # Without this the processes of torchrun would each train a policy alone where there is no accelerator.
+        cpu=not torch.accelerator.is_available(),
+        log_with=track,  # type: ignore[arg-type]
+        project_dir=output_dir,
+    )
+    if (kind := accelerator.distributed_type) not in SUPPORTED:
+        raise ValueError(f"distributed_type must be one of {[k.value for k in SUPPORTED]}, got {kind.value!r}")
+    if accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"mixed_precision must be 'no', got {accelerator.mixed_precision!r}: a policy has its own, "
+            'from_pretrained(..., dtype="auto")'
+        )
+    if (started := int(os.environ.get("WORLD_SIZE", 1))) > 1 == accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={started} processes were started, but each runs alone: make no PartialState or "
+            "Accelerator before the algorithm, or set ACCELERATE_USE_CPU=true where there is no GPU"
+        )
+    return accelerator
+
+
 def share(accelerator: Accelerator, items: Items) -> Items:
-    """This process's part of what all of them hold: a run of neighbours, as many as the others have, or one more."""
+    """This process's part of items that every process holds: contiguous, and of equal sizes up to one."""
     index, count = accelerator.process_index, accelerator.num_processes
     return items[len(items) * index // count : len(items) * (index + 1) // count]
 
 
-def turn(accelerator: Accelerator, items: Items) -> tuple[Items, float]:
-    """This process's share and 1.0; where it would have none, the first item and 0.0, the weight of its loss.
+def share_of_loss(accelerator: Accelerator, items: Items) -> tuple[Items, float]:
+    """This process's part of a minibatch, and the weight 1.0 of its loss; the first item and 0.0 if the part is empty.
 
-    With weights in pieces every process takes part in every pass that gradients come from.
+    With sharded weights every process takes part in every forward and backward pass.
     """
     mine = share(accelerator, items)
     return (mine, 1.0) if len(mine) else (items[:1], 0.0)
 
 
-def add(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+def in_parts(rows: torch.Tensor, size: int) -> Sequence[torch.Tensor]:
+    """Split rows into parts of a size; no rows into no part, where `Tensor.split` makes an empty one."""
+    return rows.split(size) if len(rows) else ()
+
+
+def reduce(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes."""
     return accelerator.reduce(values.to(accelerator.device), "sum") if accelerator.num_processes > 1 else values
 
 
-def add_terms(accelerator: Accelerator, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sums of scalars over all processes, which have the same names for them."""
+def reduce_terms(accelerator: Accelerator, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums over all processes of scalars by name; every process has the same names."""
     if accelerator.num_processes == 1:
         return terms
     names = sorted(terms)
-    return dict(zip(names, add(accelerator, torch.stack([terms[name] for name in names])), strict=True))
+    return dict(zip(names, reduce(accelerator, torch.stack([terms[name] for name in names])), strict=True))
 
 
-def add_gradients(accelerator: Accelerator, parameters: Sequence[torch.Tensor]) -> None:
+def reduce_gradients(accelerator: Accelerator, parameters: Sequence[torch.Tensor]) -> None:
     """Make the gradient of each parameter its sum over all processes.
 
-    What has no gradient in one process counts as zero; what has none in any is left without. Gradients of weights in
-    pieces are sums already.
+    A gradient that one process lacks counts as zero there; one that all lack stays None. Gradients of sharded weights
+    are sums already.
     """
     parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
     if accelerator.num_processes == 1 or not parameters:
         return
-    # In one exchange, which begins with who has a gradient at all.
+    # In one exchange, which begins with which gradients exist.
     exists = torch.tensor([parameter.grad is not None for parameter in parameters], device=parameters[0].device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([exists.to(gradients[0].dtype), *(gradient.flatten() for gradient in gradients)])
@@ -93,9 +142,9 @@ def start_equal(accelerator: Accelerator, module: torch.nn.Module) -> None:
 
 
 def gather(accelerator: Accelerator, rollouts: list[Rollout]) -> list[Rollout]:
-    """What all processes played, as many rollouts each: the first of each, in order, then the second of each, ...
+    """The rollouts of all processes, which played equally many: the first of each process, then the second of each, ...
 
-    Rows of all processes stand as those of one environment would.
+    Their rows are in the order of one environment that has the rows of all processes.
     """
     if accelerator.num_processes == 1:
         return rollouts
@@ -116,6 +165,6 @@ def gather_state(accelerator: Accelerator, state: dict[str, Any]) -> dict[str, A
 
 
 def own_state(accelerator: Accelerator, state: dict[str, Any]) -> dict[str, Any]:
-    """What `gather_state` took from this process."""
+    """This process's part of the state that `gather_state` returned."""
     rows = {name: state[name] for name in ("row_keys", "episode", "guidance") if state[name] is not None}
     return state | {name: share(accelerator, values) for name, values in rows.items()}

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
-
 import torch
 
 from agents.advantages import kl_estimate
-from agents.policy import Evaluation, Policy
+from agents.policy import Evaluation
 from agents.policy_gradient import Credit
 from agents.ppo import PPO
-
-if TYPE_CHECKING:
-    from textgym.engine import TextVectorEnv
 
 
 class REINFORCE(PPO):
@@ -24,13 +18,8 @@ class REINFORCE(PPO):
     iteration's episodes are used once, by default in a single gradient step, for later steps would follow a policy that
     did not play them.
 
-    Args:
-        policy: As for `PPO`.
-        env: As for `PPO`.
-        episodes_per_iteration: Episodes an iteration.
-        minibatch_size: Episodes a gradient step; None takes all of an iteration's.
-        n_epochs: Passes over an iteration's episodes.
-        **hyperparameters: As for `PPO`; those about clipping and lambda are without effect.
+    Differs from the books: advantages are normalised and rewards carry a KL penalty, as in `PPO`; its arguments about
+    clipping have no effect.
 
     Raises:
         ValueError: An argument is wrong.
@@ -38,27 +27,20 @@ class REINFORCE(PPO):
 
     name = "reinforce"
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        episodes_per_iteration: int = 64,
-        minibatch_size: int | None = None,
-        n_epochs: int = 1,
-        **hyperparameters: Any,
-    ) -> None:
-        if hyperparameters.pop("gae_lambda", 1.0) != 1.0:
+    minibatch_size: int | None = None  # type: ignore[assignment]
+    """Episodes a gradient step; None takes all of an iteration's."""
+    n_epochs: int = 1
+    """Passes over an iteration's episodes."""
+    gae_lambda: float = 1.0
+    """Always 1: a decision is credited with all that followed."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments (see `Algorithm.check_hyperparameters`)."""
+        if self.gae_lambda != 1.0:
             raise ValueError("gae_lambda must be 1 for reinforce, which credits a decision with all that followed")
-        super().__init__(
-            policy,
-            env,
-            episodes_per_iteration=episodes_per_iteration,
-            minibatch_size=episodes_per_iteration if minibatch_size is None else minibatch_size,
-            n_epochs=n_epochs,
-            gae_lambda=1.0,
-            **hyperparameters,
-        )
+        if self.minibatch_size is None:
+            self.minibatch_size = self.episodes_per_iteration
+        super().check_hyperparameters()
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
         """The score function times the advantage, the value loss, and the entropy bonus."""

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
-
 import torch
 
-from agents.algorithm import check
 from agents.group import GroupPolicyGradient
-from agents.policy import Evaluation, Policy
+from agents.policy import Evaluation
 from agents.policy_gradient import Credit
 from agents.rollout import Rollout
-
-if TYPE_CHECKING:
-    from textgym.engine import TextVectorEnv
+from textgym.checks import check
 
 
 class RLOO(GroupPolicyGradient):
@@ -29,36 +23,23 @@ class RLOO(GroupPolicyGradient):
     the ratio of the probabilities of the body. In an iteration's first gradient step rho is 1 and this is the
     published gradient; ratio and clipping serve the steps after it.
 
-    Args:
-        policy: As for `PolicyGradient`.
-        env: As for `PolicyGradient`; its number of rows is a multiple of `group_size`.
-        group_size: k, texts of one prompt and one prefix.
-        beta: Probability that a group starts from a guide's prefix (guided RLOO); 0 needs no guide.
-        clip_range: c above; None does not clip.
-        n_epochs: Passes over an iteration's episodes.
-        **shared: As for `PolicyGradient`.
+    Differs from the papers: gradient steps after an iteration's first are those of the clipped ratio.
 
     Raises:
-        ValueError: The environment has no guide where `beta` asks for one, its rows make no whole groups, or an
-            argument is wrong.
+        ValueError: As for `GroupPolicyGradient`.
     """
 
     name = "rloo"
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        group_size: int = 4,
-        beta: float = 0.0,
-        clip_range: float | None = 0.2,
-        n_epochs: int = 1,
-        **shared: Any,
-    ) -> None:
-        check("clip_range", clip_range, clip_range is None or clip_range > 0, "None or above 0")
-        super().__init__(policy, env, group_size=group_size, beta=beta, n_epochs=n_epochs, **shared)
-        self.hyperparameters["clip_range"] = self.clip_range = clip_range
+    n_epochs: int = 1
+    """Passes over an iteration's episodes."""
+    clip_range: float | None = 0.2
+    """c above; None does not clip."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments (see `Algorithm.check_hyperparameters`)."""
+        super().check_hyperparameters()
+        check("clip_range", self.clip_range, self.clip_range is None or self.clip_range > 0, "None or above 0")
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
         """Return less the mean return of the others in the group."""

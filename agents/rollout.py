@@ -1,9 +1,8 @@
-"""Whole episodes from a vector environment, as one batch of tensors."""
+"""Rollouts: whole episodes of a vector environment as one batch of tensors."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,13 +10,14 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
+from agents.environments import agreeing
 from textgym.engine import NO_SAMPLE
 from textgym.guides.base import Author
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from agents.policy import Policy
+    from agents.policy import Actor
     from textgym.decoding import Decoding, Sample
     from textgym.engine import TextVectorEnv
 
@@ -96,7 +96,7 @@ class Rollout:
         return self.input_ids.shape[1] - self.authors.shape[1]
 
     def columns(self, mask: torch.Tensor) -> torch.Tensor:
-        """int64 (N, T): the columns of `input_ids` of the entries in `mask`, -1 elsewhere (see `Policy.evaluate`)."""
+        """int64 (N, T): columns of `input_ids` where `mask` is True, else -1, for `Policy.evaluate_actions`."""
         return torch.where(mask, torch.arange(mask.shape[1], device=mask.device) + self.prompt_columns, -1)
 
     def to(self, device: torch.device | str) -> Rollout:
@@ -122,36 +122,9 @@ class Rollout:
         return cls(**joined)
 
 
-def agree(env: TextVectorEnv, policy: Policy) -> None:
-    """Tell an environment and a policy of each other: which tokens end a text, and how long it can be.
-
-    Raises:
-        ValueError: Only one of the two has the hand-off.
-    """
-    if env.handoff != policy.can_hand_off:
-        raise ValueError(
-            f"env was made with handoff={env.handoff}, and policy has can_hand_off={policy.can_hand_off}: the "
-            "hand-off is an action of both or of neither (CausalLMPolicy takes handoff_prob)"
-        )
-    env.add_end_tokens(policy.end_token_ids)
-    policy.add_end_tokens(env.end_token_ids)
-    policy.context_length = policy.context_length or env.max_prompt_tokens + env.max_new_tokens
-
-
-@contextlib.contextmanager
-def agreeing(env: TextVectorEnv, policy: Policy) -> Iterator[None]:
-    """`agree` for a while: texts end as they did again afterwards, so that no evaluation changes the next."""
-    ends, more = env._ends, policy._more_end_ids
-    agree(env, policy)
-    try:
-        yield
-    finally:
-        env._ends, policy._more_end_ids = ends, more
-
-
 def collect(
     env: TextVectorEnv,
-    policy: Policy,
+    policy: Actor,
     *,
     seeds: np.ndarray,
     decoding: Decoding | None = None,
@@ -166,9 +139,9 @@ def collect(
 
     Args:
         env: N rows, made with ``parking=True``.
-        policy: Who writes.
-        seeds: uint64 (N,), the seed of each row's tokens. A row's episode depends on its own seed alone, not on what
-            stands beside it.
+        policy: The policy that writes.
+        seeds: uint64 (N,), the seed of each row's tokens. A row's episode depends on its own seed alone, not on
+            the rows beside it.
         decoding: How tokens are drawn (None: as the policy does).
         values: Whether to record the critic's values.
         reset_seed: Seed for the environment's own randomness, or one a row (None: it continues).

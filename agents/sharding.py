@@ -1,8 +1,8 @@
-"""Weights in pieces: with FSDP every process keeps a part of what gradient steps need.
+"""Sharded weights: with FSDP every process keeps a part of what gradient steps need.
 
-Texts are written and judged by a whole policy in every process, as many at a time and for as long as each has to.
-Gradient steps are taken on a twin of it, of which weights, gradients and the state of the optimiser are spread over the
-processes by torch's `fully_shard` (FSDP2); after them the policy is given the twin's weights.
+Every process samples and evaluates texts with a whole policy. Gradient steps are taken on a twin of it, whose weights,
+gradients and optimiser state are sharded over the processes by torch's `fully_shard` (FSDP2); after them the policy
+receives the twin's weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def uses_fsdp() -> bool:
     """Whether `accelerate launch` was told to use FSDP.
 
     Raises:
-        ValueError: It was told to do so in a way that is not supported.
+        ValueError: It was told so with options that are not supported.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
@@ -49,9 +49,9 @@ def uses_fsdp() -> bool:
 
 
 def shard(accelerator: Accelerator, policy: Policy) -> Policy:
-    """A twin of a policy in pieces where processes were started with FSDP, else the policy itself.
+    """A sharded twin of a policy where processes were started with FSDP, else the policy itself.
 
-    Weights that are frozen stay whole, and are the policy's.
+    Frozen weights stay whole, and are shared with the policy.
     """
     if accelerator.num_processes == 1 or not uses_fsdp():
         return policy
@@ -68,7 +68,7 @@ def shard(accelerator: Accelerator, policy: Policy) -> Policy:
         if type(module).__name__ in layers or module in heads:
             fully_shard(module, **how)
     fully_shard(twin, **how)
-    for name in ("evaluate", "values"):
+    for name in ("evaluate_actions", "values"):
         register_fsdp_forward_method(twin, name)
     for module in twin.modules():
         if isinstance(module, FSDPModule):
@@ -78,7 +78,7 @@ def shard(accelerator: Accelerator, policy: Policy) -> Policy:
 
 @torch.no_grad()
 def scatter(policy: Policy, twin: Policy) -> None:
-    """Give the twin the policy's weights."""
+    """Copy the policy's weights into the twin."""
     for weight, piece in zip(policy.parameters(), twin.parameters(), strict=True):
         if isinstance(piece, DTensor):
             piece.copy_(_piece(weight.detach(), piece))
@@ -86,24 +86,24 @@ def scatter(policy: Policy, twin: Policy) -> None:
 
 @torch.no_grad()
 def assemble(policy: Policy, twin: Policy) -> None:
-    """Give the policy the twin's weights."""
+    """Copy the twin's weights into the policy."""
     for weight, piece in zip(policy.parameters(), twin.parameters(), strict=True):
         if isinstance(piece, DTensor):
             weight.copy_(piece.full_tensor())
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale gradients down to a norm, and return what it was, also where they are in pieces."""
+    """Scale gradients, sharded or not, down to a norm, and return the norm before."""
     return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 def whole(state: Any) -> Any:
-    """Nested containers with whole tensors in the place of pieces."""
+    """Nested containers with whole tensors in place of sharded ones."""
     return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Continue from an optimiser's state of whole tensors."""
+    """Load an optimiser state of whole tensors."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = copy(state)
     state["state"] = {
@@ -119,5 +119,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def _piece(value: torch.Tensor, like: DTensor) -> DTensor:
-    # Every process has the whole, so none has to be sent anything.
+    # Every process has the whole tensor, so nothing has to be sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

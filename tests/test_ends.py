@@ -152,7 +152,7 @@ def test_log_probabilities_do_not_see_what_is_held_back():
     policy = CausalLMPolicy(AutoModelForCausalLM.from_config(config).eval(), turn_tokenizer())
     made = env(16, parking=True, stop=["<turn>", "w3"])
     rollout = collect(made, policy, seeds=np.arange(16, dtype=np.uint64), decoding=Decoding(min_new_tokens=5))
-    judged = policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
+    judged = policy.evaluate_actions(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
     torch.testing.assert_close(judged.log_probs, rollout.log_probs, atol=1e-5, rtol=0)
 
 
@@ -238,7 +238,7 @@ def test_a_vocabulary_with_gaps(decoding):
     written = rollout.input_ids[:, P:][rollout.body]
     assert not set(written.tolist()) & set(unused_ids(tokenizer))
     assert written.max() <= VOCAB + 10
-    judged = policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
+    judged = policy.evaluate_actions(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
     torch.testing.assert_close(judged.log_probs, rollout.log_probs, atol=1e-5, rtol=0)
     beams = policy.generate(["w1 w2"], max_new_tokens=4, decoding=Decoding(num_beams=2))
     assert all(word.startswith("w") for word in beams[0].split())
@@ -268,7 +268,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(handoff):
     image = tokenizer.convert_tokens_to_ids("<image>")
     for judge in (
         lambda: policy.generate(["w1 <image>"], max_new_tokens=2),
-        lambda: policy.evaluate(torch.tensor([[3, image, 5]]), torch.ones(1, 3), torch.tensor([[2]])),
+        lambda: policy.evaluate_actions(torch.tensor([[3, image, 5]]), torch.ones(1, 3), torch.tensor([[2]])),
         lambda: made.reset(
             seed=0, options={"prompt": "w1 <image>", "guidance": {"restart_prob": 1.0, "restart_length": 3}}
         ),

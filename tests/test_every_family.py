@@ -234,7 +234,7 @@ def test_it_is_served_as_the_model_alone_says(name):
     ids, mask, columns, sampled, _ = play(policy, given, valid, prefix_lengths, np.arange(9), Decoding(temperature=1.3))
     lengths = (columns >= 0).sum(1)
     assert min(lengths) < max(lengths) - 3, "the test needs rows that leave early"
-    judged = policy.evaluate(*map(torch.from_numpy, (ids, mask, columns))).log_probs
+    judged = policy.evaluate_actions(*map(torch.from_numpy, (ids, mask, columns))).log_probs
     alone = np.zeros(columns.shape)
     for row, (prompt, new) in enumerate(texts_of(ids, mask)):
         log_probs = policy.model(input_ids=torch.tensor([[*prompt, *new]])).logits[0, len(prompt) - 1 :].log_softmax(-1)

@@ -72,12 +72,14 @@ def test_a_policy_from_a_file_is_the_model_in_it(folder, model, words_tokenizer)
     assert policy.tokenizer.eos_token_id == words_tokenizer.eos_token_id
     ids = torch.arange(60, 74).view(2, 7)
     batch = ids, torch.ones_like(ids), torch.arange(1, 7).expand(2, -1)
-    np.testing.assert_allclose(policy.evaluate(*batch).log_probs, original.evaluate(*batch).log_probs, atol=1e-4)
+    np.testing.assert_allclose(
+        policy.evaluate_actions(*batch).log_probs, original.evaluate_actions(*batch).log_probs, atol=1e-4
+    )
     greedy = {"max_new_tokens": 5, "decoding": Decoding(greedy=True)}
     assert policy.generate([text], **greedy) == original.generate([text], **greedy)
     policy.save_pretrained(folder.parent / "plain")
     again = LanguageModelPolicy.from_pretrained(folder.parent / "plain", device="cpu")
-    assert torch.equal(again.evaluate(*batch).log_probs, policy.evaluate(*batch).log_probs)
+    assert torch.equal(again.evaluate_actions(*batch).log_probs, policy.evaluate_actions(*batch).log_probs)
     assert again.gguf_file is None
 
 

@@ -27,7 +27,9 @@ def test_cached_sampling_and_evaluation_equal_the_cpu(make_env, make_policy):
     assert rollouts[1].input_ids.device.type == "cuda"
     assert torch.equal(rollouts[0].input_ids, rollouts[1].input_ids.cpu())
     torch.testing.assert_close(rollouts[0].log_probs, rollouts[1].log_probs.cpu(), atol=1e-4, rtol=0)
-    judged = gpu.evaluate(rollouts[1].input_ids, rollouts[1].attention_mask, rollouts[1].columns(rollouts[1].body))
+    judged = gpu.evaluate_actions(
+        rollouts[1].input_ids, rollouts[1].attention_mask, rollouts[1].columns(rollouts[1].body)
+    )
     torch.testing.assert_close(judged.log_probs, rollouts[1].log_probs, atol=1e-4, rtol=0)
 
 
@@ -36,8 +38,8 @@ def test_half_precision_and_compiled_code_are_near_the_cpu(make_env, make_policy
     fast = CausalLMPolicy(copy.deepcopy(exact.model), exact.tokenizer, autocast="auto", compile=True).to("cuda")
     rollout = collect(make_env(16), fast, seeds=np.arange(16, dtype=np.uint64), reset_seed=0)
     batch = rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body)
-    expected = exact.evaluate(*(tensor.cpu() for tensor in batch))
-    for log_probs in (rollout.log_probs, fast.evaluate(*batch).log_probs):
+    expected = exact.evaluate_actions(*(tensor.cpu() for tensor in batch))
+    for log_probs in (rollout.log_probs, fast.evaluate_actions(*batch).log_probs):
         torch.testing.assert_close(log_probs.cpu(), expected.log_probs, atol=0.05, rtol=0)
 
 
@@ -86,7 +88,7 @@ def test_hand_offs_and_their_judgement_equal_the_cpu(make_env, make_policy):
         env = make_env(16, guide=LocalGuide(make_policy(1).model, device=device), handoff=True)
         rollout = collect(env, policy, seeds=np.arange(16, dtype=np.uint64), reset_seed=0)
         columns = rollout.columns(rollout.decisions)
-        judged = policy.evaluate(rollout.input_ids, rollout.attention_mask, columns, rollout.handoffs)
+        judged = policy.evaluate_actions(rollout.input_ids, rollout.attention_mask, columns, rollout.handoffs)
         torch.testing.assert_close(judged.log_probs, rollout.log_probs, atol=1e-4, rtol=0)
         rollouts.append(rollout)
     cpu, gpu = rollouts

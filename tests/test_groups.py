@@ -81,7 +81,7 @@ def test_in_the_first_step_rloo_follows_the_published_gradient(make_env, make_po
             for member in range(GROUP):
                 row = torch.tensor([group * GROUP + member])
                 columns = rollout.columns(rollout.body)[row]
-                text = agent.policy.evaluate(rollout.input_ids[row], rollout.attention_mask[row], columns)
+                text = agent.policy.evaluate_actions(rollout.input_ids[row], rollout.attention_mask[row], columns)
                 baseline = (returns[group].sum() - returns[group, member]) / (GROUP - 1)
                 total = total - (returns[group, member] - baseline) * text.log_probs.sum() / 32
         agent.policy.zero_grad()
@@ -129,7 +129,7 @@ def loss_of(agent, decisions, arrays, rows):
         returns=nothing,
     )
     part = torch.from_numpy(rows)
-    now = Evaluation(tensors["log_probs"][part].requires_grad_(), tensors["entropy"][part], nothing, nothing)
+    now = Evaluation(tensors["log_probs"][part].requires_grad_(), tensors["entropy"][part], nothing)
     terms = agent.loss(now, whole[part], whole)
     if rows.any():
         terms["loss"].backward()

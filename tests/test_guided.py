@@ -13,6 +13,7 @@ from scipy import stats
 
 from agents import ALGORITHMS, D2LOLS, LOLS, PPO, RLOO, AggreVaTeD, CausalLMPolicy, PPOPlusPlus, evaluate
 from agents.evaluation import make_env as vector_env
+from agents.ppo import token_rewards
 from agents.rollout import collect
 from textgym import Guidance
 from textgym.guides import Author, CallableGuide, Completion
@@ -60,9 +61,13 @@ def ready(agent, std=0.05):
     return agent
 
 
+# Advantages are compared as they are estimated.
+PLAIN = {"normalize_advantage": False, "device": "cpu"}
+
+
 def make(kind, make_env, make_policy, rows=64, **arguments):
     algorithm, own, _ = KINDS[kind]
-    arguments = {"episodes_per_iteration": rows, "minibatch_size": rows, "device": "cpu", **own, **arguments}
+    arguments = {**PLAIN, "episodes_per_iteration": rows, "minibatch_size": rows, **own, **arguments}
     return algorithm(make_policy(), make_env(rows, guide=GUIDE), **arguments)
 
 
@@ -94,7 +99,7 @@ def test_credit_is_that_of_a_slow_loop(kind, gamma, gae_lambda, kl_penalty, make
     guided = KINDS[kind][2]
     rollout = agent.play()
     reference = agent.reference_log_probs(rollout)
-    credit = agent.estimate(rollout, reference)
+    credit = agent.credit(rollout, reference)
     values = plain_values(agent.policy, rollout, "guide_value" if guided else "value")
     seen = set()
     for row in range(len(rollout)):
@@ -144,10 +149,12 @@ def test_the_objective_is_the_same_whoever_else_writes(kind, make_env, make_poli
     rollout = agent.play()
     reference, body = agent.reference_log_probs(rollout), rollout.body
     written = body | rollout.completion
-    rewards = agent.token_rewards(rollout, reference, written)
+    rewards = token_rewards(rollout.rewards, rollout.log_ratio(reference), written, 0.4)
     with torch.no_grad():
         arguments = (rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.authors >= 0))
-        log_ratio = agent.policy.evaluate(*arguments).log_probs - agent.reference.evaluate(*arguments).log_probs
+        log_ratio = (
+            agent.policy.evaluate_actions(*arguments).log_probs - agent.reference.evaluate_actions(*arguments).log_probs
+        )
     assert (log_ratio[written & ~body].abs() > 1e-2).any() or not (written & ~body).any()
     summed = (log_ratio * body).sum(1)
     torch.testing.assert_close(rewards.sum(1), rollout.rewards - 0.4 * summed, rtol=0, atol=1e-4)
@@ -177,8 +184,9 @@ def test_a_critic_starts_at_the_mean_return(kind, make_env, make_policy):
     rollout = agent.play()
     before = plain_values(agent.policy, rollout, head)
     reference = agent.reference_log_probs(rollout)
-    credit = agent.estimate(rollout, reference)
-    rewards = agent.token_rewards(rollout, reference, rollout.body | rollout.completion)
+    credit = agent.credit(rollout, reference)
+    written = rollout.body | rollout.completion
+    rewards = token_rewards(rollout.rewards, rollout.log_ratio(reference), written, 0.4)
     returns = np.zeros(before.shape)
     for row, last in enumerate((rollout.authors >= 0).sum(1).tolist()):
         for h in reversed(range(last)):
@@ -187,7 +195,7 @@ def test_a_critic_starts_at_the_mean_return(kind, make_env, make_policy):
     shift = (returns - before)[learned].mean()
     assert abs(shift) > 0.1
     np.testing.assert_allclose(credit.values.numpy()[learned], (before + shift)[learned], atol=1e-4)
-    agent.estimate(rollout, reference)
+    agent.credit(rollout, reference)
     now = plain_values(agent.policy, rollout, head)
     np.testing.assert_allclose(now[learned], (before + shift)[learned], atol=1e-4, err_msg="moved twice")
 
@@ -195,24 +203,26 @@ def test_a_critic_starts_at_the_mean_return(kind, make_env, make_policy):
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_the_second_critic_starts_as_a_copy_of_the_first(critic, make_env, make_policy, tmp_path):
     """The network's features serve the critic that has learned; values recorded by a head that has not are not used."""
-    arguments = {"episodes_per_iteration": 64, "minibatch_size": 64, "device": "cpu", "critic": critic}
+    arguments = {"episodes_per_iteration": 64, "minibatch_size": 64, "critic": critic, **PLAIN}
     agent = ready(D2LOLS(make_policy(), make_env(64, guide=GUIDE), tau=1, beta=0.7, kl_coef=0.4, **arguments))
     agent.learn(total_episodes=64)
-    assert agent.started == ["guide"]
-    assert agent.restarting
+    assert agent.value_function.started == ["guide"]
+    assert agent.phase.continuation == "policy"
     agent.save(tmp_path / "checkpoint")
     agent = D2LOLS.load(tmp_path / "checkpoint", agent.env, device="cpu")
     rollout = agent.play()
-    before = plain_values(agent.critic, rollout, "guide_value")
-    credit = agent.estimate(rollout, agent.reference_log_probs(rollout))
-    assert agent.started == ["guide", "policy"]
+    network = agent.value_function.network
+    before = plain_values(network, rollout, "guide_value")
+    credit = agent.credit(rollout, agent.reference_log_probs(rollout))
+    assert agent.value_function.started == ["guide", "policy"]
     states = credit.states.numpy()
     moved = credit.values.numpy()[states] - before[states]
     np.testing.assert_allclose(moved, moved.mean(), atol=1e-4)
-    assert torch.equal(agent.critic.heads["value"].weight, agent.critic.heads["guide_value"].weight)
-    np.testing.assert_allclose(plain_values(agent.critic, rollout, "value")[states], credit.values[states], atol=1e-4)
+    assert torch.equal(network.heads["value"].weight, network.heads["guide_value"].weight)
+    np.testing.assert_allclose(plain_values(network, rollout, "value")[states], credit.values[states], atol=1e-4)
     agent.save(tmp_path / "checkpoint")
-    assert D2LOLS.load(tmp_path / "checkpoint", agent.env, device="cpu").started == ["guide", "policy"]
+    loaded = D2LOLS.load(tmp_path / "checkpoint", agent.env, device="cpu")
+    assert loaded.value_function.started == ["guide", "policy"]
 
 
 def test_rows_without_body_move_no_policy_gradient(make_env, make_policy):
@@ -221,7 +231,7 @@ def test_rows_without_body_move_no_policy_gradient(make_env, make_policy):
     agent.learn(total_episodes=128)
     for name, value in agent.reference.state_dict().items():
         assert torch.equal(agent.policy.state_dict()[name], value), name
-    assert agent.critic.heads["guide_value"].weight.any()
+    assert agent.value_function.network.heads["guide_value"].weight.any()
     assert agent.num_timesteps == 0 < agent.num_guide_tokens
     assert agent.history[-1]["guide_tokens"] == agent.num_guide_tokens - agent.history[0]["num_guide_tokens"]
 
@@ -231,10 +241,9 @@ def test_lols_tosses_a_coin_and_d2lols_switches_once(make_env, make_policy):
         agent = LOLS(make_policy(), make_env(8, guide=GUIDE), tau=tau, beta=0.7, episodes_per_iteration=8, seed=3)
         tosses = []
         for agent.iteration in range(600):
-            tosses.append(agent.restarting)
-            restart, end = Guidance(restart_prob=0.7), Guidance(handoff_prob=1.0, no_body_prob=1 - 0.7)
-            assert agent.guidance() == (restart if agent.restarting else end)
-            assert agent.critic_of == ("policy" if agent.restarting else "guide")
+            tosses.append(agent.phase.continuation == "policy")
+            restarts, ends = Guidance(restart_prob=0.7), Guidance(handoff_prob=1.0, no_body_prob=1 - 0.7)
+            assert agent.phase.guidance == (restarts if tosses[-1] else ends)
         assert stats.binomtest(sum(tosses), 600, tau).pvalue > 1e-3
         runs = 1 + sum(a != b for a, b in pairwise(tosses))
         assert runs > 100 or tau in (0.0, 1.0), "tosses are independent"
@@ -253,7 +262,7 @@ def test_restarts_are_cut_as_published(name, make_env, make_policy):
     arguments = {} if name == "ppo" else {"beta": 0.7}
     arguments |= {"lols": {"tau": 1.0}, "d2lols": {"tau": 0}}.get(name, {})
     agent = ALGORITHMS[name](make_policy(), env, episodes_per_iteration=2000, device="cpu", **arguments)
-    options = {"guidance": agent.guidance(), "prompt": "red", "references": ["green blue"]}
+    options = {"guidance": agent.phase.guidance or Guidance(), "prompt": "red", "references": ["green blue"]}
     _, infos = env.reset(seed=1, options=options)
     counts, beta = np.bincount(infos["prefix_length"], minlength=HORIZON), arguments.get("beta", 0.0)
     assert counts[3:].sum() == 0
@@ -268,7 +277,7 @@ def test_hand_offs_are_scheduled_as_published(make_env, make_policy):
     rows = 2000
     env = make_env(rows, guide=GUIDE)
     agent = AggreVaTeD(make_policy(), env, beta=0.7, episodes_per_iteration=rows, device="cpu")
-    env.reset(seed=1, options={"guidance": agent.guidance()})
+    env.reset(seed=1, options={"guidance": agent.phase.guidance})
     for _ in range(HORIZON):
         *_, infos = env.step(np.full(rows, 270))
     counts = np.bincount(infos["policy_tokens"], minlength=HORIZON + 1)
@@ -320,7 +329,7 @@ def test_guide_and_reference_stay_where_the_policy_started(name, source, make_en
     assert agent.history[0]["kl"] == pytest.approx(0, abs=1e-4)
     with torch.no_grad():
         rollout = rollouts[-1]
-        judged = start.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
+        judged = start.evaluate_actions(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
     torch.testing.assert_close(agent.reference_log_probs(rollout), judged.log_probs, rtol=0, atol=1e-5)
     assert agent.history[-1]["kl"] != pytest.approx(0, abs=1e-4)
 

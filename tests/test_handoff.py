@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import HORIZON, PROMPT_TOKENS
+from conftest import HORIZON, PROMPT_TOKENS, evaluate_with_both
 from scipy import stats
 
 from agents import PPO, CausalLMPolicy
@@ -82,7 +82,7 @@ def test_sampling_and_evaluation_are_the_joint_distribution(guide, make_env, mak
 
     arguments = (rollout.input_ids, rollout.attention_mask, rollout.columns(decisions), handoffs)
     with torch.no_grad():
-        judged, expected = torch.stack(policy.evaluate(*arguments)), plain(policy, rollout)
+        judged, expected = evaluate_with_both(policy, *arguments), plain(policy, rollout)
     torch.testing.assert_close(judged, expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(rollout.log_probs, expected[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(rollout.values, expected[2], rtol=0, atol=1e-4)
@@ -90,7 +90,7 @@ def test_sampling_and_evaluation_are_the_joint_distribution(guide, make_env, mak
     policy.double()
     weights = torch.randn(judged.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gradients = []
-    for results in (torch.stack(policy.evaluate(*arguments)), plain(policy, rollout)):
+    for results in (evaluate_with_both(policy, *arguments), plain(policy, rollout)):
         policy.zero_grad()
         (weights * results).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in policy.parameters()])
@@ -173,7 +173,7 @@ def test_credit_ends_at_the_hand_off_with_the_reward_of_the_whole_text(make_env,
     handed = rollout.handoffs.any(1)
     assert ((rollout.log_probs - reference)[rollout.handoffs].abs() > 1e-2).all(), "the penalty reads hand-offs too"
     assert (rollout.reward_parts["handoff_cost"][handed] < 0).all()
-    returns = agent.estimate(rollout, reference).returns
+    returns = agent.credit(rollout, reference).returns
     for row in range(16):
         steps = rollout.decisions[row].nonzero().flatten().tolist()
         rewards = [-0.7 * (rollout.log_probs[row, h] - reference[row, h]).item() for h in steps]
@@ -181,7 +181,7 @@ def test_credit_ends_at_the_hand_off_with_the_reward_of_the_whole_text(make_env,
         for at, h in enumerate(steps):
             expected = sum(0.9**k * value for k, value in enumerate(rewards[at:]))
             assert returns[row, h].item() == pytest.approx(expected, abs=1e-4)
-    now = policy.evaluate(
+    now = policy.evaluate_actions(
         rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.decisions), rollout.handoffs
     )
     torch.testing.assert_close(now.log_probs, rollout.log_probs, rtol=0, atol=1e-4)
@@ -216,7 +216,7 @@ def test_environment_and_policy_must_agree_on_hand_offs(make_env, make_policy, m
     policy, rollout = make_policy(), play(make_env(8, guide=GUIDE), make_policy())
     everywhere = torch.ones(8, HORIZON, dtype=torch.bool)
     with pytest.raises(ValueError, match="handoffs holds a hand-off"):
-        policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body), everywhere)
+        policy.evaluate_actions(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body), everywhere)
 
 
 def test_without_the_hand_off_a_policy_writes_what_its_language_model_does(make_env, make_policy):

@@ -265,7 +265,7 @@ def test_batched_sampling_stops_as_single_rows_do():
         torch.testing.assert_close(alone.log_probs[0], together.log_probs[row], atol=1e-5, rtol=1e-5)
     # The slow path: every token chosen anew from the observation alone.
     assert width > 1
-    evaluated = writer.evaluate(together.input_ids, together.attention_mask, together.columns(together.body))
+    evaluated = writer.evaluate_actions(together.input_ids, together.attention_mask, together.columns(together.body))
     torch.testing.assert_close(evaluated.log_probs.detach(), together.log_probs, atol=1e-4, rtol=1e-4)
 
 

@@ -97,13 +97,13 @@ def test_the_advantages_of_aggrevated_are_the_guides_q_minus_v(lock_arguments):
     lock = env.lock
     policy, _ = fixed_policy(lock)
     value = {state: lock.guide_value(prefix) for state, prefix in prefixes(lock)}
-    agent = AggreVaTeD(policy, env, episodes_per_iteration=4096, kl_coef=0.0, device="cpu")
-    agent.started.append("guide")
+    agent = AggreVaTeD(policy, env, episodes_per_iteration=4096, kl_coef=0.0, normalize_advantage=False, device="cpu")
+    agent.value_function.started.append("guide")
     with torch.no_grad():
         for state, exact in value.items():
             policy.guide_value_table[state] = exact
-    rollout = agent.collect()
-    credit = agent.estimate(rollout, agent.reference_log_probs(rollout))
+    rollout = agent.play()
+    credit = agent.credit(rollout, agent.reference_log_probs(rollout))
 
     texts = rollout.input_ids[:, rollout.prompt_columns :]
     states = lock.states(texts)

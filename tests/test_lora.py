@@ -64,7 +64,7 @@ def test_fresh_adapters_change_nothing_and_are_always_the_same(base, make_env):
     plain, first, second = LanguageModelPolicy.from_pretrained(base, device="cpu"), adapted(base), adapted(base)
     batch, recorded = judged(first, make_env)
     plain.prompt_columns = first.prompt_columns
-    assert torch.equal(plain.evaluate(*batch).log_probs, first.evaluate(*batch).log_probs)
+    assert torch.equal(plain.evaluate_actions(*batch).log_probs, first.evaluate(*batch).log_probs)
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name])
     trained = {name for name, weight in first.named_parameters() if weight.requires_grad}
@@ -77,8 +77,8 @@ def test_fresh_adapters_change_nothing_and_are_always_the_same(base, make_env):
     assert torch.equal(*draws)
     policy = randomised(first)
     batch, recorded = judged(policy, make_env)
-    assert (policy.evaluate(*batch).log_probs - plain.evaluate(*batch).log_probs).abs().max() > 0.1
-    np.testing.assert_allclose(policy.evaluate(*batch).log_probs, recorded, atol=1e-4)
+    assert (policy.evaluate_actions(*batch).log_probs - plain.evaluate_actions(*batch).log_probs).abs().max() > 0.1
+    np.testing.assert_allclose(policy.evaluate_actions(*batch).log_probs, recorded, atol=1e-4)
 
 
 @torch.no_grad()
@@ -94,15 +94,15 @@ def test_it_is_what_peft_computes(base, make_env):
     model = peft.PeftModel.from_pretrained(kind.from_pretrained(base), base.parent / "policy")
     wrapped = type(policy)(model, policy.tokenizer)
     opened = type(policy)(kind.from_pretrained(base.parent / "policy"), policy.tokenizer)
-    expected = policy.evaluate(*batch)
+    expected = policy.evaluate_actions(*batch)
     merged = policy.merged()
     merged.save_pretrained(base.parent / "merged")
     again = LanguageModelPolicy.from_pretrained(base.parent / "merged", device="cpu")
     assert not [name for name in again.state_dict() if "lora" in name]
     for other in (wrapped, opened, merged, again):
         other.prompt_columns = policy.prompt_columns
-        np.testing.assert_allclose(other.evaluate(*batch).log_probs, expected.log_probs, atol=1e-4)
-    np.testing.assert_allclose(again.evaluate(*batch).values, expected.values, atol=1e-4)
+        np.testing.assert_allclose(other.evaluate_actions(*batch).log_probs, expected.log_probs, atol=1e-4)
+    np.testing.assert_allclose(again.evaluate_actions(*batch).values, expected.values, atol=1e-4)
     # What PEFT saves of its own wrapping is what we saved.
     model.save_pretrained(base.parent / "by peft")
     ours, theirs = (peft.load_peft_weights(base.parent / name) for name in ("policy", "by peft"))

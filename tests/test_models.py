@@ -206,7 +206,7 @@ def test_sampling_evaluation_and_transformers_agree(name):
     )
     lengths = (columns >= 0).sum(1)
     assert min(lengths) < max(lengths) - 3, "the test needs rows that leave early"
-    judged = policy.evaluate(*map(torch.from_numpy, (ids, mask, columns)))
+    judged = policy.evaluate_actions(*map(torch.from_numpy, (ids, mask, columns)))
     expected = torch.zeros(4, *columns.shape)
     for row, (prompt, new) in enumerate(texts_of(ids, mask)):
         logits, states = slow(policy, prompt, new)
@@ -235,14 +235,14 @@ def test_a_row_is_the_same_alone_and_under_any_padding(name, decoding):
     ids, mask, prefix_lengths = observations(np.random.default_rng(1))
     together = play(policy, ids, mask, prefix_lengths, np.arange(9), decoding)
     with torch.no_grad():
-        judged = torch.stack(policy.evaluate(*map(torch.from_numpy, together[:3])))
+        judged = torch.stack(policy.evaluate_actions(*map(torch.from_numpy, together[:3])))
     for row in range(9):
         one = slice(row, row + 1)
         alone = play(policy, ids[one], mask[one], prefix_lengths[one], np.arange(9)[one], decoding)
         for part, whole in zip(alone[:3], together[:3], strict=True):
             np.testing.assert_array_equal(part[0][: P + T], whole[row])
         with torch.no_grad():
-            own = torch.stack(policy.evaluate(*map(torch.from_numpy, alone[:3])))
+            own = torch.stack(policy.evaluate_actions(*map(torch.from_numpy, alone[:3])))
         np.testing.assert_allclose(own[:, 0], judged[:, row], atol=1e-4)
 
 
@@ -275,7 +275,7 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     ids, mask, prefix_lengths = observations(np.random.default_rng(2))
     batch = [torch.from_numpy(part) for part in (ids, mask, np.where(np.arange(3) < prefix_lengths[:, None], P, -1))]
     with torch.no_grad():
-        assert torch.equal(torch.stack(loaded.evaluate(*batch)), torch.stack(policy.evaluate(*batch)))
+        assert torch.equal(torch.stack(loaded.evaluate_actions(*batch)), torch.stack(policy.evaluate_actions(*batch)))
     arguments = {"max_new_tokens": 9, "seed": 4}
     assert loaded.generate(["w3 w4", "w5"], **arguments) == policy.generate(["w3 w4", "w5"], **arguments)
     kind = AutoModelForSeq2SeqLM if name in SEQ2SEQ else AutoModelForCausalLM
@@ -364,7 +364,7 @@ def differences(policy, exact):
             policy, *observations(np.random.default_rng(seed)), np.arange(9), Decoding(temperature=5.0)
         )
         batch = (torch.from_numpy(part).to(policy.device) for part in (ids, mask, columns))
-        judged = policy.evaluate(*batch).log_probs.cpu().numpy()
+        judged = policy.evaluate_actions(*batch).log_probs.cpu().numpy()
         for row, (prompt, new) in enumerate(texts_of(ids, mask)):
             places = np.flatnonzero(columns[row] >= 0)
             theirs, truth = (alone(one, prompt, new).numpy()[places, np.array(new)[places]] for one in (policy, exact))

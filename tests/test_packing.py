@@ -13,7 +13,7 @@ from test_decoding import CONFIGS, EOS, VOCAB, WIDE, observations, play, tiny_mo
 from test_policy import tiny_policy
 from transformers import AutoModelForCausalLM, BloomConfig, CohereConfig, Gemma2Config, Gemma3TextConfig, MistralConfig
 
-import agents.policy
+import agents.policy.language_model
 from agents.grpo import GRPO
 from agents.policy import CausalLMPolicy
 from textgym.decoding import Decoding, generate
@@ -156,7 +156,7 @@ def test_shared_tokens_are_read_once_and_padding_never():
         ids[row, 7 : 7 + new[row]] = random.integers(1, VOCAB, new[row])
     columns = np.where(np.arange(13) < new[:, None], np.arange(13) + 7, -1)
     counts = tokens_read(policy.model)
-    policy.evaluate(*map(torch.from_numpy, (ids, mask, columns)))
+    policy.evaluate_actions(*map(torch.from_numpy, (ids, mask, columns)))
     assert counts == [15 + sum(new - 1)], "prompts once, and of each text all but its last token"
     counts.clear()
     observation = {"input_ids": ids[:, :7], "attention_mask": mask[:, :7]}
@@ -175,13 +175,13 @@ def test_a_minibatch_of_groups_shares_prompts_and_has_the_gradient_of_its_texts(
         assert sorted((rows // 4).bincount(minlength=4).tolist()) == [0, 0, 4, 4], "groups stay together"
     prompt_tokens = rollout.attention_mask[:, : rollout.prompt_columns].sum(1)
     counts = tokens_read(agent.policy.model)
-    together = agent.judge(rollout, credit, rows)
+    together = agent.evaluate_actions(rollout, credit, rows)
     prompts_once = sum(int(prompt_tokens[4 * group]) for group in {*(rows // 4).tolist()})
     assert counts == [prompts_once + sum(int(rollout.policy_tokens[row]) - 1 for row in rows)]
     agent.loss(together, credit[rows], credit[rows])["loss"].backward()
     gradients = [parameter.grad.clone() for parameter in agent.trainable if parameter.grad is not None]
     agent.policy.zero_grad()
-    parts = [agent.judge(rollout, credit, row[None]) for row in rows]
+    parts = [agent.evaluate_actions(rollout, credit, row[None]) for row in rows]
     alone = type(together)(*(torch.cat(part) for part in zip(*parts, strict=True)))
     agent.loss(alone, credit[rows], credit[rows])["loss"].backward()
     expected = [parameter.grad for parameter in agent.trainable if parameter.grad is not None]
@@ -206,10 +206,10 @@ def test_states_alone_get_no_logits_and_everything_else_is_as_ever():
     ids, mask, columns, states_only = shared_batch()
     judged = []
     policy.model.get_output_embeddings().register_forward_hook(lambda _, args, output: judged.append(output.shape[-2]))
-    full, some = policy.evaluate(ids, mask, columns), policy.evaluate(ids, mask, columns, None, states_only)
+    full = policy.evaluate_actions(ids, mask, columns)
+    some = policy.evaluate_actions(ids, mask, columns, None, states_only)
     assert judged == [(columns >= 0).sum(), ((columns >= 0) & ~states_only).sum()]
-    for name in ("values", "guide_values"):
-        assert torch.equal(getattr(full, name), getattr(some, name))
+    assert torch.equal(full.values, some.values)
     for name in ("log_probs", "entropy"):
         np.testing.assert_allclose(
             getattr(some, name).detach(), getattr(full, name).masked_fill(states_only, 0).detach(), atol=1e-6
@@ -222,11 +222,11 @@ def test_blocks_of_logits_change_nothing_and_bound_the_largest(monkeypatch):
     largest, results = [], []
     policy.model.get_output_embeddings().register_forward_hook(lambda _, args, output: largest.append(output.numel()))
     for entries in (2**24, 5 * VOCAB):
-        monkeypatch.setattr(agents.policy, "_LOGITS_AT_ONCE", entries)
+        monkeypatch.setattr(agents.policy.language_model, "_LOGITS_AT_ONCE", entries)
         largest.clear()
         policy.zero_grad()
-        judged = torch.stack(policy.evaluate(ids, mask, columns))
-        (judged * torch.arange(1.0, 5.0)[:, None, None]).sum().backward()
+        judged = torch.stack(policy.evaluate_actions(ids, mask, columns))
+        (judged * torch.arange(1.0, 4.0)[:, None, None]).sum().backward()
         results.append((judged.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]))
     assert max(largest) <= 5 * VOCAB
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-6)
@@ -240,7 +240,7 @@ def test_half_precision_is_near_and_leaves_the_weights_alone():
     ids, mask, columns, _ = shared_batch()
     gradients, log_probs = [], []
     for policy in (exact, half):
-        judged = policy.evaluate(ids, mask, columns)
+        judged = policy.evaluate_actions(ids, mask, columns)
         assert judged.log_probs.dtype == judged.entropy.dtype == judged.values.dtype == torch.float32
         judged.log_probs.sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
@@ -255,7 +255,7 @@ def test_half_precision_is_near_and_leaves_the_weights_alone():
     sampler = half.sampler(observation, seeds=np.arange(6), max_new_tokens=4)
     sample = sampler.sample()
     ids[:, 6] = sample.tokens
-    judged = half.evaluate(ids, mask, torch.full((6, 1), 6))
+    judged = half.evaluate_actions(ids, mask, torch.full((6, 1), 6))
     assert (judged.log_probs[:, 0] - sample.log_probs).abs().max() < 0.05 * scale
     for name, parameter in half.state_dict().items():
         assert torch.equal(parameter, weights[name])
@@ -289,7 +289,7 @@ def test_compiled_code_gives_the_same_for_all_sizes(tmp_path, monkeypatch):
     plain, compiled = tiny_policy(), tiny_policy(compile=True)
     results = []
     for policy in (plain, compiled, copy.deepcopy(compiled)):
-        judged = torch.stack(policy.evaluate(*shared_batch()[:3]))
+        judged = torch.stack(policy.evaluate_actions(*shared_batch()[:3]))
         policy.zero_grad()
         judged.sum().backward()
         results.append((judged.detach(), [p.grad for p in policy.parameters() if p.grad is not None]))

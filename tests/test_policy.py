@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import evaluate_with_both
 from test_decoding import CONFIGS, EOS, VOCAB, observations, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -70,7 +71,7 @@ def test_evaluate_and_its_gradients_are_those_of_the_definition(name):
     weights = torch.randn(4, *columns.shape, generator=torch.Generator().manual_seed(0))
     results = {}
     for key, judged in (
-        ("evaluate", torch.stack(policy.evaluate(ids, mask, columns))),
+        ("evaluate", evaluate_with_both(policy, ids, mask, columns)),
         ("plain", plain(policy, ids, mask, columns)),
     ):
         assert judged.dtype == torch.float32
@@ -89,15 +90,15 @@ def test_evaluate_and_its_gradients_are_those_of_the_definition(name):
 def test_evaluate_sees_neither_padding_nor_the_rest_of_the_batch():
     policy = tiny_policy()
     ids, mask, columns = batch(1)
-    whole = torch.stack(policy.evaluate(ids, mask, columns))
+    whole = torch.stack(policy.evaluate_actions(ids, mask, columns))
     noise = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, ids.shape))
-    refilled = torch.stack(policy.evaluate(torch.where(mask.bool(), ids, noise), mask, columns))
+    refilled = torch.stack(policy.evaluate_actions(torch.where(mask.bool(), ids, noise), mask, columns))
     np.testing.assert_allclose(refilled, whole, atol=1e-6)
     for row in range(len(ids)):
         places = mask[row].nonzero().squeeze(1)
         first, last = int(places[0]), int(places[-1]) + 1
         shifted = torch.where(columns[row] >= 0, columns[row] - first, -1)
-        alone = policy.evaluate(ids[row, first:last][None], mask[row, first:last][None], shifted[None])
+        alone = policy.evaluate_actions(ids[row, first:last][None], mask[row, first:last][None], shifted[None])
         np.testing.assert_allclose(torch.stack(alone)[:, 0], whole[:, row], atol=1e-5)
 
 
@@ -109,7 +110,7 @@ def test_sampling_records_what_evaluate_says():
     sample = sampler.sample()
     column = np.where(mask, np.arange(19), 0).max(1) + 1
     ids[np.arange(9), column], mask[np.arange(9), column] = sample.tokens.numpy(), 1
-    judged = policy.evaluate(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(column)[:, None])
+    judged = policy.evaluate_actions(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(column)[:, None])
     np.testing.assert_allclose(judged.log_probs.squeeze(1), sample.log_probs, atol=1e-5)
     np.testing.assert_allclose(judged.values.squeeze(1), sample.values, atol=1e-5)
 
@@ -121,13 +122,13 @@ def test_evaluate_refuses_tokens_that_are_not_there():
     for column in (18, first):  # padding; and a token with nothing before it
         columns[0, 0] = column
         with pytest.raises(ValueError, match="columns must hold -1 or columns of valid tokens"):
-            policy.evaluate(ids, mask, columns)
+            policy.evaluate_actions(ids, mask, columns)
 
 
 def test_nothing_to_judge_is_all_zeros_with_gradients():
     policy = tiny_policy()
     ids, mask, columns = batch()
-    judged = policy.evaluate(ids, mask, torch.full_like(columns, -1))
+    judged = policy.evaluate_actions(ids, mask, torch.full_like(columns, -1))
     assert (torch.stack(judged) == 0).all()
     sum(part.sum() for part in judged).backward()
 
@@ -136,7 +137,7 @@ def test_dropout_stays_off():
     config = CONFIGS["gpt2"].__class__(**{**CONFIGS["gpt2"].to_dict(), "resid_pdrop": 0.5, "embd_pdrop": 0.5})
     policy = CausalLMPolicy(AutoModelForCausalLM.from_config(config), tiny_tokenizer()).train()
     with torch.no_grad():
-        first, second = (torch.stack(policy.evaluate(*batch())) for _ in range(2))
+        first, second = (torch.stack(policy.evaluate_actions(*batch())) for _ in range(2))
     assert torch.equal(first, second)
     assert (first[2] == 0).all(), "an untrained critic says zero"
 
@@ -152,7 +153,9 @@ def test_save_and_load_give_the_same_policy(tmp_path):
     assert loaded.decoding == policy.decoding
     assert loaded.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
     with torch.no_grad():
-        assert torch.equal(torch.stack(loaded.evaluate(*batch())), torch.stack(policy.evaluate(*batch())))
+        assert torch.equal(
+            torch.stack(loaded.evaluate_actions(*batch())), torch.stack(policy.evaluate_actions(*batch()))
+        )
     prompts, arguments = ["w3 w4", "w5"], {"max_new_tokens": 9, "seed": 4}
     assert loaded.generate(prompts, **arguments) == policy.generate(prompts, **arguments)
 

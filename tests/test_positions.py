@@ -60,7 +60,7 @@ def test_an_environment_decides_for_all_its_texts(horizon):
     columns = rollout.columns(rollout.body)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        judged = policy.evaluate(rollout.input_ids, rollout.attention_mask, columns).log_probs
+        judged = policy.evaluate_actions(rollout.input_ids, rollout.attention_mask, columns).log_probs
     torch.testing.assert_close(judged, rollout.log_probs, atol=1e-4, rtol=0)
     lengths = rollout.attention_mask.sum(1)
     assert lengths.min() <= SHORT, "the test needs short texts"
@@ -70,7 +70,7 @@ def test_an_environment_decides_for_all_its_texts(horizon):
         written = int(rollout.body[row].sum())
         torch.testing.assert_close(judged[row][:written], own[-written:], atol=1e-4, rtol=0)
         one = slice(row, row + 1)
-        by_itself = policy.evaluate(rollout.input_ids[one], rollout.attention_mask[one], columns[one]).log_probs
+        by_itself = policy.evaluate_actions(rollout.input_ids[one], rollout.attention_mask[one], columns[one]).log_probs
         torch.testing.assert_close(by_itself[0], judged[row], atol=1e-4, rtol=0)
     agent.learn(total_episodes=8)
 
@@ -80,17 +80,17 @@ def test_without_an_environment_a_policy_reads_short_texts_and_warns_of_longer_o
     ids = torch.arange(2, 2 + SHORT + 2)[None]
     mask, columns = torch.ones_like(ids), torch.tensor([[SHORT - 1]])
     with pytest.warns(UserWarning, match=r"14 tokens .* texts of up to 12: set policy.context_length"):
-        beside = policy.evaluate(ids, mask, columns).log_probs
+        beside = policy.evaluate_actions(ids, mask, columns).log_probs
     mask[0, SHORT:] = 0
-    torch.testing.assert_close(policy.evaluate(ids, mask, columns).log_probs, beside, atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy.evaluate_actions(ids, mask, columns).log_probs, beside, atol=1e-4, rtol=0)
     with pytest.warns(UserWarning, match="20 tokens"):
         policy.generate(["w2 w3"], max_new_tokens=18)
     policy.context_length = SHORT + 1
-    other = policy.evaluate(ids, mask, columns).log_probs
+    other = policy.evaluate_actions(ids, mask, columns).log_probs
     assert (other - beside).abs().max() > 0.01, "the test needs factors that differ"
     policy.save_pretrained(tmp_path)
     loaded = CausalLMPolicy.from_pretrained(tmp_path, device="cpu")
-    torch.testing.assert_close(loaded.evaluate(ids, mask, columns).log_probs, other, atol=0, rtol=0)
+    torch.testing.assert_close(loaded.evaluate_actions(ids, mask, columns).log_probs, other, atol=0, rtol=0)
     assert loaded.model.config.rope_parameters["rope_type"] == "longrope"
 
 

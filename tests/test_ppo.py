@@ -185,7 +185,7 @@ def losses_of(policy, rollout, rows, advantages, left=0, right=0):
     input_ids = torch.nn.functional.pad(rollout.input_ids[rows], (left, right), value=3)
     attention_mask = torch.nn.functional.pad(rollout.attention_mask[rows], (left, right))
     columns = torch.where(rollout.body, rollout.columns(rollout.body) + left, -1)
-    now = policy.evaluate(input_ids, attention_mask, columns[rows])
+    now = policy.evaluate_actions(input_ids, attention_mask, columns[rows])
     terms = ppo_loss(
         log_probs=now.log_probs,
         values=now.values,
@@ -247,7 +247,7 @@ def test_truncated_sampling_records_untruncated_log_probs_that_stay_finite(decod
     assert (rollout.authors >= 0).sum(1).min() >= min(decoding.min_new_tokens, 6)
     arguments = (rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.decisions))
     recorded = rollout.log_probs
-    torch.testing.assert_close(recorded, policy.evaluate(*arguments).log_probs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(recorded, policy.evaluate_actions(*arguments).log_probs, rtol=0, atol=1e-4)
     assert (recorded[rollout.body].exp() < 0.5).any(), "the truncated distribution would be more certain"
     credit = agent.credit(rollout, agent.reference_log_probs(rollout))
     random = torch.Generator().manual_seed(0)
@@ -255,7 +255,7 @@ def test_truncated_sampling_records_untruncated_log_probs_that_stay_finite(decod
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=random), alpha=scale)
-        now = policy.evaluate(*arguments)
+        now = policy.evaluate_actions(*arguments)
         assert torch.isfinite(now.log_probs).all()
         assert torch.isfinite((now.log_probs - recorded).exp()).all()
         terms = agent.loss(now, credit, credit)
@@ -269,7 +269,7 @@ def test_sampling_and_evaluation_agree_so_that_first_ratios_are_one(make_env, ma
     torch.nn.init.normal_(policy.heads["value"].weight, std=0.1)
     env = make_env(16, guide=guide_writing([20, 21, 22, 23, 24, 25]))
     rollout = play(env, policy, guidance=Guidance(restart_prob=0.5))
-    now = policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
+    now = policy.evaluate_actions(rollout.input_ids, rollout.attention_mask, rollout.columns(rollout.body))
     torch.testing.assert_close(now.log_probs, rollout.log_probs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(now.values, rollout.values, rtol=1e-4, atol=1e-5)
 
@@ -379,7 +379,7 @@ def test_the_gradient_of_reinforce_is_the_score_function(make_env, make_policy):
     white = torch.zeros(16, 6)
     white[body] = ((advantages - advantages.mean()) / advantages.std(correction=0)).float()
     agent.policy.zero_grad()
-    now = agent.policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.columns(body))
+    now = agent.policy.evaluate_actions(rollout.input_ids, rollout.attention_mask, rollout.columns(body))
     (-(white * now.log_probs).sum() / body.sum()).backward()
     expected = {name: p.grad.clone() for name, p in agent.policy.model.named_parameters()}
     agent.update(rollout, credit)
@@ -489,9 +489,11 @@ def test_a_separate_critic_leaves_the_policy_alone(critic, make_env, make_policy
     assert not moved
     agent.save(tmp_path / "checkpoint")
     loaded = PPO.load(tmp_path / "checkpoint", agent.env, device="cpu")
-    assert loaded.critic is not loaded.policy
-    for name, value in agent.critic.state_dict().items():
-        assert torch.equal(loaded.critic.state_dict()[name], value), name
-    assert not torch.equal(loaded.critic.heads["value"].weight, loaded.policy.heads["value"].weight)
+    first, second = agent.value_function.network, loaded.value_function.network
+    assert second is not loaded.policy
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+    assert not torch.equal(second.heads["value"].weight, loaded.policy.heads["value"].weight)
     states = rollout.decisions
-    assert torch.equal(loaded.judged_again(rollout, states), agent.judged_again(rollout, states))
+    values = [each.value_function.of_states(rollout, states, "policy") for each in (agent, loaded)]
+    assert torch.equal(*values)

@@ -40,12 +40,13 @@ def test_one_update_of_stable_baselines3_is_one_of_ours(gamma, gae_lambda, clip_
         minibatch_size=rows,
         kl_coef=0.0,
         vf_coef=0.4,
+        normalize_advantage=False,
         decoding=Decoding(min_new_tokens=HORIZON),
         **hyperparameters,
     )
     rollout = ours.play()
     assert rollout.body.all()
-    credit = ours.estimate(rollout, ours.reference_log_probs(rollout))
+    credit = ours.credit(rollout, ours.reference_log_probs(rollout))
     noise = 0.1 * torch.randn(rows, HORIZON, generator=torch.Generator().manual_seed(0))
     credit = replace(credit, log_probs=credit.log_probs + noise)
 

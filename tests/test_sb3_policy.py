@@ -103,8 +103,8 @@ def one_by_one(policy, obs, actions):
         if not handed:
             text[column], valid[column] = action, 1
         handoffs = handed.view(1, 1) if policy.can_hand_off else None
-        results.append(policy.evaluate(text[None], valid[None], torch.tensor([[column]]), handoffs))
-    return [torch.cat([result[i] for result in results]).squeeze(1) for i in range(4)]
+        results.append(policy.evaluate_actions(text[None], valid[None], torch.tensor([[column]]), handoffs))
+    return [torch.cat([result[i] for result in results]).squeeze(1) for i in range(3)]
 
 
 @pytest.mark.parametrize("hands_off", [False, True])

@@ -115,7 +115,7 @@ def test_the_encoder_reads_each_prompt_once(make_env, make_policy):
     credit = agent.credit(rollout, agent.reference_log_probs(rollout))
     for rows in agent.minibatches(torch.arange(16)):
         read.clear()
-        agent.judge(rollout, credit, rows)
+        agent.evaluate_actions(rollout, credit, rows)
         assert read == [sum({rollout.prompts[row]: int(prompts[row]) for row in rows.tolist()}.values())]
 
 
@@ -123,14 +123,14 @@ def test_gradients_are_those_of_single_texts(make_env, make_policy):
     """Shared encoder states, padding, prefixes, hand-offs: none of them is seen in a gradient."""
     agent = make_agent("ppo with a hand-off", make_env, make_policy, device="cpu")
     agent.env.reset(options={"guidance": Guidance(restart_prob=0.5)})
-    rollout = agent.collect()
+    rollout = agent.play()
     policy = agent.policy.double()
     weights = torch.randn(4, *rollout.log_probs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gradients = []
     for parts in ([torch.arange(16)], torch.arange(16).split(1)):
         policy.zero_grad()
         for rows in parts:
-            judged = policy.evaluate(
+            judged = policy.evaluate_actions(
                 rollout.input_ids[rows], rollout.attention_mask[rows], rollout.columns(rollout.decisions)[rows],
                 rollout.handoffs[rows],
             )  # fmt: skip
@@ -200,10 +200,10 @@ def test_what_does_not_fit_is_named(make_env, make_policy, family):
     policy = make_policy()
     ids = torch.ones(1, PROMPT_TOKENS + HORIZON, dtype=torch.int64)
     with pytest.raises(ValueError, match="prompt_columns must be set"):
-        policy.evaluate(ids, ids, torch.tensor([[PROMPT_TOKENS]]))
+        policy.evaluate_actions(ids, ids, torch.tensor([[PROMPT_TOKENS]]))
     policy.prompt_columns = PROMPT_TOKENS
     with pytest.raises(ValueError, match="columns from 8"):
-        policy.evaluate(ids, ids, torch.tensor([[PROMPT_TOKENS - 1]]))
+        policy.evaluate_actions(ids, ids, torch.tensor([[PROMPT_TOKENS - 1]]))
     if family == "bart":
         with pytest.raises(ValueError, match="prompt or new tokens can be 10 tokens long"):
             policy.generate(["red sun"], max_new_tokens=9)

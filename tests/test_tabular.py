@@ -6,12 +6,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import evaluate_with_both
 from gymnasium.vector import AutoresetMode
 
 import textgym  # noqa: F401
 from agents.evaluation import evaluate
+from agents.policy.tabular import TabularPolicy
 from agents.rollout import collect
-from agents.tabular import TabularPolicy
 from textgym.decoding import Decoding
 from textgym.tasks.lock import CombinationLock
 
@@ -82,13 +83,14 @@ def test_sampling_evaluate_and_the_definition_agree(dtype):
     assert (finished < T).any()
     assert (finished == T).any()
     assert not (ids[:, P : P + 2] == 0)[mask[:, P : P + 2] == 1].any()
-    judged = policy.evaluate(ids, mask, columns)
+    judged = policy.evaluate_actions(ids, mask, columns)
     assert all(part.dtype == dtype for part in judged)
     np.testing.assert_allclose(judged.log_probs, log_probs, atol=1e-6)
     np.testing.assert_allclose(judged.values, values, atol=1e-6)
-    np.testing.assert_allclose(torch.stack(judged), plain(policy, ids, mask, columns), atol=1e-6)
-    for part, expected in zip(policy.values(ids, mask, columns), judged[2:], strict=True):
-        assert torch.equal(part, expected)
+    both = evaluate_with_both(policy, ids, mask, columns)
+    np.testing.assert_allclose(both, plain(policy, ids, mask, columns), atol=1e-6)
+    for of, expected in zip(("policy", "guide"), both[2:], strict=True):
+        assert torch.equal(policy.values(ids, mask, columns, of), expected)
 
 
 @torch.no_grad()
@@ -96,7 +98,8 @@ def test_values_after_the_last_token():
     policy = random_policy()
     texts = torch.tensor([ending for ending, _ in LOCK.endings])
     ids = torch.cat([torch.ones(2, 1, dtype=torch.int64), texts], 1)
-    values, guide_values = policy.values(ids, torch.ones_like(ids), torch.tensor([[1, 6, -1], [6, -1, 3]]))
+    states_after = ids, torch.ones_like(ids), torch.tensor([[1, 6, -1], [6, -1, 3]])
+    values, guide_values = (policy.values(*states_after, of) for of in ("policy", "guide"))
     states = torch.tensor([[0, 5, 0], [10, 0, 7]])  # of two paths of five
     there = torch.tensor([[1, 1, 0], [1, 0, 1]])
     assert torch.equal(values, policy.value_table[states] * there)
@@ -114,15 +117,15 @@ def test_neither_padding_nor_neighbours_change_anything():
     valid = together[1] == 1
     assert torch.equal(refilled[0][valid], together[0][valid])
     assert torch.equal(refilled[1], together[1])
-    judged = torch.stack(policy.evaluate(*together[:3]))
-    assert torch.equal(torch.stack(policy.evaluate(*refilled[:3])), judged)
+    judged = torch.stack(policy.evaluate_actions(*together[:3]))
+    assert torch.equal(torch.stack(policy.evaluate_actions(*refilled[:3])), judged)
     for row in range(30):
         only = slice(row, row + 1)
         alone = written(policy, ids[only], mask[only], prefix_lengths[only], seeds[only])
         assert torch.equal(alone[0][valid[only]], together[0][only][valid[only]])
         padded = [torch.nn.functional.pad(part[only], (2, 3)) for part in together[:2]]
         shifted = torch.where(together[2][only] >= 0, together[2][only] + 2, -1)
-        assert torch.equal(torch.stack(policy.evaluate(*padded, shifted)), judged[:, only])
+        assert torch.equal(torch.stack(policy.evaluate_actions(*padded, shifted)), judged[:, only])
 
 
 @torch.no_grad()
@@ -144,8 +147,7 @@ def test_frequencies_are_the_softmax():
 def test_gradients_reach_the_visited_states_of_every_table():
     policy = random_policy(dtype=torch.float64)
     ids = torch.tensor([[1, *LOCK.endings[0][0]]])
-    judged = policy.evaluate(ids, torch.ones_like(ids), torch.tensor([[1, -1, 3]]))
-    torch.stack(judged).sum().backward()
+    evaluate_with_both(policy, ids, torch.ones_like(ids), torch.tensor([[1, -1, 3]])).sum().backward()
     assert policy.logits.grad.abs().sum(1).nonzero().squeeze(1).tolist() == [0, 2]
     for table in (policy.value_table, policy.guide_value_table):
         assert table.grad.nonzero().squeeze(1).tolist() == [0, 2]
@@ -220,10 +222,10 @@ def test_what_does_not_fit_is_refused():
     policy = random_policy()
     ids, mask, _ = (torch.from_numpy(part) for part in observations(2))
     with pytest.raises(ValueError, match="cannot hand off"):
-        policy.evaluate(ids, mask, torch.full((2, 1), P), torch.ones(2, 1, dtype=torch.bool))
+        policy.evaluate_actions(ids, mask, torch.full((2, 1), P), torch.ones(2, 1, dtype=torch.bool))
     for column in (0, P - 1):  # padding, and the prompt's first token
         with pytest.raises(ValueError, match="columns must hold -1 or columns"):
-            policy.evaluate(ids, mask, torch.full((2, 1), column))
+            policy.evaluate_actions(ids, mask, torch.full((2, 1), column))
     observation = {"input_ids": ids, "attention_mask": mask}
     sampler = policy.sampler(observation, seeds=np.arange(2), max_new_tokens=0)
     with pytest.raises(ValueError, match="more than max_new_tokens"):

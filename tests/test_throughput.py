@@ -17,7 +17,7 @@ from textgym.process import keep_freed_memory
 def small(monkeypatch):
     """A model that takes no time; nothing is compiled."""
     monkeypatch.setattr(workload, "SIZE", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256})
-    monkeypatch.setattr("agents.policy.compile_layers", lambda model: None)
+    monkeypatch.setattr("agents.policy.language_model.compile_layers", lambda model: None)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_plain_loop_judges_as_the_policy_does(small, family):
     columns = torch.arange(workload.PROMPT, ids.shape[1]).expand(4, -1)
     torch.nn.init.zeros_(plain.value_head.weight)
     torch.nn.init.zeros_(plain.value_head.bias)
-    judged = policy.evaluate(ids, torch.ones_like(ids), columns)
+    judged = policy.evaluate_actions(ids, torch.ones_like(ids), columns)
     for ours, theirs in zip(
         (judged.log_probs, judged.entropy, judged.values), plain.judge(plain.model, ids), strict=True
     ):

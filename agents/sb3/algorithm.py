@@ -7,9 +7,10 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import gymnasium as gym
 import numpy as np
@@ -22,20 +23,21 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import is_json_serializable
 from stable_baselines3.common.utils import obs_as_tensor, set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
-from torch import Tensor, nn
+from torch import nn
 
-from agents.algorithm import Algorithm, check
-from agents.policy import Evaluation, LanguageModelPolicy, Policy, replaced_folder
-from agents.rollout import agree
+from agents.algorithm import Algorithm
+from agents.environments import agree
+from agents.policy import Actor, LanguageModelPolicy, Policy
 from agents.sb3.policies import CausalLMActorCriticPolicy, MaskableCausalLMActorCriticPolicy, evaluate_transitions
 from agents.sb3.vec_env import TextVecEnv
+from textgym.checks import check
 from textgym.decoding import Decoding, Sample, Sampler
 from textgym.engine import TextVectorEnv
 from textgym.seeding import hash64
+from textgym.storage import new_folder
 from textgym.tokenization import pretrained_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
     from gymnasium import spaces
     from transformers import PreTrainedTokenizerBase
 
@@ -104,7 +106,7 @@ class _Episodes(BaseCallback):
 
 
 class SB3Algorithm(Algorithm):
-    """An algorithm of Stable-Baselines3 that starts from a policy and is run, judged and saved like those of `agents`.
+    """An algorithm of Stable-Baselines3, run, evaluated and saved like those of `agents`.
 
     Subclasses name the algorithm; `of` makes one: ``SB3Algorithm.of(stable_baselines3.PPO)(policy, env, seed=0)``.
 
@@ -116,22 +118,14 @@ class SB3Algorithm(Algorithm):
     Args:
         policy: A `LanguageModelPolicy`, or the hub id or path of a language model.
         env: The id of an environment, or a `TextVectorEnv` made with ``parking=True`` by `gymnasium.make_vec`.
-        episodes_per_iteration: Episodes an iteration, a multiple of the rows of `env`. A rollout of an actor-critic
-            algorithm is at most an iteration.
         minibatch_size: Episodes a gradient step, T steps each: the `batch_size` of an actor-critic algorithm that has
             one.
         n_epochs: Passes over a rollout, where the algorithm has such a thing.
         learning_rate: Step size.
         kl_coef: Weight of the KL penalty to the starting policy, a reward (see `KLPenalty`); of no effect where no
             language model is trained.
-        seed: Seed of everything random.
-        device: "auto" or a torch device.
-        eval_every: Iterations between evaluations on validation prompts; 0 never evaluates.
-        eval_prompts: Validation prompts of such an evaluation.
-        eval_env: What to evaluate on (None: the validation split of `env`, with a guide only for hand-offs).
-        output_dir: Where the checkpoints ``last`` and ``best`` go.
-        track: Accelerate trackers.
-        **arguments: The algorithm's own, over what is said above (`batch_size`, `gamma`, `policy_kwargs`, ...).
+        **arguments: Those of `Algorithm`, and the algorithm's own, which come before what is said above (`batch_size`,
+            `gamma`, `policy_kwargs`, ...). A rollout of an actor-critic algorithm is at most an iteration.
 
     Raises:
         ValueError: An argument is wrong, the algorithm takes no dictionaries as observations, or it was started as
@@ -139,7 +133,6 @@ class SB3Algorithm(Algorithm):
 
     Attributes:
         model: The algorithm of Stable-Baselines3.
-        last_rollout: Always None.
     """
 
     name = "sb3"
@@ -150,50 +143,27 @@ class SB3Algorithm(Algorithm):
         policy: LanguageModelPolicy | str | os.PathLike,
         env: TextVectorEnv | str,
         *,
-        episodes_per_iteration: int = 64,
         minibatch_size: int = 16,
         n_epochs: int = 2,
         learning_rate: float = 1e-4,
         kl_coef: float = 0.02,
-        seed: int = 0,
-        device: str | torch.device = "auto",
-        eval_every: int = 0,
-        eval_prompts: int = 256,
-        eval_env: TextVectorEnv | None = None,
-        output_dir: str | os.PathLike | None = None,
-        track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None,
         **arguments: Any,
     ) -> None:
-        hyperparameters = {
-            key: value
-            for key, value in locals().items()
-            if key not in ("self", "policy", "env", "eval_env", "track", "arguments", "__class__")
-        }
         check("minibatch_size", minibatch_size, minibatch_size >= 1, "at least 1")
         check("n_epochs", n_epochs, n_epochs >= 1, "at least 1")
         check("kl_coef", kl_coef, kl_coef >= 0, "at least 0")
         own_policy = self.sb3_class.policy_aliases.get("MultiInputPolicy")
         if own_policy is None:
             raise ValueError(f"{self.name} must be an algorithm with a MultiInputPolicy, got {self.sb3_class}")
-        super().__init__(
-            policy,
-            env,
-            episodes_per_iteration=episodes_per_iteration,
-            decoding=None,
-            seed=seed,
-            device=device,
-            eval_every=eval_every,
-            eval_prompts=eval_prompts,
-            eval_env=eval_env,
-            output_dir=output_dir,
-            track=track,
-            hyperparameters={**hyperparameters, **arguments},
-        )
+        shared = {field.name: arguments.pop(field.name) for field in fields(Algorithm) if field.name in arguments}
+        super().__init__(policy, env, **shared)
+        named = {"minibatch_size": minibatch_size, "n_epochs": n_epochs, "learning_rate": learning_rate}
+        self.hyperparameters |= {**named, "kl_coef": kl_coef, **arguments}
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.name} runs in one process, got {self.accelerator.num_processes}")
         self.env = _without_parking(self.env)
         agree(self.env, self.policy)
-        self.steps = episodes_per_iteration * self.env.max_new_tokens
+        self.steps = self.episodes_per_iteration * self.env.max_new_tokens
         sb3_policy: Any = "MultiInputPolicy"
         own: dict[str, Any] = {"learning_rate": learning_rate}
         defaults = _parameters(self.sb3_class)
@@ -218,15 +188,15 @@ class SB3Algorithm(Algorithm):
             VecMonitor(TextVecEnv(self.env)),
             **{
                 **{name: value for name, value in own.items() if name in defaults},
-                "seed": int(hash64(seed)) >> 33,
+                "seed": int(hash64(self.seed)) >> 33,
                 "device": self.policy.device,
                 **arguments,
             },
         )
         if sb3_policy == "MultiInputPolicy":
             self.policy = SB3Policy(self.model, self.policy.tokenizer)
+        self.optimizer = self.model.policy.optimizer
         self._progress: Callable[[], float] = lambda: 0.0
-        self.last_rollout = None  # type: ignore[assignment]  # its episodes begin and end anywhere
 
     @classmethod
     def of(cls, sb3_class: type[BaseAlgorithm]) -> type[SB3Algorithm]:
@@ -239,11 +209,6 @@ class SB3Algorithm(Algorithm):
             raise ValueError(f"sb3_class must be an algorithm class of Stable-Baselines3, got {sb3_class!r}")
         name = f"{sb3_class.__module__.partition('.')[0]}:{sb3_class.__name__}"
         return type(sb3_class.__name__, (cls,), {"sb3_class": sb3_class, "name": name, "__doc__": cls.__doc__})
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The one of the policy in `model`."""
-        return self.model.policy.optimizer
 
     def _learn(self, done: Callable[[], float], *arguments: Any) -> Self:
         self._progress = done
@@ -319,8 +284,8 @@ class SB3Algorithm(Algorithm):
         envs.unwrapped._reset_seeds()  # the environment goes on with its own
 
 
-class SB3Policy(Policy):
-    """An algorithm of Stable-Baselines3 as a policy that can be evaluated: it writes what `predict` chooses.
+class SB3Policy(Actor):
+    """An algorithm of Stable-Baselines3 as an actor that can be evaluated: it writes what `predict` chooses.
 
     Args:
         model: The algorithm.
@@ -340,26 +305,10 @@ class SB3Policy(Policy):
         """Begin to write a batch of texts; `predict` chooses their tokens, whatever decoding and seeds say."""
         return cast("Sampler", _PredictSampler(self.model, observation))
 
-    def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:
-        """Not possible: `predict` gives no probabilities."""
-        raise NotImplementedError("an SB3Policy can only write: Stable-Baselines3's predict gives no probabilities")
-
-    def values(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Not possible: `predict` gives no values."""
-        raise NotImplementedError("an SB3Policy can only write: Stable-Baselines3's predict gives no values")
-
-    def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
-        """Not possible: there are no values."""
-        raise NotImplementedError("an SB3Policy can only write: it has no values to shift")
-
-    def copy_values(self, to: Literal["policy", "guide"]) -> None:
-        """Not possible: there are no values."""
-        raise NotImplementedError("an SB3Policy can only write: it has no values to copy")
-
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write Stable-Baselines3's zip, the class of its algorithm, and the tokenizer into a folder."""
         sb3_class = next(cls for cls in type(self.model).__mro__ if not cls.__dict__.get("_is_paced"))
-        with replaced_folder(Path(folder)) as new:
+        with new_folder(folder) as new:
             self.tokenizer.save_pretrained(new)
             self.model.save(new / ZIP_FILE)
             description = {"module": sb3_class.__module__, "class": sb3_class.__qualname__}

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, pad
 
-from agents.algorithm import check
-from agents.policy import Evaluation, LanguageModelPolicy, Policy, left_packed
+from agents.policy import Evaluation, LanguageModelPolicy, Policy
+from agents.policy.language_model import left_packed
+from textgym.checks import check
 from textgym.decoding import Decoding, Sample, Sampler, at_least_float32, choose, nucleus, on_host
 from textgym.packing import autocast, head
 from textgym.tokenization import unused_ids, vocabulary_size
@@ -171,7 +172,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         return _Reader(sampler, obs, rows)
 
     def _written(self, obs: Mapping[str, Any]) -> np.ndarray:
-        """New tokens in observations, (n,); all zero where nothing hangs on their number."""
+        """New tokens in observations, (n,); all zero where nothing depends on their number."""
         if self.prompt_columns is None:
             return np.zeros(len(obs["input_ids"]), np.int64)
         return (on_host(obs["attention_mask"])[:, self.prompt_columns :] != 0).sum(1)
@@ -181,7 +182,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         return Decoding(greedy=True, min_new_tokens=decoding.min_new_tokens) if deterministic else decoding
 
     def evaluate_actions(self, obs: Observation, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Judge actions that are already taken.
+        """Evaluate actions that are already taken.
 
         Args:
             obs: "input_ids" and "attention_mask", each (n, P+T).
@@ -194,10 +195,10 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         return now.values[:, None], now.log_probs, now.entropy
 
     def predict_values(self, obs: Observation) -> Tensor:  # type: ignore[override]
-        """What the critic says of states: (n, 1)."""
+        """Values of states, (n, 1)."""
         columns = self.language_model.prompt_columns
         texts = _Texts(obs["input_ids"], obs["attention_mask"], prompt_columns=columns)
-        values, _ = self.language_model.values(texts.input_ids, texts.attention_mask, texts.columns)
+        values = self.language_model.values(texts.input_ids, texts.attention_mask, texts.columns)
         return texts.of_each(values)[:, None]
 
     def get_distribution(self, obs: Observation) -> CategoricalDistribution:  # type: ignore[override]
@@ -310,7 +311,7 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
     def evaluate_actions(  # type: ignore[override]
         self, obs: Observation, actions: Tensor, action_masks: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Judge actions that are already taken (see `CausalLMActorCriticPolicy.evaluate_actions`).
+        """Evaluate actions that are already taken (see `CausalLMActorCriticPolicy.evaluate_actions`).
 
         Args:
             obs: "input_ids" and "attention_mask", each (n, P+T).
@@ -430,7 +431,7 @@ def _unwritten(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn
 
 
 class _Texts:
-    """Texts of which some begin others, as few rows in which each is a column.
+    """Merges texts that are prefixes of one another into shared rows.
 
     Args:
         input_ids: (n, S); valid tokens of a row can have padding on both sides.
@@ -488,18 +489,18 @@ class _Texts:
 
 
 def evaluate_transitions(policy: Policy, obs: Observation, actions: Tensor) -> Evaluation:
-    """Judge actions, each in a state of its own; states of which one begins another are read together.
+    """Evaluate actions of transitions; states that are prefixes of one another are read together.
 
     Args:
-        policy: Who judges.
+        policy: The policy that evaluates them.
         obs: "input_ids" and "attention_mask", each (n, P+T).
         actions: int64 (n,), tokens, or hand-offs.
 
     Returns:
-        As `Policy.evaluate`, each entry (n,).
+        As `Policy.evaluate_actions`, each entry (n,).
     """
     handed = actions == vocabulary_size(policy.tokenizer)
     texts = _Texts(obs["input_ids"], obs["attention_mask"], actions, ~handed, policy.prompt_columns)
     handoffs = texts.to_columns(handed) if policy.can_hand_off else None
-    now = policy.evaluate(texts.input_ids, texts.attention_mask, texts.columns, handoffs)
+    now = policy.evaluate_actions(texts.input_ids, texts.attention_mask, texts.columns, handoffs)
     return Evaluation(*(texts.of_each(part) for part in now))

@@ -1,20 +1,16 @@
-"""What an algorithm needs from whoever writes, and the language models of transformers as that."""
+"""Language models of transformers as policies."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
 import os
-import shutil
-import sys
-import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -24,16 +20,11 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agents.lora import add_lora, has_adapters, merged, train_adapters, unwrapped
+from agents.policy.interface import Continuation, Evaluation, Policy
+from agents.policy.log_probs import log_prob_and_entropy
+from agents.policy.lora import add_lora, has_adapters, merged, train_adapters, unwrapped
 from textgym import seq2seq
-from textgym.decoding import (
-    Decoding,
-    Sampler,
-    at_least_float32,
-    load_model,
-    sampler_class,
-    write,
-)
+from textgym.decoding import Decoding, Sampler, at_least_float32, load_model, sampler_class
 from textgym.hub import file_beside
 from textgym.packing import (
     autocast,
@@ -47,12 +38,10 @@ from textgym.packing import (
     read,
 )
 from textgym.positions import check_positions, fix_positions, short_context, warn_of_short_factors
+from textgym.storage import new_folder
 from textgym.tokenization import (
-    Context,
     check_embedded,
     check_vocabulary,
-    decode_continuations,
-    encode_prompts,
     end_ids,
     pretrained_tokenizer,
     unused_ids,
@@ -61,255 +50,20 @@ from textgym.tokenization import (
 
 HEADS_FILE = "heads.safetensors"
 POLICY_FILE = "policy.json"
+# The head of each of the two value functions.
+VALUE_HEADS: dict[Continuation, str] = {"policy": "value", "guide": "guide_value"}
 # Entries of a block of logits (64 MiB in float32).
 _LOGITS_AT_ONCE = 2**24
-
-
-class Evaluation(NamedTuple):
-    """How a policy judges decisions that are already taken; every entry is zero where there is none.
-
-    Attributes:
-        log_probs: (B, A) float32, log-probabilities of the decisions under the untruncated softmax at temperature 1.
-        entropy: (B, A) float32, entropies in nats of the distributions they were drawn from.
-        values: (B, A) float32, values of the states before the decisions if the policy goes on.
-        guide_values: (B, A) float32, values of these states if the guide goes on; a critic of its own.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    values: Tensor
-    guide_values: Tensor
-
-
-class Policy(nn.Module, ABC):
-    """Base class of everything that `agents` can train: a network that writes texts and judges them.
-
-    A network of your own implements the abstract methods below; its trainable parameters are those of the module. It
-    is a policy of any architecture as long as `sampler` and `evaluate` speak of the same distribution: the
-    log-probabilities that sampling records must be those `evaluate` returns for the same decisions. Dropout must be off
-    in both.
-
-    Attributes:
-        tokenizer: The tokenizer of its tokens; environments are made with it.
-        decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
-        can_hand_off: Whether it has an action beyond the tokens, the environment's ``vocab_size``, by which it asks the
-            guide to finish. Environments made with ``handoff=True`` need such a policy, others one without.
-        prompt_columns: P, how many columns of an observation are the prompt's, for policies that read prompts apart
-            from what follows them; None for unknown. Algorithms set it to what their environment has.
-        context_length: P + T, most tokens of a text, for policies whose positions depend on it (see
-            `textgym.positions`); None for unknown. Algorithms set it to what their environment has.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    decoding: Decoding
-    can_hand_off: bool = False
-    prompt_columns: int | None = None
-    context_length: int | None = None
-    _more_end_ids: tuple[int, ...] = ()
-
-    @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text, EOS first."""
-        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *self._more_end_ids]))
-
-    def add_end_tokens(self, token_ids: Sequence[int]) -> None:
-        """Let further tokens end a text, as algorithms do with those that end an episode of their environment."""
-        self._more_end_ids = tuple(dict.fromkeys([*self._more_end_ids, *token_ids]))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.set_seed(0)
-
-    def set_seed(self, seed: int) -> None:
-        """Seed the draws of `predict`."""
-        self._generator = np.random.default_rng(seed)
-
-    def copy(self) -> Self:
-        """A policy of its own that begins equal to this one, and shares the weights that are frozen."""
-        return copy.deepcopy(self, {id(weight): weight for weight in self.parameters() if not weight.requires_grad})
-
-    def predict(
-        self,
-        observation: Mapping[str, np.ndarray],
-        state: np.ndarray | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Choose the next action for observations, as in Stable-Baselines3; nothing is cached between calls.
-
-        Args:
-            observation: "input_ids" and "attention_mask", each (P+T,) or batched (N, P+T); valid tokens of a row can
-                have padding on both sides. Rows without any token (idle rows) get EOS.
-            state: What the last call returned as state, or None. It counts the tokens this policy has chosen in each
-                row's episode, for `decoding.min_new_tokens`, where `prompt_columns` does not say what is new.
-            episode_start: (N,) bool, rows whose episode has just begun.
-            deterministic: Take the most probable action.
-
-        Returns:
-            Actions, int64 () or (N,), and the state for the next call.
-
-        Raises:
-            ValueError: `decoding` searches with beams, and `deterministic` is False.
-        """
-        if self.decoding.num_beams > 1 and not deterministic:
-            raise ValueError("decoding must have num_beams=1 to predict single tokens, or pass deterministic=True")
-        ids = np.asarray(observation["input_ids"])
-        batched = {name: np.atleast_2d(np.asarray(array)) for name, array in observation.items()}
-        written = np.zeros(len(batched["input_ids"]), np.int64) if state is None else np.asarray(state, np.int64)
-        if episode_start is not None:
-            written = np.where(episode_start, 0, written)
-        if self.prompt_columns is not None:
-            written = (batched["attention_mask"][:, self.prompt_columns :] != 0).sum(1)
-        actions = np.full(len(written), self.tokenizer.eos_token_id, np.int64)
-        greedy = Decoding(greedy=True, min_new_tokens=self.decoding.min_new_tokens)
-        sampler = self.sampler(
-            batched,
-            seeds=self._generator.integers(2**63, size=len(written)),
-            prefix_lengths=written,
-            max_new_tokens=written + 1,
-            decoding=greedy if deterministic else self.decoding,
-            values=False,
-        )
-        if len(sampler.rows):
-            actions[sampler.rows] = sampler.sample().tokens.cpu().numpy()
-        return actions.reshape(ids.shape[:-1]), written + 1
-
-    @abstractmethod
-    def sampler(
-        self,
-        observation: Mapping[str, Any],
-        *,
-        seeds: np.ndarray,
-        max_new_tokens: int | np.ndarray,
-        prefix_lengths: Any = None,
-        decoding: Decoding | None = None,
-        values: bool = True,
-    ) -> Sampler:
-        """Begin to write a batch of texts.
-
-        Args:
-            observation: "input_ids" and "attention_mask", each (N, P+T).
-            seeds: (N,) integers; token h of a text must depend on its own row's seed, state and h alone.
-            max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
-            prefix_lengths: (N,) new tokens that the observation already holds; None for none.
-            decoding: How tokens are chosen; None for the policy's own `decoding`.
-            values: Whether the samples carry values.
-
-        Returns:
-            An object with the attribute `rows` and the methods `sample` and `keep` of `textgym.decoding.Sampler`.
-        """
-
-    @abstractmethod
-    def evaluate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        columns: Tensor,
-        handoffs: Tensor | None = None,
-        states_only: Tensor | None = None,
-    ) -> Evaluation:
-        """Judge decisions that are already taken. Gradients flow into all results.
-
-        Args:
-            input_ids: (B, S) int64; valid tokens of a row can have padding on both sides.
-            attention_mask: (B, S), nonzero where valid.
-            columns: (B, A) int64, the columns of the tokens to judge, each given all valid tokens before it; -1 for
-                none.
-            handoffs: (B, A) bool, where the decision was the hand-off instead, in the state made of the valid tokens
-                before that column, whatever stands there; None for nowhere.
-            states_only: (B, A) bool, where only the state is to be judged, not the decision: log-probability and
-                entropy are zero there; None for nowhere.
-        """
-
-    @abstractmethod
-    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge states alone. Gradients flow into both results.
-
-        Args:
-            input_ids: (B, S) int64; valid tokens of a row can have padding on both sides.
-            attention_mask: (B, S), nonzero where valid.
-            columns: (B, A) int64 in {1..S}: each names the state made of all valid tokens in the columns before it, so
-                that S is the state after the whole text; -1 for none.
-
-        Returns:
-            Values if the policy goes on, and values if the guide does: (B, A) float32 each, zero where there is no
-            column.
-        """
-
-    @abstractmethod
-    def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
-        """Add constants to what the two critics say of every state.
-
-        Args:
-            of_policy: Added to the values if the policy goes on.
-            of_guide: Added to the values if the guide goes on.
-        """
-
-    @abstractmethod
-    def copy_values(self, to: Literal["policy", "guide"]) -> None:
-        """Let one of the two critics say what the other says of every state.
-
-        Args:
-            to: The critic that changes: of the policy's values, or of the guide's.
-        """
-
-    def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
-    ) -> list[str]:
-        """Continue texts.
-
-        Args:
-            prompts: N texts.
-            max_new_tokens: Most tokens of a continuation.
-            decoding: How tokens are chosen; None for the policy's own `decoding`.
-            seed: The continuations of equal prompts and seeds are equal.
-
-        Returns:
-            N continuations, without special tokens; each is what to put after its prompt, with the space between.
-
-        Raises:
-            ValueError: A prompt without a token, or one that is too long for the policy.
-        """
-        if not prompts:
-            return []
-        encoded = [ids for _, ids in encode_prompts(self.tokenizer, [("", text, "") for text in prompts], sys.maxsize)]
-        mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
-        input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
-        input_ids[mask] = np.concatenate(encoded)
-        sampler = self.sampler(
-            {"input_ids": input_ids, "attention_mask": mask},
-            seeds=np.random.default_rng(seed).integers(2**63, size=len(prompts)),
-            max_new_tokens=max_new_tokens,
-            decoding=decoding,
-            values=False,
-        )
-        written = write(sampler, np.full(len(prompts), max_new_tokens), self.end_token_ids)
-        texts = decode_continuations(self.tokenizer, list(map(Context, encoded, prompts)), written)
-        if self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.decoder is None:
-            return [text.removeprefix(" ") for text in texts]  # what only joins words is no part of a text
-        return texts
-
-    @abstractmethod
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the policy into a folder: weights as safetensors, tokenizer, and whatever else it needs."""
-
-    @classmethod
-    @abstractmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, device: str | torch.device = "auto", **arguments: Any) -> Any:
-        """Read what `save_pretrained` wrote."""
 
 
 class LanguageModelPolicy(Policy):
     """A language model of transformers with linear heads on its last hidden state.
 
-    Two heads are critics, of what the policy and of what the guide would make of a state; they begin at zero. A third,
-    optional one is the gate of the hand-off: with ``z = w h + b`` the policy hands off with probability sigmoid(z), and
-    otherwise chooses a token as the language model does, so that ``log pi(token) = log p(token) + log sigmoid(-z)``.
+    Two heads are value functions, of the states that the policy continues and of those that the guide completes; they
+    begin at zero. A third, optional one is the gate of the hand-off: with ``z = w h + b`` the policy hands off with
+    probability sigmoid(z), and otherwise chooses a token as the language model does, so that
+    ``log pi(token) = log p(token) + log sigmoid(-z)``.
+
     Dropout is always off: the module stays in evaluation mode, since probability ratios of two dropout masks would be
     noise.
 
@@ -377,7 +131,7 @@ class LanguageModelPolicy(Policy):
         fuse_activations(model)
         self.model, self.autocast, self.compiled = model, autocast, compile
         self.can_hand_off = handoff_prob is not None
-        biases = {"value": 0.0, "guide_value": 0.0}
+        biases = dict.fromkeys(VALUE_HEADS.values(), 0.0)
         if handoff_prob is not None:
             biases["handoff"] = math.log(handoff_prob / (1 - handoff_prob))
         self.heads = nn.ModuleDict()
@@ -490,7 +244,7 @@ class LanguageModelPolicy(Policy):
                 "policy cannot be saved: its adapters are on a model that was loaded from nowhere; save that model "
                 "first, and load it from there with lora={...}"
             )
-        with replaced_folder(Path(folder)) as new:
+        with new_folder(folder) as new:
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             save_file(self.heads.state_dict(), new / HEADS_FILE)
@@ -542,37 +296,38 @@ class LanguageModelPolicy(Policy):
             dtype=self._dtype,
         )
 
-    def evaluate(
+    def evaluate_actions(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         columns: Tensor,
         handoffs: Tensor | None = None,
         states_only: Tensor | None = None,
+        values_of: Continuation | None = "policy",
     ) -> Evaluation:
-        """Judge decisions in one pass that computes logits only where they are needed (see `Policy.evaluate`).
+        """Evaluate decisions in one pass that computes logits only where needed (see `Policy.evaluate_actions`).
 
         Raises:
             ValueError: A column without a valid token (unless it is a hand-off's), or with none before it; a hand-off
                 of a policy that has none; a text longer than the model has positions.
         """
         rows, entries = (columns >= 0).nonzero(as_tuple=True)
-        judged = columns[rows, entries]
+        chosen = columns[rows, entries]
         asked = None if handoffs is None else handoffs[rows, entries]
         if asked is not None and not self.can_hand_off and asked.any():
             raise ValueError("handoffs holds a hand-off, which this policy does not have: make it with handoff_prob")
-        at = judged.clamp(max=attention_mask.shape[1] - 1)
+        at = chosen.clamp(max=attention_mask.shape[1] - 1)
         valid = attention_mask[rows, at] != 0
         if not (valid if asked is None else valid | asked).all():
             raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
-        hidden, tokens = self._read(input_ids, attention_mask, rows, judged), input_ids[rows, at]
+        hidden, tokens = self._read(input_ids, attention_mask, rows, chosen), input_ids[rows, at]
         decided = None if states_only is None else (~states_only[rows, entries]).nonzero().squeeze(1)
         if decided is None or len(decided) == len(rows):
-            log_probs, entropy = self._judge_tokens(hidden, tokens)
+            log_probs, entropy = self._evaluate_tokens(hidden, tokens)
         else:
             log_probs, entropy = (
                 part.new_zeros(len(rows)).index_put((decided,), part)
-                for part in self._judge_tokens(hidden.index_select(0, decided), tokens[decided])
+                for part in self._evaluate_tokens(hidden.index_select(0, decided), tokens[decided])
             )
         hidden = at_least_float32(hidden)
         if self.can_hand_off:
@@ -585,72 +340,71 @@ class LanguageModelPolicy(Policy):
             entropy = go_on.exp() * (entropy - go_on) - hand_off.exp() * hand_off
             if states_only is not None:
                 log_probs, entropy = (part.masked_fill(states_only[rows, entries], 0) for part in (log_probs, entropy))
-        values, guide_values = (self.heads[name](hidden).squeeze(-1) for name in ("value", "guide_value"))
-        return Evaluation(
-            *(_spread(part, columns, rows, entries) for part in (log_probs, entropy, values, guide_values))
-        )
+        values = hidden.new_zeros(len(rows)) if values_of is None else self._values(hidden, values_of)
+        return Evaluation(*(_spread(part, columns, rows, entries) for part in (log_probs, entropy, values)))
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge states in one pass without logits (see `Policy.values`).
+    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, of: Continuation = "policy") -> Tensor:
+        """Values of states in one pass without logits (see `Policy.values`).
 
         Raises:
             ValueError: A column with no valid token before it; a text longer than the model has positions.
         """
         rows, entries = (columns >= 0).nonzero(as_tuple=True)
         hidden = at_least_float32(self._read(input_ids, attention_mask, rows, columns[rows, entries]))
-        values, guide_values = (self.heads[name](hidden).squeeze(-1) for name in ("value", "guide_value"))
-        return _spread(values, columns, rows, entries), _spread(guide_values, columns, rows, entries)
+        return _spread(self._values(hidden, of), columns, rows, entries)
+
+    def _values(self, hidden: Tensor, of: Continuation) -> Tensor:
+        """Values (n,) of hidden states (n, d)."""
+        return self.heads[VALUE_HEADS[of]](hidden).squeeze(-1)
 
     @abstractmethod
     def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The hidden states (n, d) after all valid tokens of `rows` (n,) in the columns before `columns` (n,)."""
 
-    def _judge_tokens(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate_tokens(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of tokens (n,) and entropies, given hidden states (n, d), some at a time."""
 
-        def judge(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        def evaluate(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
             with autocast(self.device, self._dtype):
                 logits = head(self.model, hidden)
-            log_probs, entropy = _LogProbAndEntropy.apply(at_least_float32(logits), tokens)
-            return log_probs, entropy
+            return log_prob_and_entropy(at_least_float32(logits), tokens)
 
         part = max(1, _LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
         if len(tokens) <= part:
-            return judge(hidden, tokens)
+            return evaluate(hidden, tokens)
         # More are made anew in the backward pass, so that memory does not grow with tokens times vocabulary.
         parts = [
-            checkpoint(judge, *pair, use_reentrant=False)
+            checkpoint(evaluate, *pair, use_reentrant=False)
             for pair in zip(hidden.split(part), tokens.split(part), strict=True)
         ]
         log_probs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
         return log_probs, entropy
 
     @torch.no_grad()
-    def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
-        """Move the biases of the critics' heads (see `Policy.shift_values`)."""
-        for name, shift in (("value", of_policy), ("guide_value", of_guide)):
-            self.heads[name].get_parameter("bias").add_(shift)
+    def shift_values(self, of: Continuation, shift: float) -> None:
+        """Move the bias of a value head (see `Policy.shift_values`)."""
+        self.heads[VALUE_HEADS[of]].get_parameter("bias").add_(shift)
 
-    def copy_values(self, to: Literal["policy", "guide"]) -> None:
-        """Copy the head of the other critic (see `Policy.copy_values`)."""
-        learned, new = ("guide_value", "value") if to == "policy" else ("value", "guide_value")
-        self.heads[new].load_state_dict(self.heads[learned].state_dict())
+    def copy_values(self, to: Continuation) -> None:
+        """Copy the other value head (see `Policy.copy_values`)."""
+        other = VALUE_HEADS["guide" if to == "policy" else "policy"]
+        self.heads[VALUE_HEADS[to]].load_state_dict(self.heads[other].state_dict())
 
     def merged(self) -> Self:
         """The same policy with its adapters added to the weights of a copy of the model, for use without PEFT."""
         twin = type(self)(merged(self.model), self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         twin.heads, twin.can_hand_off = copy.deepcopy(self.heads), self.can_hand_off
-        return self._in_the_same_place(twin)
+        return self._with_limits_of_self(twin)
 
     def without_handoff(self) -> Self:
         """The same policy without the hand-off, to see what it writes alone; its weights are shared, not copied."""
         alone = type(self)(self.model, self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         for name in alone.heads:
             alone.heads[name] = self.heads[name]
-        return self._in_the_same_place(alone)
+        return self._with_limits_of_self(alone)
 
-    def _in_the_same_place(self, twin: Self) -> Self:
-        """Tell a policy what this one was told of its environment."""
+    def _with_limits_of_self(self, twin: Self) -> Self:
+        """`twin` with the limits of texts (prompt, length, ends) that this policy has."""
         twin.prompt_columns, twin.context_length = self.prompt_columns, self.context_length
         twin.add_end_tokens(self.end_token_ids)
         return twin
@@ -747,57 +501,6 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         check_positions(self.model, int(max(lengths.max(), longest)))
         with autocast(self.device, self._dtype):
             return seq2seq.read(self.model, left_packed(*prompt), lengths.clamp(min=1), left_packed(*new), rows, before)
-
-
-@contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `path`, then put it in its place; if filling fails, `path` is what it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield temporary
-        old = temporary.with_name(temporary.name + "-old")
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-class _LogProbAndEntropy(torch.autograd.Function):
-    """Log-probability of one token and entropy of each row of logits, with their gradients in closed form.
-
-    Autograd would keep several tensors of the logits' size, by far the largest of an update, and take their
-    exponentials again; this keeps p = softmax(logits). With H its entropy, d log p_a / d logits = onehot(a) - p and
-    d H / d logits = -p (log p + H).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        probs, peaks = logits.softmax(-1), logits.amax(-1)
-        # The largest probability is at least 1/V, so its logarithm is precise.
-        largest = probs.amax(-1).log()
-        log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - peaks + largest
-        entropy = peaks - largest - (probs * logits).sum(-1)
-        ctx.save_for_backward(probs, tokens, entropy)
-        ctx.set_materialize_grads(False)
-        return log_probs, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        probs, tokens, entropy = ctx.saved_tensors
-        of_log_prob, of_entropy = gradients
-        total = None
-        if of_entropy is not None:
-            log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log_()
-            total = log_probs.add_(entropy[:, None]).mul_(probs).mul_(-of_entropy[:, None])
-        if of_log_prob is not None:
-            of_log_prob = of_log_prob[:, None]
-            # Nobody reads the probabilities after this: their memory is that of the gradient.
-            total = probs.mul_(-of_log_prob) if total is None else total.addcmul_(probs, of_log_prob, value=-1)
-            total.scatter_add_(1, tokens[:, None], of_log_prob)
-        return total, None
 
 
 def left_packed(input_ids: Tensor, valid: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from agents.policy import POLICY_FILE, Evaluation, Policy, left_packed, replaced_folder
+from agents.policy.interface import Continuation, Evaluation, Policy
+from agents.policy.language_model import POLICY_FILE, left_packed
 from textgym.decoding import Decoding, Sample, at_least_float32, choose, resolve_device
 from textgym.seeding import uniform
+from textgym.storage import new_folder
 from textgym.tasks.lock import CombinationLock
 from textgym.tokenization import pretrained_tokenizer, vocabulary_size
 
@@ -31,7 +33,7 @@ States = Callable[[Tensor], Tensor]
 class TabularPolicy(Policy):
     """A table of logits and two of values, over states that a function tells apart.
 
-    All tables begin at zero: tokens are uniform, and both critics say 0 everywhere. Where the state function tells
+    All tables begin at zero: tokens are uniform, and all values are 0. Where the state function tells
     enough apart, this is every policy there is, and what an algorithm converges to can be compared with closed forms.
 
     Args:
@@ -101,7 +103,7 @@ class TabularPolicy(Policy):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write tables, decoding and tokenizer into a folder, replacing what is there."""
-        with replaced_folder(Path(folder)) as new:
+        with new_folder(folder) as new:
             self.tokenizer.save_pretrained(new)
             save_file(self.state_dict(), new / TABLES_FILE)
             (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
@@ -110,15 +112,16 @@ class TabularPolicy(Policy):
         """Begin to write a batch of texts (see `Policy.sampler`)."""
         return TabularSampler(self, observation, **arguments)
 
-    def evaluate(
+    def evaluate_actions(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         columns: Tensor,
         handoffs: Tensor | None = None,
         states_only: Tensor | None = None,
+        values_of: Continuation | None = "policy",
     ) -> Evaluation:
-        """Judge tokens that are already written (see `Policy.evaluate`).
+        """Evaluate tokens that are already written (see `Policy.evaluate_actions`).
 
         Raises:
             ValueError: A column without a valid token, or with none before it; a hand-off.
@@ -134,35 +137,33 @@ class TabularPolicy(Policy):
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         asked = columns >= 0
         decided = asked if states_only is None else asked & ~states_only
-        return Evaluation(
-            torch.where(decided, chosen, 0), torch.where(decided, entropy, 0), *self._values_of(states, asked)
-        )
+        values = torch.zeros_like(chosen) if values_of is None else self._values_of(states, asked, values_of)
+        return Evaluation(torch.where(decided, chosen, 0), torch.where(decided, entropy, 0), values)
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge states alone (see `Policy.values`).
+    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, of: Continuation = "policy") -> Tensor:
+        """Values of states (see `Policy.values`).
 
         Raises:
             ValueError: A column with no valid token before it.
         """
-        return self._values_of(self._states_before(input_ids, attention_mask, columns), columns >= 0)
+        return self._values_of(self._states_before(input_ids, attention_mask, columns), columns >= 0, of)
 
     @torch.no_grad()
-    def shift_values(self, of_policy: float = 0.0, of_guide: float = 0.0) -> None:
-        """Move the tables of values (see `Policy.shift_values`)."""
-        self.value_table.add_(of_policy)
-        self.guide_value_table.add_(of_guide)
+    def shift_values(self, of: Continuation, shift: float) -> None:
+        """Move a table of values (see `Policy.shift_values`)."""
+        self._table(of).add_(shift)
 
     @torch.no_grad()
-    def copy_values(self, to: Literal["policy", "guide"]) -> None:
-        """Copy the table of the other critic (see `Policy.copy_values`)."""
-        tables = (self.guide_value_table, self.value_table)
-        learned, new = tables if to == "policy" else reversed(tables)
-        new.copy_(learned)
+    def copy_values(self, to: Continuation) -> None:
+        """Copy the other table of values (see `Policy.copy_values`)."""
+        self._table(to).copy_(self._table("guide" if to == "policy" else "policy"))
 
-    def _values_of(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What the two critics say of states, zero outside of `mask`."""
-        values, guide_values = at_least_float32(self.value_table), at_least_float32(self.guide_value_table)
-        return torch.where(mask, values[states], 0), torch.where(mask, guide_values[states], 0)
+    def _table(self, of: Continuation) -> nn.Parameter:
+        return self.value_table if of == "policy" else self.guide_value_table
+
+    def _values_of(self, states: Tensor, mask: Tensor, of: Continuation) -> Tensor:
+        """The values of states, zero outside of `mask`."""
+        return torch.where(mask, at_least_float32(self._table(of))[states], 0)
 
     def _states_before(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor) -> Tensor:
         """The state made of all valid tokens before each column; any state where there is no column."""

@@ -1,0 +1,152 @@
+"""Checkpoints: a folder with the policy as a model, its card, and what training needs to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from textgym.decoding import Decoding
+from textgym.storage import new_folder
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+    from agents.policy import Policy
+
+TRAINING = "training"  # the folder of a checkpoint that holds what only training needs
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds beside the policy.
+
+    Attributes:
+        path: The folder.
+        hyperparameters: The arguments of the algorithm.
+        frozen: Names of the policy's parameters that are not trained.
+        state: The algorithm's `training_state`.
+    """
+
+    path: Path
+    hyperparameters: dict[str, Any]
+    frozen: list[str]
+    state: dict[str, Any]
+
+    def load_models(self, models: Mapping[str, nn.Module], policy: Policy) -> None:
+        """Load the weights of models beside the policy.
+
+        Raises:
+            ValueError: The checkpoint has other weights for one of them.
+        """
+        for name, model in models.items():
+            weights = load_file(self.path / TRAINING / f"{name}.safetensors", device=str(policy.device))
+            if weights.keys() != _own_weights(model, policy).keys():
+                raise ValueError(f"path holds another {name} than that of {str(self.path)!r} as it is loaded")
+            model.load_state_dict(weights, strict=False)
+
+
+def write_checkpoint(
+    path: str | os.PathLike,
+    policy: Policy,
+    *,
+    algorithm: str,
+    hyperparameters: Mapping[str, Any],
+    models: Mapping[str, nn.Module],
+    state: Mapping[str, Any],
+    card: ModelCard,
+) -> None:
+    """Write a checkpoint, in place of the one that is there.
+
+    Args:
+        path: The folder.
+        policy: The policy.
+        algorithm: Name of the algorithm.
+        hyperparameters: Its arguments.
+        models: Models beside the policy, by the name of their file.
+        state: What the algorithm must remember; nested dicts and lists of arrays, tensors and numbers.
+        card: The model card.
+    """
+    with new_folder(path) as folder:
+        policy.save_pretrained(folder)
+        training = folder / TRAINING
+        training.mkdir()
+        for name, model in models.items():
+            save_file(_own_weights(model, policy), training / f"{name}.safetensors")
+        torch.save(_plain(state), training / "state.pt")
+        description = {
+            "algorithm": algorithm,
+            "hyperparameters": _plain(hyperparameters),
+            "frozen": [name for name, weight in policy.named_parameters() if not weight.requires_grad],
+        }
+        (training / "algorithm.json").write_text(json.dumps(description, indent=2))
+        card.save(folder / "README.md")
+
+
+def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Checkpoint:
+    """Read what `write_checkpoint` wrote, but for models.
+
+    Args:
+        path: The folder.
+        algorithm: Name of the algorithm that it must be of.
+        writer: What writes such folders, for errors.
+
+    Raises:
+        ValueError: `path` is no checkpoint of this algorithm.
+    """
+    training = Path(path) / TRAINING
+    try:
+        description = json.loads((training / "algorithm.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"path must be a folder written by {writer}, got {str(path)!r}") from error
+    if description["algorithm"] != algorithm:
+        raise ValueError(f"path must hold a checkpoint of {algorithm!r}, got one of {description['algorithm']!r}")
+    hyperparameters = description["hyperparameters"]
+    if isinstance(hyperparameters.get("decoding"), dict):
+        hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
+    # Only tensors and plain values: nothing in the file can run code.
+    state = torch.load(training / "state.pt", map_location="cpu", weights_only=True)
+    return Checkpoint(Path(path), hyperparameters, description["frozen"], {**state, "env": _to_arrays(state["env"])})
+
+
+def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:
+    """The weights of a model beside the policy, each once, without frozen ones that it shares with the policy."""
+    seen = {weight.data_ptr() for weight in policy.parameters() if not weight.requires_grad}
+    own = {}
+    for name, weight in model.state_dict().items():
+        if weight.data_ptr() not in seen:
+            seen.add(weight.data_ptr())
+            own[name] = weight.contiguous()
+    return own
+
+
+def _plain(value: Any) -> Any:
+    """Nested containers with arrays as tensors, and value objects and paths as plain data."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, Path | torch.device) else value
+
+
+def _to_arrays(value: Any) -> Any:
+    """Nested containers with tensors as arrays, as an environment has them."""
+    if isinstance(value, dict):
+        return {key: _to_arrays(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_arrays(item) for item in value]
+    return value.numpy() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,64 @@
+"""Environments as algorithms need them, and what an environment and a policy must know of each other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode
+
+if TYPE_CHECKING:
+    from agents.policy import Actor
+    from textgym.engine import TextVectorEnv
+    from textgym.task import SplitName
+
+
+def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
+    """Make an environment as agents want it: rows wait for each other, and nothing resets by itself."""
+    arguments |= {"parking": True, "autoreset_mode": AutoresetMode.DISABLED}
+    return gym.make_vec(env_id, num_envs=num_envs, **arguments).unwrapped  # type: ignore[return-value]
+
+
+def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName) -> TextVectorEnv:
+    """Make the same environment on another split: without a guide, unless its policy can hand off to it.
+
+    Raises:
+        ValueError: `env` was not made by `gymnasium.make_vec`, so how it was made is not known.
+    """
+    if env.spec is None:
+        raise ValueError("eval_env must be given where env was not made by gymnasium.make_vec")
+    arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
+    arguments |= {"guidance": None, "order": "random", "split": split}
+    # What is loaded already is shared, not loaded again.
+    arguments |= {"guide": env.guide if env.handoff else None}
+    arguments |= {"tokenizer": env.tokenizer, "reward": env.reward_function}
+    return make_env(env.spec.id, num_envs=num_envs, **arguments)
+
+
+def agree(env: TextVectorEnv, policy: Actor) -> None:
+    """Tell an environment and a policy of each other: which tokens end a text, and how long it can be.
+
+    Raises:
+        ValueError: Only one of the two has the hand-off.
+    """
+    if env.handoff != policy.can_hand_off:
+        raise ValueError(
+            f"env was made with handoff={env.handoff}, and policy has can_hand_off={policy.can_hand_off}: the "
+            "hand-off is an action of both or of neither (CausalLMPolicy takes handoff_prob)"
+        )
+    env.add_end_tokens(policy.end_token_ids)
+    policy.add_end_tokens(env.end_token_ids)
+    policy.context_length = policy.context_length or env.max_prompt_tokens + env.max_new_tokens
+
+
+@contextlib.contextmanager
+def agreeing(env: TextVectorEnv, policy: Actor) -> Iterator[None]:
+    """`agree` for a while: texts end as they did again afterwards, so that no evaluation changes the next."""
+    ends, more = env._ends, policy._more_end_ids
+    agree(env, policy)
+    try:
+        yield
+    finally:
+        env._ends, policy._more_end_ids = ends, more

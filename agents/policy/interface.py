@@ -1,0 +1,273 @@
+"""The interface of policies: what writes texts is an `Actor`, what can also be trained is a `Policy`."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from textgym.decoding import Decoding, Sampler, write
+from textgym.tokenization import Context, decode_continuations, encode_prompts
+
+#: Who writes the rest of a text after a state: a state has a value for each of the two.
+Continuation = Literal["policy", "guide"]
+
+
+class Evaluation(NamedTuple):
+    """What a policy says of given decisions; every entry is zero where there is no decision.
+
+    Attributes:
+        log_probs: (B, A) float32, log-probabilities of the decisions under the untruncated softmax at temperature 1.
+        entropy: (B, A) float32, entropies in nats of the distributions that they were drawn from.
+        values: (B, A) float32, values of the states before the decisions; zero where none were asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+class Actor(nn.Module, ABC):
+    """Base class of what writes texts token by token, whether or not it can be trained.
+
+    Attributes:
+        tokenizer: The tokenizer of its tokens; environments are made with it.
+        decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
+        can_hand_off: Whether it has an action beyond the tokens, the environment's ``vocab_size``, by which it asks the
+            guide to finish. Environments made with ``handoff=True`` need such an actor, others one without.
+        prompt_columns: P, how many columns of an observation are the prompt's, for policies that read prompts apart
+            from what follows them; None for unknown. Algorithms set it to their environment's.
+        context_length: P + T, most tokens of a text, for policies whose positions depend on it (see
+            `textgym.positions`); None for unknown. Algorithms set it to their environment's.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    decoding: Decoding
+    can_hand_off: bool = False
+    prompt_columns: int | None = None
+    context_length: int | None = None
+    _more_end_ids: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_seed(0)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, EOS first."""
+        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *self._more_end_ids]))
+
+    def add_end_tokens(self, token_ids: Sequence[int]) -> None:
+        """Let further tokens end a text, as algorithms do with those that end an episode of their environment."""
+        self._more_end_ids = tuple(dict.fromkeys([*self._more_end_ids, *token_ids]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def set_seed(self, seed: int) -> None:
+        """Seed the draws of `predict`."""
+        self._generator = np.random.default_rng(seed)
+
+    @abstractmethod
+    def sampler(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        seeds: np.ndarray,
+        max_new_tokens: int | np.ndarray,
+        prefix_lengths: Any = None,
+        decoding: Decoding | None = None,
+        values: bool = True,
+    ) -> Sampler:
+        """Begin to write a batch of texts.
+
+        Args:
+            observation: "input_ids" and "attention_mask", each (N, P+T).
+            seeds: (N,) integers; token h of a text must depend on its own row's seed, state and h alone.
+            max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
+            prefix_lengths: (N,) new tokens that the observation already holds; None for none.
+            decoding: How tokens are chosen; None for the actor's own `decoding`.
+            values: Whether the samples carry the values of states that the policy continues.
+
+        Returns:
+            An object with the attribute `rows` and the methods `sample` and `keep` of `textgym.decoding.Sampler`.
+        """
+
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray],
+        state: np.ndarray | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the next action for observations, as in Stable-Baselines3; nothing is cached between calls.
+
+        Args:
+            observation: "input_ids" and "attention_mask", each (P+T,) or batched (N, P+T); valid tokens of a row can
+                have padding on both sides. Rows without any token (idle rows) get EOS.
+            state: What the last call returned as state, or None. It counts the tokens chosen so far in each row's
+                episode, for `decoding.min_new_tokens`, where `prompt_columns` does not say what is new.
+            episode_start: (N,) bool, rows whose episode has just begun.
+            deterministic: Take the most probable action.
+
+        Returns:
+            Actions, int64 () or (N,), and the state for the next call.
+
+        Raises:
+            ValueError: `decoding` searches with beams, and `deterministic` is False.
+        """
+        if self.decoding.num_beams > 1 and not deterministic:
+            raise ValueError("decoding must have num_beams=1 to predict single tokens, or pass deterministic=True")
+        ids = np.asarray(observation["input_ids"])
+        batched = {name: np.atleast_2d(np.asarray(array)) for name, array in observation.items()}
+        written = np.zeros(len(batched["input_ids"]), np.int64) if state is None else np.asarray(state, np.int64)
+        if episode_start is not None:
+            written = np.where(episode_start, 0, written)
+        if self.prompt_columns is not None:
+            written = (batched["attention_mask"][:, self.prompt_columns :] != 0).sum(1)
+        actions = np.full(len(written), self.tokenizer.eos_token_id, np.int64)
+        greedy = Decoding(greedy=True, min_new_tokens=self.decoding.min_new_tokens)
+        sampler = self.sampler(
+            batched,
+            seeds=self._generator.integers(2**63, size=len(written)),
+            prefix_lengths=written,
+            max_new_tokens=written + 1,
+            decoding=greedy if deterministic else self.decoding,
+            values=False,
+        )
+        if len(sampler.rows):
+            actions[sampler.rows] = sampler.sample().tokens.cpu().numpy()
+        return actions.reshape(ids.shape[:-1]), written + 1
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
+    ) -> list[str]:
+        """Continue texts.
+
+        Args:
+            prompts: N texts.
+            max_new_tokens: Most tokens of a continuation.
+            decoding: How tokens are chosen; None for the actor's own `decoding`.
+            seed: The continuations of equal prompts and seeds are equal.
+
+        Returns:
+            N continuations, without special tokens; each is what to put after its prompt, with the space between.
+
+        Raises:
+            ValueError: A prompt without a token, or one that is too long for the policy.
+        """
+        if not prompts:
+            return []
+        encoded = [ids for _, ids in encode_prompts(self.tokenizer, [("", text, "") for text in prompts], sys.maxsize)]
+        mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
+        input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
+        input_ids[mask] = np.concatenate(encoded)
+        sampler = self.sampler(
+            {"input_ids": input_ids, "attention_mask": mask},
+            seeds=np.random.default_rng(seed).integers(2**63, size=len(prompts)),
+            max_new_tokens=max_new_tokens,
+            decoding=decoding,
+            values=False,
+        )
+        written = write(sampler, np.full(len(prompts), max_new_tokens), self.end_token_ids)
+        texts = decode_continuations(self.tokenizer, list(map(Context, encoded, prompts)), written)
+        if self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.decoder is None:
+            return [text.removeprefix(" ") for text in texts]  # what only joins words is no part of a text
+        return texts
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the actor into a folder: weights as safetensors, tokenizer, and whatever else it needs."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, path: str | os.PathLike, *, device: str | torch.device = "auto", **arguments: Any) -> Any:
+        """Read what `save_pretrained` wrote."""
+
+
+class Policy(Actor):
+    """Base class of everything that algorithms train: an actor that also says how likely and how good decisions are.
+
+    A network of your own implements the abstract methods; its trainable parameters are those of the module. Any
+    architecture will do as long as `sampler` and `evaluate_actions` speak of the same distribution: the
+    log-probabilities that sampling records must be those that `evaluate_actions` returns for the same decisions.
+    Dropout must be off in both.
+
+    A policy has two value functions: one of the states that the policy continues, and one of those that the guide
+    completes.
+    """
+
+    def copy(self) -> Self:
+        """An independent copy, which shares only weights that are frozen."""
+        return copy.deepcopy(self, {id(weight): weight for weight in self.parameters() if not weight.requires_grad})
+
+    @abstractmethod
+    def evaluate_actions(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        columns: Tensor,
+        handoffs: Tensor | None = None,
+        states_only: Tensor | None = None,
+        values_of: Continuation | None = "policy",
+    ) -> Evaluation:
+        """Log-probabilities, entropies and values of given decisions. Gradients flow into all results.
+
+        Args:
+            input_ids: (B, S) int64; valid tokens of a row can have padding on both sides.
+            attention_mask: (B, S), nonzero where valid.
+            columns: (B, A) int64, the columns of the tokens to evaluate, each given all valid tokens before it; -1 for
+                none.
+            handoffs: (B, A) bool, where the decision was the hand-off instead, in the state made of the valid tokens
+                before that column, whatever stands there; None for nowhere.
+            states_only: (B, A) bool, where only the value of the state is wanted: log-probability and entropy are zero
+                there; None for nowhere.
+            values_of: The value function: of states that the "policy" continues or the "guide" completes; None for no
+                values.
+        """
+
+    def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:
+        """The earlier name of `evaluate_actions`."""
+        return self.evaluate_actions(*arguments, **options)
+
+    @abstractmethod
+    def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, of: Continuation = "policy") -> Tensor:
+        """Values of states. Gradients flow into the result.
+
+        Args:
+            input_ids: (B, S) int64; valid tokens of a row can have padding on both sides.
+            attention_mask: (B, S), nonzero where valid.
+            columns: (B, A) int64 in {1..S}: each names the state made of all valid tokens in the columns before it, so
+                that S is the state after the whole text; -1 for none.
+            of: The value function: of states that the "policy" continues, or that the "guide" completes.
+
+        Returns:
+            (B, A) float32, zero where there is no column.
+        """
+
+    @abstractmethod
+    def shift_values(self, of: Continuation, shift: float) -> None:
+        """Add a constant to one of the two value functions.
+
+        Args:
+            of: Which one.
+            shift: The constant.
+        """
+
+    @abstractmethod
+    def copy_values(self, to: Continuation) -> None:
+        """Make one of the two value functions equal to the other.
+
+        Args:
+            to: The one that changes.
+        """
