@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from agents import PPO, SL, CausalLMPolicy, evaluate
 from agents.rollout import collect
 from textgym import Task
-from textgym.decoding import Decoding, generate
+from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
+from textgym.generation import generate
 from textgym.guides.local import LocalGuide
 from textgym.tokenization import end_ids, end_of_turn, ends_beside, unused_ids, vocabulary_size
 

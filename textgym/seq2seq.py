@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from textgym.packing import PaddedCache
+from textgym.caches import PaddedCache
+from textgym.precision import nearly_equal
 
 
 def decoder_start(model: PreTrainedModel) -> list[int]:
@@ -152,14 +153,19 @@ class Seq2SeqCache(PaddedCache):
                 layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
 
 
-_CHECKED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+# Whether texts of different lengths can be continued together, by the precision in which it was tried.
+_CHECKED: WeakKeyDictionary[PreTrainedModel, dict[torch.dtype, bool]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def _check_positions(model: PreTrainedModel) -> None:
-    """Try, once, whether texts of different lengths get the states that they have alone."""
-    if model not in _CHECKED:
-        _CHECKED[model] = True  # for the caches made here
+    """Try, once for each precision, whether texts of different lengths get the states that they have alone."""
+    kind = model.device.type
+    # The caller may have cast the weights (`precision.Autocast`).
+    autocast_to = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    verdicts, precision = _CHECKED.setdefault(model, {}), autocast_to or model.dtype
+    if precision not in verdicts:
+        verdicts[precision] = True  # for the caches made here
         prompt, new = np.arange(3, 6), np.arange(6, 10)
         cache = Seq2SeqCache(model, [(prompt, new), (prompt, new[:1])], 1)
         cache.prefill()
@@ -167,14 +173,9 @@ def _check_positions(model: PreTrainedModel) -> None:
         ids = torch.from_numpy(np.stack([[*new, new[0]], new[[0, 1, 0, 0, 0]]])).to(model.device)
         prompts, rows = torch.from_numpy(prompt).to(model.device), torch.arange(2, device=model.device)
         alone = read(model, prompts.expand(2, -1), torch.full_like(rows, 3), ids, rows, 5 - 3 * rows)
-        # In the precision of the caller, who may have cast the weights (`packing.Autocast`).
-        kind, dtype = model.device.type, states.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        tolerance = min(100 * torch.finfo(dtype).eps, 0.1)
-        _CHECKED[model] = bool((states - alone).abs().max() <= tolerance * alone.abs().max())
-    if not _CHECKED[model]:
+        verdicts[precision] = nearly_equal(states, alone, dtype=autocast_to)
+    if not verdicts[precision]:
         raise ValueError(
             f"model must be one that can continue texts of different lengths together, which {type(model).__name__} "
-            "cannot: use it without a guide that begins texts"
+            "cannot: use it without a guide that writes prefixes"
         )
