@@ -141,12 +141,13 @@ def agree(env: TextVectorEnv, policy: Policy) -> None:
 @contextlib.contextmanager
 def agreeing(env: TextVectorEnv, policy: Policy) -> Iterator[None]:
     """`agree` for a while: texts end as they did again afterwards, so that no evaluation changes the next."""
-    ends, more = env._ends, policy._more_end_ids
-    agree(env, policy)
-    try:
-        yield
-    finally:
-        env._ends, policy._more_end_ids = ends, more
+    more = policy._more_end_ids
+    with env.extra_end_tokens(()):
+        agree(env, policy)
+        try:
+            yield
+        finally:
+            policy._more_end_ids = more
 
 
 def collect(

@@ -495,7 +495,7 @@ def test_wrong_steps_and_options_are_errors():
     for options, message in [
         ({"idx": 1}, "unknown keys"),
         ({"index": 99}, "index"),
-        ({"index": [1]}, "one entry a row"),
+        ({"index": [1]}, "one entry per row"),
         ({"references": ["a"]}, "prompt"),
         ({"prefix": [0, 3]}, "no EOS"),
         ({"prefix": [3] * 6}, "leave a token"),

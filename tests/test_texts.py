@@ -225,7 +225,7 @@ def test_everybody_reads_the_same_text(kind, prompt):
     assert text == ("very good" if prompt[-1].isspace() else " very good")
     assert seen == [text]
     assert env.texts([ids], [prompt]) == [text]
-    assert env.written_texts([0]) == [text]
+    assert env.reward_arguments([0])["completions"] == [text]
     assert env.render()[0] == f"\x1b[2m{prompt}\x1b[0m\x1b[32m{text}\x1b[0m"
     env.reset(seed=0)
     for token in ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -255,20 +257,25 @@ def check_embedded(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, i
         )
 
 
+def eos_first(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> tuple[int, ...]:
+    """EOS, where the tokenizer has one, then other tokens that end a text, each once."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*eos, *token_ids]))
+
+
 def end_ids(tokenizer: PreTrainedTokenizerBase, of_model: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a text: the tokenizer's EOS first, where it has one, then those of the model.
+    """The tokens that end a text of a model, EOS first.
 
     Args:
         tokenizer: The tokenizer.
         of_model: `eos_token_id` of the model's generation config. Every entry of a list counts. A single id counts only
-            where the tokenizer has it as an added token, as it has every end: a config that nobody wrote names an
-            arbitrary token of a vocabulary that is not its own.
+            where the tokenizer has it as an added token, as every token that ends a text is: a config that nobody wrote
+            names an arbitrary token of another vocabulary.
     """
     if isinstance(of_model, int):
         of_model = [of_model] if of_model in tokenizer.added_tokens_decoder else []
-    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     size = vocabulary_size(tokenizer)
-    return tuple(dict.fromkeys([*first, *(int(token) for token in of_model or () if 0 <= token < size)]))
+    return eos_first(tokenizer, [int(token) for token in of_model or () if 0 <= token < size])
 
 
 def ends_beside(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -572,6 +579,31 @@ def decode_continuations(
     return texts
 
 
+def decode_by_author(
+    tokenizer: PreTrainedTokenizerBase, context: Context, token_ids: Sequence[int], authors: Sequence[int] | np.ndarray
+) -> list[tuple[int, str]]:
+    """Decode a text as stretches of one author each, each as what it adds to everything before it.
+
+    Args:
+        tokenizer: The tokenizer.
+        context: What stands before the text.
+        token_ids: T token ids.
+        authors: For each its author's code (see `textgym.guides.base.Author`).
+
+    Returns:
+        Pairs (author, text).
+    """
+    stretches = [
+        (author, [token for _, token in pairs])
+        for author, pairs in groupby(zip(authors, token_ids, strict=True), key=lambda pair: int(pair[0]))
+    ]
+    contexts = [context]
+    for _, ids in stretches:
+        contexts.append(Context([*contexts[-1].ids, *ids], ""))
+    texts = decode_continuations(tokenizer, contexts[:-1], [ids for _, ids in stretches])
+    return [(author, text) for (author, _), text in zip(stretches, texts, strict=True)]
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
     """Decode whole texts without special tokens (see `decode_continuations` for what continues one)."""
     if not ids:
@@ -587,36 +619,51 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-class Ends:
-    """Where a text ends: after EOS or another token that ends it, or before a string.
+class StopCriteria:
+    """Decides where a text ends: after EOS or another token that ends it, or before a string.
 
     Args:
         tokenizer: The tokenizer.
         stop: Strings before which a text ends. The name of a special token, such as "<|im_end|>", means that token.
         more_ids: Tokens that end a text beside EOS.
+        chat: Whether the token that closes an answer in the chat template ends a text, too.
 
     Attributes:
-        token_ids: The tokens that end a text whatever stands before them.
+        token_ids: The tokens that end a text, EOS first.
         tokens: bool (V,), which these are.
-        named: Those of them that `stop` names.
+        closing_token: The token to end a text with: with `chat` the one that closes an answer, else the first that
+            `stop` names, else EOS. The first two come before EOS, which a model may never have seen there.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), more_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        more_ids: Sequence[int] = (),
+        chat: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab() if stop else {}
         # Texts are decoded without special tokens, so their names are never in one.
         special = {*tokenizer.all_special_ids}
         named = {text: vocabulary[text] for text in stop if vocabulary.get(text) in special}
-        self.named = tuple(named.values())
+        closing = end_of_turn(tokenizer) if chat else None
+        own = [*([] if closing is None else [closing]), *named.values()]
+        self.closing_token: Any = own[0] if own else tokenizer.eos_token_id
+        self.token_ids = eos_first(tokenizer, [*more_ids, *own])
         self.tokens = np.zeros(vocabulary_size(tokenizer), bool)
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.token_ids = tuple(dict.fromkeys([*eos, *more_ids, *self.named]))
         self.tokens[list(self.token_ids)] = True
         self._strings = tuple(text for text in stop if text not in named)
         # Whether a token can complete a string (-1: not known yet), so that few texts are decoded while they grow.
         self._near = np.full(len(self.tokens), -1, np.int8)
+
+    def with_tokens(self, token_ids: Sequence[int]) -> StopCriteria:
+        """The same criteria with further tokens that end a text."""
+        more = copy.copy(self)
+        more.token_ids = eos_first(self._tokenizer, [*self.token_ids, *token_ids])
+        more.tokens = self.tokens.copy()
+        more.tokens[list(more.token_ids)] = True
+        return more
 
     def reached(
         self, tokens: np.ndarray, written: Callable[[int], list[int]], context: Callable[[int], Context] | None = None
@@ -625,8 +672,8 @@ class Ends:
 
         Args:
             tokens: (n,) integers, each text's last token.
-            written: All tokens of text i, the last included; asked for few.
-            context: What stands before text i; None for nothing.
+            written: Returns all tokens of text i, the last included; it is called for few texts.
+            context: Returns what stands before text i; None for nothing.
 
         Returns:
             bool (n,).
@@ -635,26 +682,26 @@ class Ends:
         if self._strings:
             near = np.flatnonzero(self._can_complete(tokens) & ~ended)
             contexts = [NO_CONTEXT if context is None else context(i) for i in near.tolist()]
-            ended[near] = self._hold_one(contexts, [written(i) for i in near.tolist()])
+            ended[near] = self._hold_strings(contexts, [written(i) for i in near.tolist()])
         return ended
 
     def cut(self, ids: Sequence[int], begun: Sequence[int] = (), context: Context = NO_CONTEXT) -> list[int] | None:
-        """What of `ids` is written until the text ends, its end included; None where it does not end.
+        """Cut token ids after the one with which the text ends; None where it does not end.
 
         Args:
-            ids: Token ids.
-            begun: What of the text is written already.
+            ids: New token ids.
+            begun: Token ids of the same text before them.
             context: What stands before the text.
         """
         array = np.asarray(ids, np.int64)
         near = self.tokens[array] | self._can_complete(array)
         for length in (np.flatnonzero(near) + 1).tolist():
-            if self.tokens[array[length - 1]] or self._hold_one([context], [[*begun, *ids[:length]]])[0]:
+            if self.tokens[array[length - 1]] or self._hold_strings([context], [[*begun, *ids[:length]]])[0]:
                 return list(ids[:length])
         return None
 
     def texts(self, token_ids: Sequence[Sequence[int]], contexts: Sequence[Context] | None = None) -> list[str]:
-        """The texts of token ids that go no further than their ends, without these; None: nothing stands before."""
+        """Decode token ids that end with the text (see `cut`), without what ends it; `contexts` stand before them."""
         contexts = [NO_CONTEXT] * len(token_ids) if contexts is None else contexts
         kept = [list(ids[:-1]) if len(ids) and self.tokens[ids[-1]] else list(ids) for ids in token_ids]
         return [
@@ -674,10 +721,13 @@ class Ends:
         self._near[new] = [not last.isdisjoint(text[len(start) :]) for text in texts]
         return self._near[tokens] > 0
 
-    def _hold_one(self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]) -> list[bool]:
+    def _hold_strings(self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]) -> list[bool]:
         """Whether the text of token ids holds a string, for each of n."""
         texts = decode_continuations(self._tokenizer, contexts, token_ids)
         return [any(string in text for string in self._strings) for text in texts]
 
     def _starts(self, text: str) -> list[int]:
         return [text.index(string) for string in self._strings if string in text]
+
+
+Ends = StopCriteria  # its name before 0.2

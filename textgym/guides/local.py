@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from textgym.decoding import Decoding
-    from textgym.tokenization import Ends
+    from textgym.tokenization import StopCriteria
 
 # Most tokens of a guide that stand for one of the environment's.
 _MOST_TOKENS_FOR_ONE = 16
@@ -259,15 +259,14 @@ class LocalGuide:
             dtype=fast_dtype(self._model.device) if self.dtype == "auto" else self.dtype,
         )
 
-    def _ends_of(self, own: PreTrainedTokenizerBase) -> Ends:
+    def _ends_of(self, own: PreTrainedTokenizerBase) -> StopCriteria:
         """Where what the model writes ends, in tokens of its own."""
-        from textgym.tokenization import Ends, end_ids, end_of_turn
+        from textgym.tokenization import StopCriteria, end_ids
 
         if self._ends[0] is not own:
             config = self._model.generation_config
-            turn = end_of_turn(own) if self.chat else None
             ids = end_ids(own, None if config is None else config.eos_token_id)
-            self._ends = own, Ends(own, self.stop, ids if turn is None else [*ids, turn])
+            self._ends = own, StopCriteria(own, self.stop, ids, self.chat)
         return self._ends[1]
 
     def _load(self) -> None:
