@@ -568,7 +568,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             raise ValueError(
                 f"actions must be integers of shape ({self.num_envs},), got {actions.dtype} of shape {actions.shape}"
             )
-        if not self.seeded:
+        if self._draws.row_keys is None:
             raise gym.error.ResetNeeded("call reset() before step()")
         rows = np.flatnonzero(self._phase == ACTIVE)
         chosen = actions[rows]
@@ -577,7 +577,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 f"actions must be in [0, {self.vocab_size + self.handoff}), got {chosen.min()} to {chosen.max()}"
             )
         resetting = self._phase == DONE
-        any_reset = bool(resetting.any())
+        any_reset = np.count_nonzero(resetting) > 0  # for small arrays several times faster than any()
         if any_reset:
             if self.autoreset_mode == AutoresetMode.DISABLED:
                 raise gym.error.ResetNeeded(
@@ -594,7 +594,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         # ends in the next.
         if self.parking and (any_reset or (self._phase == ACTIVE).any()):
             terminations[:] = False
-        elif terminations.any():
+        elif np.count_nonzero(terminations):
             infos = self._end_episodes(terminations, rewards)
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 infos = self._reset_in_same_step(terminations, infos)
@@ -620,7 +620,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         )
         ended = stopped | (position + 1 == self.max_new_tokens)
         handed = self._policy_tokens[rows] == self._handoff_at[rows]
-        if ended.any() or handed.any():
+        if np.count_nonzero(ended | handed):
             self._phase[rows[handed]] = NEEDS_GUIDE
             self._phase[rows[ended]] = NEEDS_REWARD
             self._finish[rows[ended]] = np.where(stopped[ended], STOP, LENGTH)
