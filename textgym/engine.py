@@ -227,9 +227,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._authors = np.full((n, horizon), Author.NONE, np.int8)
         self._length = np.zeros(n, np.int64)
         self._prefix_length = np.zeros(n, np.int64)
-        self._policy_tokens = np.zeros(n, np.int64)
-        self._completion_tokens = np.zeros(n, np.int64)
-        self._handoff_at = np.full(n, -1, np.int64)
+        self._handoff_at = np.full(n, -1, np.int64)  # the length at which the guide takes over; -1 for never
         self._finish = np.full(n, -1, np.int8)
         self._sample = np.full(n, NO_SAMPLE, np.int64)
         self._prompts = np.full(n, None, object)
@@ -394,8 +392,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._input_ids[rows] = self.pad_token_id
         self._attention_mask[rows] = 0
         self._authors[rows] = Author.NONE
-        for array in (self._length, self._prefix_length, self._policy_tokens, self._completion_tokens):
-            array[rows] = 0
+        self._length[rows] = self._prefix_length[rows] = 0
         self._finish[rows] = self._handoff_at[rows] = -1
         self._choose_samples(rows, options)
         rows = rows[self._sample[rows] != NO_SAMPLE]
@@ -501,7 +498,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         low, high = self._handoff_bounds[leader[rows]].T
         after = seeding.integer(low, high, draws.uniform(rows, Purpose.HANDOFF_LENGTH))
         after[draws.uniform(rows, Purpose.NO_BODY) < self._no_body_prob[leader[rows]]] = 0
-        self._handoff_at[rows] = after
+        self._handoff_at[rows] = self._length[rows] + after
         self._phase[rows[after == 0]] = NEEDS_GUIDE
 
     def _ask_guide(self, rows: np.ndarray, limits: np.ndarray, purpose: Purpose) -> list[tuple[list[int], bool]]:
@@ -614,12 +611,11 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._attention_mask[rows, self.max_prompt_tokens + position] = 1
         self._authors[rows, position] = Author.POLICY
         self._length[rows] = position + 1
-        self._policy_tokens[rows] += 1
         stopped = self._stop_criteria.reached(
             actions, lambda i: self._tokens(rows[i]), lambda i: self._context(rows[i])
         )
         ended = stopped | (position + 1 == self.max_new_tokens)
-        handed = self._policy_tokens[rows] == self._handoff_at[rows]
+        handed = position + 1 == self._handoff_at[rows]
         if np.count_nonzero(ended | handed):
             self._phase[rows[handed]] = NEEDS_GUIDE
             self._phase[rows[ended]] = NEEDS_REWARD
@@ -643,7 +639,6 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             written = self._ask_guide(handed, self.max_new_tokens - self._length[handed], Purpose.HANDOFF_SEED)
             for row, (ids, _) in zip(handed.tolist(), written, strict=True):
                 self._append(row, ids, self.guide.author)
-                self._completion_tokens[row] = len(ids)
             self._finish[handed] = HANDOFF
             # Should the reward fail now, a step that is tried again must not write a second completion.
             self._phase[handed] = NEEDS_REWARD
@@ -654,24 +649,25 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             prompts=self._prompts[rows].tolist(), completions=texts, references=self._references[rows].tolist()
         )
         total, parts = split_parts(value, len(rows))
+        prefix_length, policy_tokens = self._prefix_length[rows], (self._authors[rows] == Author.POLICY).sum(1)
         if self.handoff_cost:
-            parts["handoff_cost"] = -self.handoff_cost * self._completion_tokens[rows]
+            parts["handoff_cost"] = -self.handoff_cost * (self._length[rows] - prefix_length - policy_tokens)
             total = total + parts["handoff_cost"]
         rewards[rows] = total
         self._phase[rows] = DONE
-
-        part_infos: dict[str, Any] = {}
-        for name, values in parts.items():
-            self._put(part_infos, name, mask, values)
-        infos: dict[str, Any] = {}
-        self._put(infos, "text", mask, np.array(texts, object))
-        self._put(infos, "authors", mask, self._authors[rows])
-        self._put(infos, "finish_reason", mask, FINISH_REASONS[self._finish[rows]])
-        infos |= {"reward_parts": part_infos, "_reward_parts": mask.copy()}
-        self._put(infos, "prefix_length", mask, self._prefix_length[rows])
-        self._put(infos, "policy_tokens", mask, self._policy_tokens[rows])
-        self._put(infos, "guide_tokens", mask, (self._authors[rows] == Author.GUIDE).sum(1))
-        return infos
+        infos = {
+            "text": np.array(texts, object),
+            "authors": self._authors[rows],
+            "finish_reason": FINISH_REASONS[self._finish[rows]],
+            "prefix_length": prefix_length,
+            "policy_tokens": policy_tokens,
+            "guide_tokens": (self._authors[rows] == Author.GUIDE).sum(1),
+        }
+        return {
+            **self._infos(mask, infos),
+            "reward_parts": self._infos(mask, parts),
+            "_reward_parts": mask.copy(),
+        }
 
     def _reset_in_same_step(self, mask: np.ndarray, final_infos: dict[str, Any]) -> dict[str, Any]:
         """Replace the episodes that ended; the infos of a step that does so."""
@@ -750,29 +746,31 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             return {"input_ids": self._input_ids.copy(), "attention_mask": self._attention_mask.copy()}
         return {"input_ids": self._input_ids, "attention_mask": self._attention_mask}
 
-    def _put(self, infos: dict[str, Any], key: str, mask: np.ndarray, values: np.ndarray) -> None:
-        """Put values of the rows in `mask` into infos as Gymnasium's vector environments do."""
-        array: np.ndarray
-        if values.dtype == object:
-            array = np.full(self.num_envs, None, object)
-        else:
-            array = np.zeros((self.num_envs, *values.shape[1:]), values.dtype)
-        array[mask] = values
-        infos[key], infos[f"_{key}"] = array, mask.copy()
+    def _infos(self, mask: np.ndarray, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Values of the rows in `mask` as infos of Gymnasium's vector environments."""
+        infos: dict[str, Any] = {}
+        for key, own in values.items():
+            array: np.ndarray = np.zeros((self.num_envs, *own.shape[1:]), own.dtype)
+            if own.dtype == object:
+                array.fill(None)
+            array[mask] = own
+            infos |= {key: array, f"_{key}": mask.copy()}
+        return infos
 
     def _reset_infos(self, mask: np.ndarray) -> dict[str, Any]:
-        infos: dict[str, Any] = {}
-        self._put(infos, "prompt", mask, self._prompts[mask])
-        self._put(infos, "references", mask, self._references[mask])
-        self._put(infos, "sample_id", mask, self._sample[mask])
-        self._put(infos, "prefix_length", mask, self._prefix_length[mask])
-        self._put(infos, "authors", mask, self._authors[mask])
-        return infos
+        values = {
+            "prompt": self._prompts,
+            "references": self._references,
+            "sample_id": self._sample,
+            "prefix_length": self._prefix_length,
+            "authors": self._authors,
+        }
+        return self._infos(mask, {key: array[mask] for key, array in values.items()})
 
     def _finish_infos(self, infos: dict[str, Any]) -> None:
         """Add which rows are parked, and show the rows where that is wanted."""
         if self.parking:
-            self._put(infos, "parked", np.ones(self.num_envs, bool), self._phase != ACTIVE)
+            infos |= self._infos(np.ones(self.num_envs, bool), {"parked": self._phase != ACTIVE})
         if self.render_mode == "human":
             self.render()
 
@@ -793,9 +791,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     def _frame(self, row: int) -> str:
         tokens, authors = self._tokens(row), self._authors[row, : self._length[row]]
-        if not tokens:
-            return coloured(self._prompts[row] or "", [])
-        return coloured(self._prompts[row], decode_by_author(self.tokenizer, self._context(row), tokens, authors))
+        stretches = decode_by_author(self.tokenizer, self._context(row), tokens, authors) if tokens else []
+        return coloured(self._prompts[row] or "", stretches)
 
     # Resuming
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from textgym.decoding import Decoding
 from textgym.positions import with_positions_alike
-from textgym.sampling import Sample, Sampler, TokenSampler, as_ids, on_host
+from textgym.sampling import Sample, Sampler, TokenSampler, as_ids
 from textgym.seq2seq import decoder_start
 
 
@@ -23,46 +23,20 @@ class BeamSearch(Sampler):
     keeps the text with the highest log-probability per token. The model's own generation config is not used.
 
     Args:
-        model: As for `Sampler`, as are the arguments not named here.
-        input_ids: (N, S) integers.
-        attention_mask: (N, S), nonzero where `input_ids` is valid.
-        decoding: Only its `num_beams` and `min_new_tokens` matter.
-        prefix_lengths: (N,) new tokens that `input_ids` already holds; None for none.
-        max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
-        **arguments: Further ones of `Sampler`.
+        *arguments: As for `Sampler`, as are the others.
+        **named: Of `decoding`, only `num_beams` and `min_new_tokens` matter.
 
     Raises:
         ValueError: A value head or a head for hand-offs, which take no part in a search; or as for `Sampler`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Any,
-        attention_mask: Any,
-        *,
-        decoding: Decoding,
-        prefix_lengths: Any = None,
-        max_new_tokens: int | Sequence[int] | np.ndarray,
-        **arguments: Any,
-    ) -> None:
-        if arguments.get("value_head") is not None or arguments.get("handoff_head") is not None:
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.value_head is not None or self.handoff_head is not None:
             raise ValueError(
                 "num_beams must be 1 where values are recorded or a policy can hand off: beam search is for "
                 "evaluations and generate, training needs samples"
             )
-        super().__init__(
-            model,
-            input_ids,
-            attention_mask,
-            decoding=decoding,
-            prefix_lengths=prefix_lengths,
-            max_new_tokens=max_new_tokens,
-            **arguments,
-        )
-        count = len(on_host(input_ids))
-        self._prefix = np.broadcast_to(0 if prefix_lengths is None else np.asarray(prefix_lengths), count)
-        self._limits = np.broadcast_to(np.asarray(max_new_tokens), count) - self._prefix
         self._found: dict[int, list[int]] | None = None
 
     def sample(self) -> Sample:
@@ -86,7 +60,7 @@ class BeamSearch(Sampler):
         seq2seq = self.model.config.is_encoder_decoder
         groups: dict[tuple[int, int, int], list[tuple[int, Any]]] = {}
         for row, text in zip(self.rows.tolist(), self._texts, strict=True):
-            limit = int(self._limits[row])
+            limit = int(self._remaining[row])
             least = min(max(self.decoding.min_new_tokens - int(self._prefix[row]), 0), limit)
             groups.setdefault((limit, least, len(text[1]) if seq2seq else 0), []).append((row, text))
         found: dict[int, list[int]] = {}

@@ -43,15 +43,7 @@ class PromptEncoder:
         return self._before + prompt + self._after
 
     def encode(self, prompts: Sequence[tuple[str, str, str]], max_prompt_tokens: int) -> list[tuple[str, list[int]]]:
-        """Encode prompts (see `TextVectorEnv.encode_prompts`).
-
-        Args:
-            prompts: Triples (before, body, after) of which only the body may be truncated.
-            max_prompt_tokens: Most tokens of a prompt, template included.
-
-        Returns:
-            For each the text that is left, without the template, and the token ids, with it.
-        """
+        """Encode prompts in the template, in at most `max_prompt_tokens` (see `TextVectorEnv.encode_prompts`)."""
         encoded = encode_prompts(
             self._tokenizer,
             [(self._before + before, body, after + self._after) for before, body, after in prompts],

@@ -153,6 +153,7 @@ class Sampler:
         self._ends = [token for token in self.eos_token_ids if 0 <= token < min(logits, self.vocab_size)]
         self.rows = np.flatnonzero(lengths > 0)
         self._texts = [texts[row] for row in self.rows]
+        self._prefix, self._remaining = prefix, remaining
         self._steps, self._step = max(int(remaining.max(initial=0)), 0), 0
         counters = prefix[self.rows, None] + np.arange(self._steps)
         row_seeds = per_row["seeds"][self.rows, None]
