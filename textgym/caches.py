@@ -16,7 +16,7 @@ from textgym.packing import Grid, PackedTexts, decode_packed, decoder_layers, te
 
 
 class PackedCache:
-    """Texts that are read and then continued, a token at a time, with keys and values in memory that is laid out once.
+    """Texts that are read and then continued, a token at a time, with keys and values in preallocated memory.
 
     Args:
         model: A causal language model for which `can_pack` holds.
@@ -80,7 +80,7 @@ class PackedCache:
         return hidden
 
     def _mark_sizes(self) -> None:
-        """Tell the compiler which sizes of what `attend` reads are not always the same."""
+        """Tell the compiler which sizes of the tensors that `attend` reads can change."""
         for buffers in self._layers.values():
             for buffer in buffers:
                 torch._dynamo.maybe_mark_dynamic(buffer, (0, 2))
@@ -107,8 +107,8 @@ class PackedCache:
         queries = query.unflatten(1, (keys.shape[1], -1))
         if query.device.type != "cpu":
             return scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale).flatten(1, 2)
-        # With one query a row the processor's attention kernels take twice as long as the products alone, of which the
-        # second is fastest as what it is for each row: a weighted sum of rows of a table.
+        # With one query per row the processor's attention kernels take twice as long as the two products alone. The
+        # second is fastest as a weighted sum of rows of a table.
         queries = queries * (query.shape[2] ** -0.5 if scale is None else scale)
         scores = torch.bmm(keys.flatten(0, 1), queries.flatten(0, 1).mT).mT.unflatten(0, keys.shape[:2])
         weights = (scores if bias is None else scores + bias).softmax(-1).flatten(0, 2)
@@ -118,11 +118,11 @@ class PackedCache:
         return result.view(*query.shape[:2], -1)  # values can be of another size than keys (DeepSeek's are)
 
     def keep(self, order: Tensor, moved: Tensor) -> None:
-        """Let texts leave.
+        """Remove texts.
 
         Args:
             order: (m,) int64, which of the n texts stay, in their new order.
-            moved: Places in `order` that are not what they were; only these are copied.
+            moved: Places in `order` whose text is another one now; only these are copied.
         """
         for layer in self._layers.values():
             for buffer in layer:
@@ -132,7 +132,7 @@ class PackedCache:
 
 
 class PaddedCache:
-    """What `PackedCache` does, as transformers does it: padded rows, and its cache, which grows."""
+    """The cache of transformers, with padded rows, behind the methods of `PackedCache`."""
 
     def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
         self.model = model
@@ -172,6 +172,6 @@ class PaddedCache:
         return output.last_hidden_state[:, -1]
 
     def keep(self, order: Tensor, moved: Tensor) -> None:
-        """Let texts leave (see `PackedCache.keep`)."""
+        """Remove texts (see `PackedCache.keep`)."""
         self._cache.reorder_cache(order)  # which, other than batch_select_indices, knows states of linear attention
         self._mask, self._positions = self._mask[order], self._positions[order]

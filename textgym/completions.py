@@ -1,4 +1,4 @@
-"""What a guide wrote, as tokens of the environment."""
+"""Completions of a guide, as tokens of the environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def complete(
     Args:
         guide: The guide.
         requests: N requests.
-        contexts: What stands before each text: its prompt, as the policy reads it.
+        contexts: The prompt of each text, as the policy reads it.
         tokenizer: The environment's tokenizer.
         stop_criteria: Where texts end.
 

@@ -11,7 +11,7 @@ from textgym import seeding
 
 
 class Purpose(IntEnum):
-    """What a random number of an episode is for."""
+    """The purposes of an episode's random numbers."""
 
     SAMPLE = 0
     RESTART = 1

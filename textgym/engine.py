@@ -51,13 +51,13 @@ USER_SAMPLE, NO_SAMPLE = -1, -2
 
 
 class Phase(IntEnum):
-    """What a row's episode waits for."""
+    """Where a row's episode is; phases from `NEEDS_GUIDE` on wait for the end of a step."""
 
-    IDLE = 0  # a sample: a sequential pass is over
-    DONE = 1  # a reset
-    ACTIVE = 2  # an action
-    NEEDS_GUIDE = 3  # a completion, and then the reward
-    NEEDS_REWARD = 4
+    IDLE = 0  # without a sample: a sequential pass is over
+    DONE = 1  # over, until the next reset
+    ACTIVE = 2  # reads actions
+    NEEDS_GUIDE = 3  # to be completed by the guide, and then rewarded
+    NEEDS_REWARD = 4  # complete, to be rewarded
 
 
 # Arrays are compared with plain ints, which takes NumPy a fifth of the time.
@@ -73,10 +73,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     Every row is an episode ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end.
     All rows take a step together, and the guide and the reward are called once for all rows that wait for them. The
-    single environment (`textgym.env.TextEnv`) is this engine with one row; it has the reference page.
+    single environment (`textgym.env.TextEnv`) is this one with one row; it has the reference page.
 
-    Row i of an environment reset with seed s equals the single environment reset with seed s + i, whatever the number
-    of rows, in every autoreset mode.
+    Row i of an environment reset with seed s equals the single environment reset with seed s + i, for any number of
+    rows and in every autoreset mode.
 
     Args:
         task: The task. Subclasses set it as a class attribute.
@@ -89,29 +89,30 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             template.
         max_new_tokens: T, the horizon, EOS counted; None for the task's own.
         truncation_side: Which end of a long prompt's body is dropped, "left" or "right"; None for the task's own.
-        template: What the policy reads in the place of a prompt, with ``{prompt}`` for it: an instruction, or examples
-            before it. It is never truncated. Rewards, guides and infos see the prompt alone.
-        chat: Whether that is what a user says to a chat model, by the chat template of the tokenizer; the text is then
-            the answer.
+        template: The text that the policy reads, with ``{prompt}`` for the prompt: an instruction, or examples before
+            it. It is never truncated. Rewards, guides and infos see the prompt alone.
+        chat: Whether that text is a user's message to a chat model, by the chat template of the tokenizer; the policy
+            then writes the answer.
         stop: Strings that end an episode as EOS does: the reward reads the text before the first of them. The name of
-            a special token, such as "<|im_end|>", means that token. Without being named, the tokens that the generation
-            config beside the tokenizer lists, and with `chat` the token that closes an answer, end an episode too.
+            a special token, such as "<|im_end|>", means that token. The tokens that end a text by the generation config
+            in the tokenizer's folder, and with `chat` the token that closes an answer, always end an episode.
         reward: None for the task's own, the name of one of the task's rewards, the hub id or path of a
             sequence-classification model, or a callable (see `textgym.rewards.base.RewardFunction`).
         guide: "references" (which restarts only, from references that the task says to imitate), the hub id or path of
             a language model, a `textgym.guides.Guide` or a function on a list of `GuideRequest`.
         guidance: When the guide takes part: a `Guidance` or a mapping of its fields.
-        handoff: Whether there is an extra action, the last one, by which the policy asks the guide to finish.
+        handoff: Whether there is an extra action, the last one, by which the policy asks the guide to complete the
+            text.
         handoff_cost: Subtracted from the reward for every token of a guide's completion.
         min_new_tokens: Tokens, prefix counted, before which `action_masks` leaves out the tokens that end a text.
         banned_tokens: Token ids that `action_masks` leaves out.
         order: "random" draws samples uniformly, "sequential" visits every sample of the split once over all rows.
         render_mode: "ansi", "human" or None.
-        parking: Whether a row that finished or waits for the guide is parked (it neither terminates nor reads actions)
-            until every live row waits, so that guide and reward see one batch. All parked rows then terminate on the
-            same step.
+        parking: Whether a row whose text is complete or waits for the guide is parked (it neither terminates nor reads
+            actions) until all rows are, so that guide and reward get one batch. All rows then terminate in the same
+            step.
         autoreset_mode: A `gymnasium.vector.AutoresetMode` or its value.
-        copy: Whether observations are fresh arrays; False hands out views that the next step changes.
+        copy: Whether observations are fresh arrays; with False they are views that the next step changes.
 
     Raises:
         TypeError: An unknown argument; the message names the one that was probably meant.
@@ -202,7 +203,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             max_prompt_tokens = task.max_prompt_tokens + self._prompt_encoder.template_tokens
         self.max_prompt_tokens = check_int("max_prompt_tokens", max_prompt_tokens)
         pad = self.tokenizer.pad_token_id
-        # Without a padding token EOS fills the gaps; what is padding is told by the mask, never by the id.
+        # Without a padding token EOS fills the gaps; the mask says where padding is, never the id.
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self.banned_tokens = tuple(banned_tokens)
         known = all(is_int(token) and 0 <= token < self.vocab_size for token in self.banned_tokens)
@@ -288,7 +289,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             self._stop_criteria = usual
 
     def imitates(self, sample: int) -> bool:
-        """Whether the task says to imitate the references of a sample; those of a user's own prompt (-1) always."""
+        """Whether references of a sample are to be imitated, by the task; those of a user's prompt (-1) always are."""
         return sample == USER_SAMPLE or self.task.imitates(self.data.rows[sample])
 
     def encode_prompts(self, prompts: Sequence[tuple[str, str, str]]) -> list[tuple[str, list[int]]]:
@@ -317,15 +318,15 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """Start new episodes.
 
         Args:
-            seed: Row i is seeded with ``seed + i``; a sequence gives each row its own (None goes on from before). In
-                sequential order, a seed for all rows starts the pass again; without one an unfinished pass goes on, and
-                a finished one starts again.
-            options: Any of the following; each but the last two also as a sequence with one entry a row (None: not for
-                this row).
+            seed: Row i is seeded with ``seed + i``; a sequence gives each row its own (None: not seeded again). In
+                sequential order, a seed for all rows starts the pass again; without one an unfinished pass continues,
+                and a finished one starts again.
+            options: Any of the following; each but the last two also as a sequence with one entry per row (None: not
+                for this row).
 
                 - ``index`` (int): the sample.
                 - ``prompt`` (str) and ``references`` (a sequence of str): a user's own.
-                - ``prefix`` (str or token ids): what already stands after the prompt.
+                - ``prefix`` (str or token ids): the beginning of the text.
                 - ``guidance`` (`Guidance` or mapping): in force until replaced, autoresets included.
                 - ``reset_mask`` (bool array (N,)): only these rows are reset.
                 - ``group_size`` (int k): rows jk..jk+k-1 share one sample, one prefix and one draw of guidance, until
@@ -547,8 +548,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """Write one token in every active row.
 
         Args:
-            actions: int (N,), a token id a row, or ``vocab_size`` for a hand-off where the environment has that action.
-                Rows that are parked, idle or about to be reset ignore theirs.
+            actions: int (N,), a token id per row, or ``vocab_size`` for a hand-off where the environment has that
+                action. Rows that are parked, idle or about to be reset ignore theirs.
 
         Returns:
             Observations, rewards (float64 (N,)), terminations (bool (N,)), truncations (bool (N,), never True) and
@@ -601,7 +602,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         return self._observation(), rewards, terminations, np.zeros(self.num_envs, bool), infos
 
     def _write(self, rows: np.ndarray, actions: np.ndarray) -> None:
-        """Append the policy's tokens and find out which rows wait now."""
+        """Append the policy's tokens, and find the rows that are complete or handed to the guide."""
         if self.handoff:
             asks = actions == self.vocab_size
             self._phase[rows[asks]] = NEEDS_GUIDE
@@ -688,10 +689,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         }
 
     def texts(self, token_ids: Sequence[Sequence[int]], prompts: Sequence[str]) -> list[str]:
-        """What the reward reads of token ids: the text up to where an episode of them would have ended.
+        """Decode token ids as the reward reads them: up to where an episode with these tokens would have ended.
 
         Args:
-            token_ids: For each text what follows the prompt, prefix included.
+            token_ids: For each text the token ids after the prompt, prefix included.
             prompts: For each text its prompt, without the template.
         """
         encoded = self.encode_prompts([("", prompt, "") for prompt in prompts])
@@ -711,17 +712,17 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         }
 
     def action_masks(self) -> np.ndarray:
-        """Which actions are allowed now, for libraries that mask those that are not; `step` takes every action.
+        """Which actions are allowed now, for algorithms that mask the others; `step` itself takes every action.
 
-        Left out are ids that are no token, the tokens that end a text while it has fewer than `min_new_tokens` (but not
-        what can complete a string of `stop`), the `banned_tokens`, and what the reward's `allowed_tokens` leaves out,
+        Masked are ids that are no token, tokens that end a text while it has fewer than `min_new_tokens` (but not those
+        that could complete a string of `stop`), the `banned_tokens`, and those not among the reward's `allowed_tokens`,
         where it has that method (see `textgym.rewards.base.RewardFunction`). A row that reads no action is allowed all.
 
         Returns:
             bool (N, actions).
 
         Raises:
-            ValueError: Nothing would be left to a row.
+            ValueError: A row has no allowed action.
         """
         masks = np.ones((self.num_envs, self.vocab_size + self.handoff), bool)
         rows = np.flatnonzero(self._phase == ACTIVE)
@@ -794,12 +795,12 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         stretches = decode_by_author(self.tokenizer, self._context(row), tokens, authors) if tokens else []
         return coloured(self._prompts[row] or "", stretches)
 
-    # Resuming
+    # State
 
     def get_state(self) -> dict[str, Any]:
-        """What the next reset depends on: seeds, episode counters, the position in a pass, guidance.
+        """The state that the next reset depends on: seeds, episode counters, the position in a pass, guidance.
 
-        Running episodes are not part of it. The value is plain data that pickles.
+        It holds no running episodes, and is plain data that pickles.
         """
         return {
             "row_keys": None if self._draws.row_keys is None else self._draws.row_keys.copy(),

@@ -26,7 +26,7 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
     """Token-level text generation, one episode at a time.
 
     An episode is ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end. The
-    classes of the single tasks (`textgym.tasks`) are the reference pages; this one has what they share.
+    classes of the tasks (`textgym.tasks`) are the reference pages; this is their base class.
 
     Args:
         task: The task. Subclasses set it as a class attribute.

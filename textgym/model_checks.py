@@ -1,4 +1,4 @@
-"""Trying out whether a causal language model gives a text the same states alone and beside others."""
+"""Tests whether a causal language model gives a text the same states alone and in a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from textgym.caches import PackedCache, PaddedCache
 from textgym.packing import can_pack, head, layer_types, read, text_decoder, trial_ids, trial_length, trials
 from textgym.precision import autocast, nearly_equal
 
-# Layers that attend to blocks of columns of a batch, padding included: two short texts do not show what that changes.
+# Layers that attend to blocks of columns of a batch, padding included, which two short texts do not show.
 _OF_COLUMNS = {
     "compressed_sparse_attention",
     "heavily_compressed_attention",
@@ -24,17 +24,17 @@ _SERVED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def check_served(model: PreTrainedModel) -> None:
-    """Refuse a causal model whose texts cannot be read together: it is tried, once, on two short texts.
+    """Refuse a causal model that cannot read texts in a batch: it is tried, once, on two short texts.
 
     Raises:
-        ValueError: Rows of a batch, cached or not, or the head alone, do not give what the model gives for a text.
+        ValueError: Rows of a batch, cached or not, or the head alone, differ from the model's results for single texts.
     """
     if model in _SERVED or model.config.is_encoder_decoder or model.device.type == "meta" or trial_length(model) < 4:
         return
     name = type(model).__name__
     if of_columns := layer_types(model) & _OF_COLUMNS:
         raise ValueError(
-            f"model must give the same for a text alone and beside others; {name} does not, in {sorted(of_columns)}: "
+            f"model must give the same for a text alone and in a batch; {name} does not, in {sorted(of_columns)}: "
             "these attend to blocks of columns, padding included"
         )
     for first in trials(model):
@@ -42,12 +42,12 @@ def check_served(model: PreTrainedModel) -> None:
         if fault is None:
             _SERVED[model] = True
             return
-    raise ValueError(f"model must give the same for a text alone and beside others; {name} does not, in {fault}")
+    raise ValueError(f"model must give the same for a text alone and in a batch; {name} does not, in {fault}")
 
 
 @torch.no_grad()
 def _fault(model: PreTrainedModel, first: int) -> str | None:
-    """Where rows of a batch are not what a model makes of a text alone; None for nowhere.
+    """The results that differ between a text alone and a row of a batch; None for none.
 
     Raises:
         ValueError: Its code cannot run that way.
@@ -75,7 +75,7 @@ def _fault(model: PreTrainedModel, first: int) -> str | None:
             together = read(model, nn.utils.rnn.pad_sequence(wholes, batch_first=True), rows, lengths)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a model's code raises where it is called in a way that it does not know
+    except Exception as error:  # a model's code can raise anything when it is called in an unusual way
         raise ValueError(
             f"model must read texts of several lengths together, padded and from a cache of transformers; "
             f"{type(model).__name__} does not: {type(error).__name__}: {error}"
@@ -89,7 +89,7 @@ def _fault(model: PreTrainedModel, first: int) -> str | None:
         ),
     }
     for what, (ours, theirs) in pairs.items():
-        # Less strict than `can_pack`, which chooses the way: what is refused here has no other.
+        # Less strict than `can_pack`, since a model that is refused here cannot be used at all.
         if not nearly_equal(ours, theirs, 10_000):
             return f"{what}: they differ by up to {(ours - theirs).abs().max():.1g}"
     return None

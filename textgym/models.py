@@ -37,13 +37,13 @@ def load_model(
         path: Hub id or folder with safetensors weights, or with PEFT adapters, which are put on the model that they
             name.
         device: "auto" is CUDA where there is one, else CPU.
-        dtype: Type of the weights; with `quantization`, of what is computed with them.
+        dtype: Type of the weights; with `quantization`, of computations with them.
         quantization: "4bit" keeps the weights of linear layers in 4 bits (NF4, Dettmers et al. 2023, arXiv 2305.14314),
             by bitsandbytes.
         gguf_file: A GGUF file in that folder, to be read instead; its weights are unpacked.
 
     Raises:
-        ImportError: What adapters, quantised weights or GGUF files need is not installed.
+        ImportError: A package for adapters, quantised weights or GGUF files is not installed.
         ValueError: There is no such model, or it has no safetensors weights.
     """
     target = resolve_device(device)

@@ -15,7 +15,7 @@ NAMES = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "g
 
 @dataclass(frozen=True)
 class ResetOptions:
-    """What a reset was asked for (see `TextVectorEnv.reset`); entries of rows are None where nothing was.
+    """Options with an entry for each row, None where a row has none (see `TextVectorEnv.reset`).
 
     Attributes:
         mask: bool (N,), the rows to reset.
@@ -38,7 +38,7 @@ class ResetOptions:
         """Read the argument `options` of a reset of N rows.
 
         Raises:
-            ValueError: An unknown option, or one outside of what is allowed.
+            ValueError: An unknown option, or a value that is not allowed.
         """
         options = options or {}
         unknown = sorted(set(options) - set(NAMES))

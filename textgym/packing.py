@@ -28,7 +28,7 @@ from textgym.precision import autocast, is_half, nearly_equal
 from textgym.storage import cache_dir
 
 ATTENTION, COMPILED_ATTENTION = "textgym_packed", "textgym_packed_compiled"
-# Arguments of attention functions that change what attention computes and that this one does not know.
+# Arguments of attention functions that change the result and that this one does not support.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 # Most tokens of a text on which a model is tried.
 _TRIAL = 12
@@ -50,7 +50,7 @@ class Layout(Protocol):
             key: (tokens, key heads, d).
             value: (tokens, key heads, e).
             scale: Factor of the scores; None for 1 / sqrt(d).
-            window: Tokens, itself counted, that a token attends to; None for all before it.
+            window: Tokens, itself included, that a token attends to; None for all before it.
 
         Returns:
             (tokens, heads, e).
@@ -83,7 +83,7 @@ def _attention(
         return layout.attend(layer, query, key, value, scaling, sliding_window)[None], None
 
 
-# Opaque to torch.compile, which fuses what stands between one attention and the next; and compiled with all else.
+# The first is opaque to torch.compile, which fuses the code between two attentions; the second is compiled with it.
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))
 AttentionInterface.register(COMPILED_ATTENTION, _attention)
 
@@ -145,11 +145,13 @@ def text_decoder(model: PreTrainedModel) -> Any:
     Raises:
         ValueError: The model has no such part.
     """
-    # What `get_decoder` finds by name can be another part (the output embedding of a ModernBERT decoder).
+    # `get_decoder` looks for a name, which can be that of another part (a ModernBERT decoder's output embedding).
     for part in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
         if isinstance(part, PreTrainedModel) and part is not model:
             return part
-    raise ValueError(f"model must have a decoder of its own beside its output embedding, got {type(model).__name__}")
+    raise ValueError(
+        f"model must have a decoder that is a module apart from the output embedding, got {type(model).__name__}"
+    )
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -179,7 +181,7 @@ class _OnlyWanted:
 
     @torch.compiler.disable
     def before(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run the layer over the other tokens; what it is to be given for those wanted."""
+        """Run the layer over the other tokens; returns its arguments for those wanted."""
 
         def part(tokens: Tensor) -> Any:
             def cut(value: Any) -> Any:
@@ -196,7 +198,7 @@ class _OnlyWanted:
 
     @torch.compiler.disable
     def after(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        """Put what the layer made of the tokens wanted into their places."""
+        """Put the states of the tokens wanted into their places."""
         states = output[0] if isinstance(output, tuple) else output
         states = states.new_zeros(1, self.count, states.shape[2]).index_copy(1, self.wanted, states)
         return (states, *output[1:]) if isinstance(output, tuple) else states
@@ -322,7 +324,7 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
 
     Args:
         model: A causal language model.
-        input_ids: (B, S) int64, texts that begin in the first column; what stands after a text is never read.
+        input_ids: (B, S) int64, texts that begin in the first column; columns after a text are never read.
         rows: (n,) int64, the text of each state.
         lengths: (n,) int64 of at least 1, the tokens after which it is.
 
@@ -336,7 +338,7 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
     end = torch.zeros(count, dtype=torch.int64, device=rows.device).scatter_reduce_(0, rows, lengths, "amax")
     if not can_pack(model):
         mask = (torch.arange(width, device=rows.device) < end[:, None]).long()
-        mask[:, 0] = 1  # a row of which nothing is asked must not attend to nothing
+        mask[:, 0] = 1  # attention needs a token, even in a row of which no state is asked
         positions = torch.arange(width, device=rows.device).expand_as(mask)
         output = text_decoder(model)(
             input_ids=input_ids * mask, attention_mask=mask, position_ids=positions, use_cache=False
@@ -367,7 +369,7 @@ def read(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, lengths: Tenso
 
 
 class _States(BaseModelOutputWithPastAndCrossAttentions):
-    """Hidden states as the output of any decoder: what else a decoder returns (`router_logits`) is None."""
+    """Hidden states as the output of any decoder; other outputs (`router_logits`) are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -377,8 +379,8 @@ class _States(BaseModelOutputWithPastAndCrossAttentions):
 def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits (n, V) of hidden states (n, d).
 
-    The head is the model's own (some cap or scale their logits after the output embedding), so the model runs, with
-    the states in the place of what its decoder would return.
+    Some models cap or scale their logits after the output embedding, so the whole model runs, with its decoder replaced
+    by one that returns the states.
     """
     ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
     inputs: dict[str, Any] = {"input_ids": ids}

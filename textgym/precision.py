@@ -32,13 +32,13 @@ def check_autocast(name: str, dtype: Any) -> None:
 
 
 class Autocast:
-    """Autocast for a model that is run many times without being changed.
+    """Autocast for a model that is run many times with the same weights.
 
     `torch.autocast` casts the weights in every run, which takes as long as a run over a hundred tokens does.
 
     Args:
         model: The model; its weights must not change.
-        dtype: What it computes in; None for the type of its weights.
+        dtype: Precision of matrix products; None for the type of the weights.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -70,7 +70,7 @@ def _put(parameters: dict[str, Any], name: str, weight: Tensor) -> Tensor:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Compute products of matrices in `dtype`; None for no change."""
+    """Autocast matrix products to `dtype`; None for no change."""
     return torch.autocast(device.type, dtype, enabled=dtype is not None and dtype != torch.float32)
 
 

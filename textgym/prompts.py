@@ -15,8 +15,8 @@ class PromptEncoder:
 
     Args:
         tokenizer: The tokenizer.
-        template: What the policy reads in the place of a prompt, with ``{prompt}`` for it.
-        chat: Whether that is a user's message to a chat model.
+        template: The text that the policy reads, with ``{prompt}`` for the prompt.
+        chat: Whether that text is a user's message to a chat model.
         truncation_side: Which end of a long prompt's body is dropped.
 
     Attributes:

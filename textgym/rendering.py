@@ -14,7 +14,7 @@ def coloured(prompt: str, stretches: Sequence[tuple[int, str]]) -> str:
 
     Args:
         prompt: The prompt.
-        stretches: What follows it, as pairs (author, text) (see `textgym.tokenization.decode_by_author`).
+        stretches: The text after it, as pairs (author, text) (see `textgym.tokenization.decode_by_author`).
     """
     parts = [(2, prompt), *((COLOURS[Author(author)], text) for author, text in stretches)]
     return "".join(f"\x1b[{code}m{text}\x1b[0m" for code, text in parts)

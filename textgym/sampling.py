@@ -85,7 +85,7 @@ class Sampler:
         max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
         value_head: Maps hidden states (n, d) to values (n, 1).
         handoff_head: Maps hidden states (n, d) to the log-odds (n, 1) of a hand-off, which is drawn before the token,
-            from a uniform number of its own; a row that hands off must leave the batch.
+            from a separate uniform number; a row that hands off must leave the batch.
         vocab_size: Token ids from here on are never chosen (embedding rows beyond the tokenizer's); None for all. The
             tokenizer can also have more tokens than the model has rows; these are never chosen either.
         unused_ids: Smaller token ids that are never chosen: gaps of the vocabulary.
@@ -351,8 +351,8 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 def _first_above(cumulative: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """The first index of each row whose running sum exceeds a threshold, and how far the threshold goes into it."""
-    # Strictly below the total, and searched from the right: what has no probability adds nothing to the sum, so it is
-    # never the first to exceed the threshold.
+    # Strictly below the total, and searched from the right: an entry without probability adds nothing to the sum, so it
+    # is never the first to exceed the threshold.
     total = cumulative[:, -1:]
     thresholds = torch.minimum(thresholds, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, thresholds, right=True)
