@@ -344,11 +344,12 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         rows = np.flatnonzero(read.mask)
         if options and "guidance" in options:
             self._set_guidance(rows, options["guidance"])
-        one_seed = isinstance(seed, int | np.integer)
-        if seed is None or one_seed:
-            super().reset(seed=None if seed is None else int(seed))  # type: ignore[arg-type]
+        if seed is None or isinstance(seed, int | np.integer):
+            super().reset(seed=None if seed is None else int(seed))
+            seeded = seed is not None
+        else:
+            seeded = None not in seed
         self._draws.seed(seed, rows, self.np_random)
-        seeded = one_seed or (seed is not None and None not in seed)  # type: ignore[operator]
         if read.mask.all() and (seeded or self._cursor >= len(self.data)):
             self._cursor = 0
         self._begin(rows, read)
@@ -389,13 +390,13 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def _begin(self, rows: np.ndarray, options: ResetOptions) -> None:
         """Begin an episode in each of `rows`: choose its sample, write prompt and prefix, and schedule its hand-off."""
         self._draws.begin(rows, options.group_size)
+        self._choose_samples(rows, options)
         self._phase[rows] = IDLE
         self._input_ids[rows] = self.pad_token_id
         self._attention_mask[rows] = 0
         self._authors[rows] = Author.NONE
         self._length[rows] = self._prefix_length[rows] = 0
         self._finish[rows] = self._handoff_at[rows] = -1
-        self._choose_samples(rows, options)
         rows = rows[self._sample[rows] != NO_SAMPLE]
         self._phase[rows] = ACTIVE
         for row, ids in zip(rows.tolist(), self._prompt_ids[rows], strict=True):
@@ -664,21 +665,14 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             "policy_tokens": policy_tokens,
             "guide_tokens": (self._authors[rows] == Author.GUIDE).sum(1),
         }
-        return {
-            **self._infos(mask, infos),
-            "reward_parts": self._infos(mask, parts),
-            "_reward_parts": mask.copy(),
-        }
+        return self._infos(mask, infos) | {"reward_parts": self._infos(mask, parts), "_reward_parts": mask.copy()}
 
     def _reset_in_same_step(self, mask: np.ndarray, final_infos: dict[str, Any]) -> dict[str, Any]:
-        """Replace the episodes that ended; the infos of a step that does so."""
-        rows = np.flatnonzero(mask)
+        """Replace the episodes that ended, and return the infos of the step."""
+        rows, observation = np.flatnonzero(mask), self._observation()
         observations = np.full(self.num_envs, None, object)
         for row in rows:
-            observations[row] = {
-                "input_ids": self._input_ids[row].copy(),
-                "attention_mask": self._attention_mask[row].copy(),
-            }
+            observations[row] = {name: array[row].copy() for name, array in observation.items()}
         self._begin(rows, self._no_options)
         return {
             "final_obs": observations,
