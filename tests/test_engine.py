@@ -504,6 +504,12 @@ def test_wrong_steps_and_options_are_errors():
         with pytest.raises(ValueError, match=message):
             env.reset(options=options)
 
+    env.reset(seed=0)
+    before = env.step(np.array([5, 6]))[0]["input_ids"]
+    with pytest.raises(ValueError, match="index"):
+        env.reset(options={"index": 99})
+    assert (env.step(np.array([7, 7]))[0]["input_ids"][:, :-5] == before[:, :-5]).all(), "the episodes go on"
+
 
 def test_a_failed_step_can_be_tried_again():
     failures = iter([True])
