@@ -54,14 +54,15 @@ def check_arguments(owner: str, given: Iterable[str], allowed: Iterable[str]) ->
     """Refuse keyword arguments that `owner` does not have, with the nearest one that it has.
 
     Raises:
-        TypeError: "PPO has no argument 'lr'; did you mean 'learning_rate'?"
+        TypeError: "PPO has no argument 'lr'; did you mean 'learning_rate'? (unexpected keyword argument 'lr')"
     """
     allowed = list(allowed)
     for name in given:
         if name not in allowed:
             nearest = nearest_name(name, allowed)
             meant = f"did you mean {nearest!r}?" if nearest else f"it has {', '.join(sorted(allowed))}"
-            raise TypeError(f"{owner} has no argument {name!r}; {meant}")
+            # With Python's own words, by which TorchRL knows that it can do without an argument.
+            raise TypeError(f"{owner} has no argument {name!r}; {meant} (unexpected keyword argument {name!r})")
 
 
 def nearest_name(name: str, allowed: Sequence[str]) -> str | None:
