@@ -51,7 +51,7 @@ class TokenSampler(Protocol):
     """Chooses the next token of every row of a batch, call after call.
 
     Attributes:
-        rows: (n,) int64 array, the rows still in the batch, in the order of samples.
+        rows: (n,) int64 array, indices into the given rows of those still in the batch, in the order of samples.
     """
 
     rows: np.ndarray
@@ -91,14 +91,9 @@ class Sampler:
         unused_ids: Smaller token ids that are never chosen: gaps of the vocabulary.
         dtype: Precision of matrix products, by autocast; None for the type of the weights.
 
-    Attributes:
-        rows: (n,) int64 array, indices into the N given rows of those still in the batch, in the order of samples.
-
     Raises:
         ValueError: Shapes that do not agree, or texts longer than the model has positions.
     """
-
-    rows: np.ndarray
 
     def __init__(
         self,
@@ -222,11 +217,7 @@ class Sampler:
             raise ValueError(f"{name}.sample() was called more than max_new_tokens (here {self._steps}) times")
 
     def keep(self, mask: np.ndarray) -> None:
-        """Remove rows from the batch; the last rows that stay move into the free places.
-
-        Args:
-            mask: (n,) bool, which of `rows` stay; the next `sample` continues these.
-        """
+        """Remove rows from the batch (see `TokenSampler`); the last rows that stay move into the free places."""
         mask = np.asarray(mask)
         if mask.dtype != np.bool_ or mask.shape != self.rows.shape:
             raise ValueError(f"mask must be bool of shape {self.rows.shape}, got {mask.dtype} of shape {mask.shape}")
