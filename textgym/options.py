@@ -77,7 +77,8 @@ def _mask(value: Any, num_envs: int, group_size: int) -> np.ndarray:
 
 
 def _entries(name: str, value: Any, num_envs: int, allowed: str) -> list[Any]:
-    check(f"options[{name!r}]", value, isinstance(value, Sequence | np.ndarray) and not isinstance(value, str), allowed)
+    listed = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+    check(f"options[{name!r}]", value, listed, allowed)
     if len(value) != num_envs:
         raise ValueError(f"options[{name!r}] must have one entry per row ({num_envs}), got {len(value)}")
     return list(value)
