@@ -730,4 +730,4 @@ class StopCriteria:
         return [text.index(string) for string in self._strings if string in text]
 
 
-Ends = StopCriteria  # its name before 0.2
+Ends = StopCriteria  # its old name
