@@ -55,10 +55,7 @@ def agree(env: TextVectorEnv, policy: Actor) -> None:
 
 @contextlib.contextmanager
 def agreeing(env: TextVectorEnv, policy: Actor) -> Iterator[None]:
-    """`agree` for a while: texts end as they did again afterwards, so that no evaluation changes the next."""
-    ends, more = env._ends, policy._more_end_ids
-    agree(env, policy)
-    try:
+    """`agree` within a block, so that no evaluation changes the next."""
+    with env.extra_end_tokens(()), policy.extra_end_tokens(()):
+        agree(env, policy)
         yield
-    finally:
-        env._ends, policy._more_end_ids = ends, more

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from agents.policy import Actor
-    from textgym.decoding import Decoding, Sample
+    from textgym.decoding import Decoding
     from textgym.engine import TextVectorEnv
+    from textgym.sampling import Sample
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from agents import SL
 from benchmarks.profiles import TaskProfile
 from benchmarks.runner import Benchmark, Run
-from textgym.packing import fast_dtype
+from textgym.precision import fast_dtype
 from textgym.task import Task
 from textgym.tokenization import VOCAB_SIZE
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +30,7 @@ from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.base import Author
 from textgym.guides.local import LocalGuide
-from textgym.tokenization import Context, decode_continuations
+from textgym.tokenization import Context, decode_by_author
 
 PACKAGES = ("textgym", "torch", "transformers", "tokenizers", "gymnasium", "datasets", "numpy")
 SAMPLES = 4  # texts of a run that the report shows
@@ -393,15 +392,7 @@ def rollouts(rollout: Rollout | None, tokenizer: PreTrainedTokenizerBase) -> lis
 def segments(
     prompt: str, token_ids: Sequence[int], authors: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, str]]:
-    """What was written after a prompt as stretches of one author each: (author, text)."""
-    stretches = [
-        (Author(author).name.lower(), [token for _, token in tokens])
-        for author, tokens in groupby(zip(authors, token_ids, strict=True), key=lambda pair: pair[0])
-    ]
-    # Each is what it adds to all before it.
-    read, contexts = [], [Context(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"], prompt)]
-    for _, tokens in stretches:
-        read.append(tokens)
-        contexts.append(Context([*contexts[-1].ids, *tokens], ""))
-    texts = decode_continuations(tokenizer, contexts[:-1], read)
-    return [(author, text) for (author, _), text in zip(stretches, texts, strict=True)]
+    """A completion as stretches of one author each: (author, text)."""
+    context = Context(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"], prompt)
+    stretches = decode_by_author(tokenizer, context, token_ids, authors)
+    return [(Author(author).name.lower(), text) for author, text in stretches]

@@ -160,7 +160,7 @@ def best_dtype() -> str:
     """The type of arithmetic at best settings."""
     import torch
 
-    from textgym.packing import fast_dtype
+    from textgym.precision import fast_dtype
 
     return str(fast_dtype(torch.device("cpu"))).removeprefix("torch.")
 

@@ -20,9 +20,9 @@ from agents.policy import CausalLMPolicy, LanguageModelPolicy
 from agents.supervised import SL
 from benchmarks.profiles import LanguageModel, TaskProfile
 from benchmarks.results import write_text
-from textgym.decoding import load_model
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import fingerprint_of
+from textgym.models import load_model
 from textgym.storage import cache_dir
 
 # What is happening, and how much of it is done, in [0, 1].

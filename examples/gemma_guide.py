@@ -30,10 +30,11 @@ from benchmarks.profiles.small import COMMONGEN
 from benchmarks.tables import Table
 from benchmarks.warm_start import warm_start
 from textgym import Guidance
-from textgym.decoding import Decoding, load_model
+from textgym.decoding import Decoding
 from textgym.guides.base import Guide
 from textgym.guides.http import Budget, HTTPGuide
 from textgym.guides.local import fingerprint_of
+from textgym.models import load_model
 from textgym.task import Task
 from textgym.tasks.commongen import TASK
 

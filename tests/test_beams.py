@@ -15,7 +15,8 @@ from test_policy import tiny_tokenizer
 
 from agents import PPO, SL, CausalLMPolicy, TabularPolicy, evaluate
 from agents.evaluation import main
-from textgym.decoding import BeamSearch, Decoding, generate, write
+from textgym.decoding import Decoding
+from textgym.generation import BeamSearch, generate, write
 from textgym.guides.local import LocalGuide
 from textgym.seq2seq import decoder_start
 from textgym.tasks.lock import CombinationLock

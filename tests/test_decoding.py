@@ -17,7 +17,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from textgym.decoding import Decoding, Sampler, choose, generate, nucleus
+from textgym.decoding import Decoding
+from textgym.generation import generate
+from textgym.sampling import Sampler, choose, nucleus
 from textgym.seeding import uniform
 
 VOCAB, EOS = 64, 0

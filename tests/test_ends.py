@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -15,10 +16,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from agents import PPO, SL, CausalLMPolicy, evaluate
 from agents.rollout import collect
 from textgym import Task
-from textgym.decoding import Decoding, generate
+from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
+from textgym.generation import generate
 from textgym.guides.local import LocalGuide
-from textgym.tokenization import end_ids, end_of_turn, ends_beside, unused_ids, vocabulary_size
+from textgym.tokenization import StopCriteria, end_ids, end_of_turn, ends_beside, unused_ids, vocabulary_size
 
 VOCAB, P, T = 64, 8, 10
 CHAT = (
@@ -284,3 +286,26 @@ def test_an_end_that_the_model_does_not_know_is_refused():
     tokenizer.add_special_tokens({"eos_token": "</s>"})
     with pytest.raises(ValueError, match="tokenizer has 65 tokens, but the model's vocabulary has only 64"):
         CausalLMPolicy(random_model(VOCAB), tokenizer)
+
+
+def test_end_tokens_of_a_policy_can_be_lent_to_an_environment():
+    made = env(stop=["<turn>"])
+    with contextlib.suppress(RuntimeError), made.extra_end_tokens([5, TURN]):
+        assert made.end_token_ids == (0, TURN, 5)
+        raise RuntimeError
+    assert made.end_token_ids == (0, TURN)
+    made.add_end_tokens([5])
+    assert (made.end_token_ids, made.end_token_id) == ((0, TURN, 5), TURN)
+
+
+def test_criteria_with_further_tokens_leave_the_first_alone():
+    tokenizer = turn_tokenizer()
+    first = StopCriteria(tokenizer, ["w3"], [7], chat=True)
+    more = first.with_tokens([9, 0])
+    assert (first.token_ids, more.token_ids) == ((0, 7, TURN), (0, 7, TURN, 9))
+    assert np.flatnonzero(first.tokens).tolist() == sorted(first.token_ids)
+    assert np.flatnonzero(more.tokens).tolist() == sorted(more.token_ids)
+    assert first.closing_token == more.closing_token == TURN
+    three = tokenizer("w3", add_special_tokens=False)["input_ids"]
+    assert more.cut([4, *three, 5]) == [4, *three]
+    assert more.cut([4, 9, *three]) == [4, 9]

@@ -495,7 +495,7 @@ def test_wrong_steps_and_options_are_errors():
     for options, message in [
         ({"idx": 1}, "unknown keys"),
         ({"index": 99}, "index"),
-        ({"index": [1]}, "one entry a row"),
+        ({"index": [1]}, "one entry per row"),
         ({"references": ["a"]}, "prompt"),
         ({"prefix": [0, 3]}, "no EOS"),
         ({"prefix": [3] * 6}, "leave a token"),
@@ -503,6 +503,12 @@ def test_wrong_steps_and_options_are_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             env.reset(options=options)
+
+    env.reset(seed=0)
+    before = env.step(np.array([5, 6]))[0]["input_ids"]
+    with pytest.raises(ValueError, match="index"):
+        env.reset(options={"index": 99})
+    assert (env.step(np.array([7, 7]))[0]["input_ids"][:, :-5] == before[:, :-5]).all(), "the episodes go on"
 
 
 def test_a_failed_step_can_be_tried_again():

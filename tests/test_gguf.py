@@ -105,7 +105,7 @@ def test_adapters_on_a_file_resume_and_the_file_guides(folder, words_tokenizer, 
 def test_what_is_missing_is_named(folder, monkeypatch):
     with pytest.raises(ValueError, match="must be a hub id or a folder"):
         CausalLMPolicy.from_pretrained(folder, gguf_file="other.gguf")
-    monkeypatch.setattr("textgym.decoding.is_gguf_available", lambda: False)
+    monkeypatch.setattr("textgym.models.is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match=r'pip install "textgym\[gguf\]"'):
         CausalLMPolicy.from_pretrained(folder, gguf_file="tiny.gguf")
 

@@ -11,7 +11,8 @@ from test_decoding import tiny_model
 from test_policy import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, RecurrentGemmaConfig
 
-from textgym.decoding import Decoding, generate
+from textgym.decoding import Decoding
+from textgym.generation import generate
 from textgym.guides.base import GuideRequest
 from textgym.guides.local import LocalGuide
 from textgym.tokenization import train_tokenizer

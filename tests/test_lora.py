@@ -11,8 +11,8 @@ from test_algorithms import numbers
 
 from agents import GRPO, PPO, SL, LanguageModelPolicy
 from agents.rollout import collect
-from textgym.decoding import load_model
 from textgym.guides.local import LocalGuide
+from textgym.models import load_model
 
 peft = pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration  # noqa: E402
@@ -204,9 +204,9 @@ def test_what_does_not_fit_is_named(base, words_tokenizer, monkeypatch):
         tuned = peft.get_peft_model(load_model(base, device="cpu"), prompts)
         with pytest.raises(ValueError, match="adapters in its layers"):
             type(policy)(tuned, words_tokenizer)
-    monkeypatch.setattr("textgym.decoding.is_peft_available", lambda: False)
+    monkeypatch.setattr("textgym.models.is_peft_available", lambda: False)
     with pytest.raises(ImportError, match=r'pip install "textgym\[peft\]"'):
         load_model(base.parent / "policy")
-    monkeypatch.setattr("textgym.decoding.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("textgym.models.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match=r'pip install "textgym\[quantization\]"'):
         load_model(base, quantization="4bit")

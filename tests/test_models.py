@@ -48,7 +48,8 @@ from benchmarks.tables import Table
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import LocalGuide
-from textgym.packing import can_pack, check_served, text_decoder
+from textgym.model_checks import check_served
+from textgym.packing import can_pack, text_decoder
 from textgym.seq2seq import decoder_start
 from textgym.task import Task
 
@@ -410,7 +411,7 @@ def test_a_fault_is_farther_away_than_rounding(name, monkeypatch):
     if name in CAUSAL:  # the trial at loading finds it too
         with pytest.raises(ValueError, match=f"{type(policy.model).__name__} does not, in texts"):
             check_served(copy.deepcopy(policy.model))
-    monkeypatch.setattr("textgym.packing.check_served", lambda model: None)
+    monkeypatch.setattr("textgym.model_checks.check_served", lambda model: None)
     # Greedy choices of some families are the same under it.
     assert not any(differences(policy, policy_of(name)).near()[:2])
 

@@ -16,8 +16,12 @@ from transformers import AutoModelForCausalLM, BloomConfig, CohereConfig, Gemma2
 import agents.policy.language_model
 from agents.grpo import GRPO
 from agents.policy import CausalLMPolicy
-from textgym.decoding import Decoding, generate
-from textgym.packing import PackedCache, PaddedCache, autocast, can_pack, decode_packed, fuse_activations, head, read
+from textgym.caches import PackedCache, PaddedCache
+from textgym.decoding import Decoding
+from textgym.generation import generate
+from textgym.models import fuse_activations
+from textgym.packing import can_pack, decode_packed, head, read
+from textgym.precision import autocast
 
 WINDOW = 5
 OTHERS = {
@@ -368,7 +372,7 @@ def test_decoding_under_a_cache_is_that_of_the_fallback(monkeypatch):
     ids = np.random.default_rng(0).integers(1, VOCAB, (5, 8))
     texts = []
     for packs in (True, False):
-        monkeypatch.setattr("textgym.decoding.can_pack", lambda _, packs=packs: packs)
+        monkeypatch.setattr("textgym.sampling.can_pack", lambda _, packs=packs: packs)
         decoding = Decoding(top_k=20, top_p=0.9, temperature=1.2)
         texts.append(
             generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import re
 import subprocess
@@ -17,6 +18,8 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import textgym
 from textgym import Guidance
+from textgym.engine import TextVectorEnv
+from textgym.env import TextEnv
 
 IDS = ["textgym/IMDB-v0", "textgym/CommonGen-v0", "textgym/TLDR-v0", "textgym/CombinationLock-v0"]
 ROOT = Path(__file__).parents[1]
@@ -41,6 +44,27 @@ SETTINGS = {
 def test_checkers_pass_without_a_warning(id, setting):
     check_env(gym.make(id, render_mode="ansi", **SETTINGS[setting]).unwrapped)
     sb3_check_env(gym.make(id, **SETTINGS[setting]).unwrapped, warn=True)
+
+
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+@pytest.mark.parametrize(
+    ("id", "name", "meant"),
+    [
+        ("textgym/TLDR-v0", "horizon", "max_new_tokens"),
+        ("textgym/IMDB-v0", "max_length", "max_new_tokens"),
+        ("textgym/CommonGen-v0", "handoff_costs", "handoff_cost"),
+        ("textgym/CombinationLock-v0", "lenght", "length"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_the_one_that_was_meant(make, id, name, meant):
+    with pytest.raises(TypeError, match=rf"\w+Env has no argument '{name}'; did you mean '{meant}'\?"):
+        make(id, **{name: 20})
+
+
+def test_the_single_environment_shows_the_arguments_of_the_vector_environment():
+    single, vector = (inspect.signature(made).parameters for made in (TextEnv, TextVectorEnv))
+    assert single.keys() == vector.keys() - {"num_envs", "parking", "autoreset_mode", "copy", "unknown"}
+    assert all(single[name].default == vector[name].default for name in single)
 
 
 @pytest.mark.parametrize("id", IDS)
@@ -72,7 +96,7 @@ def run_python(code, **environment):
 
 def test_making_needs_no_torch_and_no_import():
     run_python(
-        "import gymnasium as gym, sys\n"
+        "import gymnasium as gym, sys, textgym.decoding\n"
         "gym.make('textgym:textgym/TLDR-v0').reset(seed=0)\n"
         f"[gym.make_vec(id, num_envs=64).reset(seed=0) for id in {IDS}]\n"
         "assert 'torch' not in sys.modules"

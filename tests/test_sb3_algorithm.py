@@ -150,7 +150,7 @@ def test_checkpoints_are_model_folders_that_can_be_resumed(make_policy, make_env
     loaded.learn(total_episodes=2 * ROWS)
     assert loaded.iteration == len(loaded.history) == 2 * algorithm.iteration
     # New episodes, not those of the beginning again
-    assert (loaded.env._episode > algorithm.env._episode).all()
+    assert (loaded.env.get_state()["episode"] > algorithm.env.get_state()["episode"]).all()
 
 
 def test_dqn_learns_its_own_network_and_is_judged_by_what_it_predicts(make_policy, make_env, tmp_path):

@@ -33,7 +33,8 @@ from agents.sb3 import (
     evaluate_transitions,
 )
 from agents.sb3.policies import _Texts
-from textgym.decoding import Decoding, nucleus
+from textgym.decoding import Decoding
+from textgym.sampling import nucleus
 
 ROWS = 4
 CLASSES = {

@@ -31,7 +31,7 @@ from benchmarks import run_all, schedule
 from benchmarks.profiles import Row, accepted, load_profile, row_of
 from benchmarks.results import read_results
 from benchmarks.runner import Benchmark, Run
-from textgym.decoding import load_model
+from textgym.models import load_model
 
 ROOT = Path(__file__).parents[1]
 

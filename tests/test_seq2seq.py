@@ -25,7 +25,8 @@ from textgym import Guidance
 from textgym.decoding import Decoding
 from textgym.guides import GuideRequest
 from textgym.guides.local import LocalGuide
-from textgym.seq2seq import decoder_start
+from textgym.precision import autocast
+from textgym.seq2seq import Seq2SeqCache, decoder_start
 from textgym.tokenization import encode_prompts
 
 
@@ -211,6 +212,25 @@ def test_what_does_not_fit_is_named(make_env, make_policy, family):
     start.decoder_start_token_id = start.bos_token_id = None
     with pytest.raises(ValueError, match="decoder_start_token_id"):
         policy.generate(["red sun"], max_new_tokens=2)
+
+
+def test_texts_of_different_lengths_are_tried_once_for_each_precision(make_policy, monkeypatch):
+    model, tried = make_policy().model, []
+
+    def only_in_single(ours, theirs, **arguments):
+        tried.append(arguments["dtype"])
+        return arguments["dtype"] is None
+
+    monkeypatch.setattr("textgym.seq2seq.nearly_equal", only_in_single)
+    ragged = [(np.array([3, 4]), np.array(new)) for new in ([], [5])]
+    for _ in range(2):
+        Seq2SeqCache(model, ragged, 1)
+        with (
+            autocast(model.device, torch.bfloat16),
+            pytest.raises(ValueError, match="continue texts of different lengths together"),
+        ):
+            Seq2SeqCache(model, ragged, 1)
+    assert tried == [None, torch.bfloat16]
 
 
 def test_predict_knows_the_prefix_by_the_columns(make_env, make_policy):

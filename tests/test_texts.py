@@ -30,8 +30,9 @@ from textgym.guides import Author
 from textgym.guides.local import LocalGuide
 from textgym.tokenization import (
     Context,
-    Ends,
+    StopCriteria,
     decode,
+    decode_by_author,
     decode_continuations,
     encode_continuation,
     encode_prompts,
@@ -225,7 +226,7 @@ def test_everybody_reads_the_same_text(kind, prompt):
     assert text == ("very good" if prompt[-1].isspace() else " very good")
     assert seen == [text]
     assert env.texts([ids], [prompt]) == [text]
-    assert env.written_texts([0]) == [text]
+    assert env.reward_arguments([0])["completions"] == [text]
     assert env.render()[0] == f"\x1b[2m{prompt}\x1b[0m\x1b[32m{text}\x1b[0m"
     env.reset(seed=0)
     for token in ids:
@@ -333,10 +334,23 @@ def test_a_prompt_that_has_its_bos_gets_no_second_one(side):
 
 def test_the_end_of_a_text_is_found_without_a_context_too():
     tokenizer = tokenizer_of("byte-level BPE")
-    ends, ids = Ends(tokenizer, ("good",)), tokenizer(" very good fun")["input_ids"]
+    ends, ids = StopCriteria(tokenizer, ("good",)), tokenizer(" very good fun")["input_ids"]
     cut = ends.cut(ids)
     assert ends.texts([cut]) == [" very "]
     assert ends.reached(np.array(cut[-1:]), lambda _: cut).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stretches_of_authors_are_decoded_as_parts_of_one_text(kind):
+    tokenizer = tokenizer_of(kind)
+    context = Context(tokenizer("the film", add_special_tokens=False)["input_ids"], "the film")
+    ids = encode_continuation(tokenizer, "the film", ["was very good fun"])[0]
+    authors = [0, *[1] * (len(ids) - 2), 0]
+    stretches = decode_by_author(tokenizer, context, ids, authors)
+    assert [author for author, _ in stretches] == [0, 1, 0]
+    assert "".join(text for _, text in stretches) == " was very good fun"
+    assert decode_by_author(tokenizer, context, ids, np.array(authors, np.int8)) == stretches
+    assert decode_by_author(tokenizer, context, [], []) == []
 
 
 def test_making_an_environment_asks_no_word_of_a_tokenizer():

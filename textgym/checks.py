@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
+
+# What other libraries call an argument.
+_SYNONYMS = {
+    "horizon": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "max_completion_length": "max_new_tokens",
+    "max_prompt_length": "max_prompt_tokens",
+    "reward_function": "reward",
+    "stop_strings": "stop",
+    "dataset": "source",
+    "expert": "guide",
+    "teacher": "guide",
+}
 
 
 def check(name: str, value: Any, valid: bool, allowed: str) -> None:
@@ -40,24 +54,53 @@ def check_arguments(owner: str, given: Iterable[str], allowed: Iterable[str]) ->
     """Refuse keyword arguments that `owner` does not have, with the nearest one that it has.
 
     Raises:
-        TypeError: "PPO has no argument 'lr'; did you mean learning_rate?"
+        TypeError: "PPO has no argument 'lr'; did you mean learning_rate? (unexpected keyword argument 'lr')"
     """
     allowed = list(allowed)
     for name in given:
         if name not in allowed:
             nearest = nearest_name(name, allowed)
             meant = f"did you mean {nearest}?" if nearest else f"it has {', '.join(sorted(allowed))}"
-            raise TypeError(f"{owner} has no argument {name!r}; {meant}")
+            # With Python's own words, by which TorchRL knows that it can do without an argument.
+            raise TypeError(f"{owner} has no argument {name!r}; {meant} (unexpected keyword argument {name!r})")
 
 
 def nearest_name(name: str, allowed: Sequence[str]) -> str | None:
-    """The name that was probably meant: the most alike, or the one whose words begin as `name` is written ("lr")."""
+    """The name that was probably meant: another library's, the most alike, or one whose words begin so ("lr")."""
+    known = [_SYNONYMS[name]] if _SYNONYMS.get(name) in allowed else []
     alike = get_close_matches(name, allowed, n=1)
     initials = [option for option in allowed if "".join(word[0] for word in option.split("_")) == name]
     parts = [option for option in allowed if name in option.split("_")]
-    return next(iter([*alike, *initials, *parts]), None)
+    return next(iter([*known, *alike, *initials, *parts]), None)
 
 
 def is_int(value: Any) -> bool:
     """Whether a value is an integer, of Python or NumPy, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, least: int = 1) -> int:
+    """Return an integer that is not below `least`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    check(name, value, is_int(value) and value >= least, f"an int >= {least}")
+    return int(value)
+
+
+def check_texts(name: str, value: Any) -> tuple[str, ...]:
+    """Return a sequence of strings that are not empty, as a tuple.
+
+    Raises:
+        ValueError: It is none.
+    """
+    valid = isinstance(value, Collection) and not isinstance(value, str)
+    valid = valid and all(isinstance(text, str) and text for text in value)
+    check(name, value, valid, "a sequence of strings that are not empty")
+    return tuple(value)

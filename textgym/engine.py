@@ -1,10 +1,13 @@
-"""The engine: text generation, a token a step, for many rows at once."""
+"""The vector environment: text generation, a token per step, for many rows at once."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any, Literal, Never
 
 import gymnasium as gym
 import numpy as np
@@ -13,29 +16,56 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from textgym import seeding
+from textgym.checks import check, check_arguments, check_int, check_one_of, check_texts, is_int, is_number
+from textgym.completions import complete
 from textgym.data.sources import resolve_source
+from textgym.draws import EpisodeDraws, Purpose
 from textgym.guidance import Guidance
-from textgym.guides.base import Author, Completion, Guide, GuideRequest, load_guide
+from textgym.guides.base import Author, Guide, GuideRequest, load_guide
+from textgym.options import ResetOptions
+from textgym.prompts import PromptEncoder
+from textgym.rendering import coloured
 from textgym.rewards import check_reward, load_reward, split_parts
 from textgym.rewards.base import RewardFunction
 from textgym.spec import WithSpec
 from textgym.task import SPLITS, Split, SplitName, Task
+from textgym.tokenization import (
+    Context,
+    StopCriteria,
+    decode_by_author,
+    decode_continuations,
+    encode_continuation,
+    ends_beside,
+    load_tokenizer,
+    unused_ids,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from textgym.tokenization import Context
 
 ORDERS = ("random", "sequential")
 FINISH_REASONS = np.array(["stop", "length", "handoff"], dtype=object)
 STOP, LENGTH, HANDOFF = range(3)
 USER_SAMPLE, NO_SAMPLE = -1, -2
 
-# What a random number of an episode is for; it is drawn from (row seed, episode, purpose).
-SAMPLE, RESTART, RESTART_LENGTH, RESTART_REDRAW, SCHEDULE = range(5)
-HANDOFF_LENGTH, RESTART_SEED, HANDOFF_SEED, NO_BODY = range(5, 9)
 
-RESET_OPTIONS = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "group_size")
+class Phase(IntEnum):
+    """Where a row's episode is; phases from `NEEDS_GUIDE` on wait for the end of a step."""
+
+    IDLE = 0  # without a sample: a sequential pass is over
+    DONE = 1  # over, until the next reset
+    ACTIVE = 2  # reads actions
+    NEEDS_GUIDE = 3  # to be completed by the guide, and then rewarded
+    NEEDS_REWARD = 4  # complete, to be rewarded
+
+
+# Arrays are compared with plain ints, which takes NumPy a fifth of the time.
+IDLE, DONE, ACTIVE, NEEDS_GUIDE, NEEDS_REWARD = map(int, Phase)
+
+# A sample's prompt, the prompt's token ids, and its references.
+EncodedSample = tuple[str, tuple[int, ...], tuple[str, ...]]
+_NOTHING: EncodedSample = ("", (), ())
 
 
 class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
@@ -43,10 +73,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     Every row is an episode ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end.
     All rows take a step together, and the guide and the reward are called once for all rows that wait for them. The
-    single environment (`textgym.env.TextEnv`) is this engine with one row; it has the reference page.
+    single environment (`textgym.env.TextEnv`) is this one with one row; it has the reference page.
 
-    Row i of an environment reset with seed s equals the single environment reset with seed s + i, whatever the number
-    of rows, in every autoreset mode.
+    Row i of an environment reset with seed s equals the single environment reset with seed s + i, for any number of
+    rows and in every autoreset mode.
 
     Args:
         task: The task. Subclasses set it as a class attribute.
@@ -59,37 +89,39 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             template.
         max_new_tokens: T, the horizon, EOS counted; None for the task's own.
         truncation_side: Which end of a long prompt's body is dropped, "left" or "right"; None for the task's own.
-        template: What the policy reads in the place of a prompt, with ``{prompt}`` for it: an instruction, or examples
-            before it. It is never truncated. Rewards, guides and infos see the prompt alone.
-        chat: Whether that is what a user says to a chat model, by the chat template of the tokenizer; the text is then
-            the answer.
+        template: The text that the policy reads, with ``{prompt}`` for the prompt: an instruction, or examples before
+            it. It is never truncated. Rewards, guides and infos see the prompt alone.
+        chat: Whether that text is a user's message to a chat model, by the chat template of the tokenizer; the policy
+            then writes the answer.
         stop: Strings that end an episode as EOS does: the reward reads the text before the first of them. The name of
-            a special token, such as "<|im_end|>", means that token. Without being named, the tokens that the generation
-            config beside the tokenizer lists, and with `chat` the token that closes an answer, end an episode too.
+            a special token, such as "<|im_end|>", means that token. The tokens that end a text by the generation config
+            in the tokenizer's folder, and with `chat` the token that closes an answer, always end an episode.
         reward: None for the task's own, the name of one of the task's rewards, the hub id or path of a
             sequence-classification model, or a callable (see `textgym.rewards.base.RewardFunction`).
         guide: "references" (which restarts only, from references that the task says to imitate), the hub id or path of
             a language model, a `textgym.guides.Guide` or a function on a list of `GuideRequest`.
         guidance: When the guide takes part: a `Guidance` or a mapping of its fields.
-        handoff: Whether there is an extra action, the last one, by which the policy asks the guide to finish.
+        handoff: Whether there is an extra action, the last one, by which the policy asks the guide to complete the
+            text.
         handoff_cost: Subtracted from the reward for every token of a guide's completion.
         min_new_tokens: Tokens, prefix counted, before which `action_masks` leaves out the tokens that end a text.
         banned_tokens: Token ids that `action_masks` leaves out.
         order: "random" draws samples uniformly, "sequential" visits every sample of the split once over all rows.
         render_mode: "ansi", "human" or None.
-        parking: Whether a row that finished or waits for the guide is parked (it neither terminates nor reads actions)
-            until every live row waits, so that guide and reward see one batch. All parked rows then terminate on the
-            same step.
+        parking: Whether a row whose text is complete or waits for the guide is parked (it neither terminates nor reads
+            actions) until all rows are, so that guide and reward get one batch. All rows then terminate in the same
+            step.
         autoreset_mode: A `gymnasium.vector.AutoresetMode` or its value.
-        copy: Whether observations are fresh arrays; False hands out views that the next step changes.
+        copy: Whether observations are fresh arrays; with False they are views that the next step changes.
 
     Raises:
+        TypeError: An unknown argument; the message names the one that was probably meant.
         ValueError: An argument outside of what is allowed; the message names it.
 
     Attributes:
         initial_guidance: The guidance that the environment was made with.
-        end_token_id: What ends references that are imitated, and texts of guides: with `chat` the token that closes an
-            answer, else the first that `stop` names, else EOS.
+        end_token_id: The token that ends references that are imitated, and texts of guides: with `chat` the token that
+            closes an answer, else the first that `stop` names, else EOS.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
@@ -121,56 +153,39 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         parking: bool = False,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         copy: bool = True,
+        **unknown: Never,
     ) -> None:
+        check_arguments(type(self).__name__, unknown, argument_names(type(self)))
         if task is not None:
             self.task = task
         task = self.task
-        self.num_envs = _positive("num_envs", num_envs)
-        self.max_new_tokens = _positive("max_new_tokens", max_new_tokens, task.max_new_tokens)
-        self.split: SplitName = _one_of("split", split, SPLITS)
-        self.order = _one_of("order", order, ORDERS)
-        self.truncation_side: Any = _one_of(
-            "truncation_side", truncation_side or task.truncation_side, ("left", "right")
-        )
-        self.chat = _one_of("chat", chat, (False, True))
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
-        self.stop = tuple(stop)
-        self.render_mode = _one_of("render_mode", render_mode, (None, *self.metadata["render_modes"]))
-        self.handoff = _one_of("handoff", handoff, (False, True))
-        self.parking = _one_of("parking", parking, (False, True))
-        self.copy = _one_of("copy", copy, (False, True))
-        if (
-            isinstance(handoff_cost, bool)
-            or not isinstance(handoff_cost, int | float)
-            or not 0 <= handoff_cost < np.inf
-        ):
-            raise ValueError(f"handoff_cost must be a finite number >= 0, got {handoff_cost!r}")
+        self.num_envs = check_int("num_envs", num_envs)
+        horizon = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self.max_new_tokens = horizon = check_int("max_new_tokens", horizon)
+        self.split: SplitName = check_one_of("split", split, SPLITS)
+        self.order = check_one_of("order", order, ORDERS)
+        side = truncation_side or task.truncation_side
+        self.truncation_side: Literal["left", "right"] = check_one_of("truncation_side", side, ("left", "right"))
+        self.chat = check_one_of("chat", chat, (False, True))
+        self.stop = check_texts("stop", stop)
+        self.render_mode = check_one_of("render_mode", render_mode, (None, *self.metadata["render_modes"]))
+        self.handoff = check_one_of("handoff", handoff, (False, True))
+        self.parking = check_one_of("parking", parking, (False, True))
+        self.copy = check_one_of("copy", copy, (False, True))
+        finite = is_number(handoff_cost) and 0 <= handoff_cost < np.inf
+        check("handoff_cost", handoff_cost, finite, "a finite number >= 0")
         self.handoff_cost = float(handoff_cost)
-        horizon = self.max_new_tokens
-        if not (_is_int(min_new_tokens) and 0 <= min_new_tokens <= horizon):
-            raise ValueError(f"min_new_tokens must be an int in [0, {horizon}], got {min_new_tokens!r}")
+        possible = is_int(min_new_tokens) and 0 <= min_new_tokens <= horizon
+        check("min_new_tokens", min_new_tokens, possible, f"an int in [0, {horizon}]")
         self.min_new_tokens = int(min_new_tokens)
-        try:
-            self.autoreset_mode = AutoresetMode(autoreset_mode)
-        except ValueError as error:
-            allowed = [mode.value for mode in AutoresetMode]
-            raise ValueError(f"autoreset_mode must be one of {allowed}, got {autoreset_mode!r}") from error
+        modes = [mode.value for mode in AutoresetMode]
+        check("autoreset_mode", autoreset_mode, autoreset_mode in [*AutoresetMode, *modes], f"one of {modes}")
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.guide = load_guide(guide)
         check_reward(reward, task)
         self._reward = reward
         self._reward_function: RewardFunction | None = None
-
-        from textgym.tokenization import (
-            Ends,
-            end_of_turn,
-            ends_beside,
-            load_tokenizer,
-            template_parts,
-            unused_ids,
-            vocabulary_size,
-        )
 
         self.source = resolve_source(source)
         self.data: Split = task.split(self.split, self.source)
@@ -180,28 +195,23 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self.vocab_size = vocabulary_size(self.tokenizer)
         self._unused_ids = list(unused_ids(self.tokenizer))
         self.eos_token_id: int = self.tokenizer.eos_token_id
-        turn = end_of_turn(self.tokenizer) if self.chat else None
-        self._ends = Ends(self.tokenizer, self.stop, [*ends_beside(self.tokenizer), *([] if turn is None else [turn])])
-        # What closes an answer, and what a user says that ends one, comes before an EOS that no model may know.
-        self.end_token_id: int = next(
-            (token for token in (turn, *self._ends.named) if token is not None), self.eos_token_id
-        )
+        self._stop_criteria = StopCriteria(self.tokenizer, self.stop, ends_beside(self.tokenizer), self.chat)
+        self.end_token_id: int = self._stop_criteria.closing_token
         self.template = template
-        self._template_parts = template_parts(self.tokenizer, template, self.chat)
-        own = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in self._template_parts if part]
-        self.max_prompt_tokens = _positive(
-            "max_prompt_tokens", max_prompt_tokens, task.max_prompt_tokens + sum(map(len, own))
-        )
+        self._prompt_encoder = PromptEncoder(self.tokenizer, template, self.chat, self.truncation_side)
+        if max_prompt_tokens is None:
+            max_prompt_tokens = task.max_prompt_tokens + self._prompt_encoder.template_tokens
+        self.max_prompt_tokens = check_int("max_prompt_tokens", max_prompt_tokens)
         pad = self.tokenizer.pad_token_id
-        # Without a padding token EOS fills the gaps; what is padding is told by the mask, never by the id.
+        # Without a padding token EOS fills the gaps; the mask says where padding is, never the id.
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self.banned_tokens = tuple(banned_tokens)
-        if not all(_is_int(token) and 0 <= token < self.vocab_size for token in self.banned_tokens):
-            raise ValueError(f"banned_tokens must be token ids in [0, {self.vocab_size}), got {banned_tokens!r}")
+        known = all(is_int(token) and 0 <= token < self.vocab_size for token in self.banned_tokens)
+        check("banned_tokens", banned_tokens, known, f"token ids in [0, {self.vocab_size})")
         if self.handoff and not (self.guide and self.guide.can_hand_off):
             raise ValueError(f"handoff=True needs a guide that can complete a text, got guide={guide!r}")
 
-        width = self.max_prompt_tokens + self.max_new_tokens
+        n, width = self.num_envs, self.max_prompt_tokens + horizon
         self.single_observation_space = spaces.Dict(
             {
                 "input_ids": spaces.Box(0, self.vocab_size - 1, (width,), np.int64),
@@ -209,41 +219,32 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             }
         )
         self.single_action_space = spaces.Discrete(self.vocab_size + int(self.handoff))
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.observation_space = batch_space(self.single_observation_space, n)
+        self.action_space = batch_space(self.single_action_space, n)
 
-        n, horizon = self.num_envs, self.max_new_tokens
+        self._phase = np.full(n, IDLE, np.int8)
         self._input_ids = np.full((n, width), self.pad_token_id, np.int64)
         self._attention_mask = np.zeros((n, width), np.int8)
         self._authors = np.full((n, horizon), Author.NONE, np.int8)
         self._length = np.zeros(n, np.int64)
         self._prefix_length = np.zeros(n, np.int64)
-        self._policy_tokens = np.zeros(n, np.int64)
-        self._completion_tokens = np.zeros(n, np.int64)
-        self._handoff_at = np.full(n, -1, np.int64)
+        self._handoff_at = np.full(n, -1, np.int64)  # the length at which the guide takes over; -1 for never
         self._finish = np.full(n, -1, np.int8)
         self._sample = np.full(n, NO_SAMPLE, np.int64)
-        # A row is active (reads actions), waiting (for the guide or the reward), or done (to be reset); idle if none.
-        self._active = np.zeros(n, bool)
-        self._waiting = np.zeros(n, bool)
-        self._done = np.zeros(n, bool)
-        self._wants_guide = np.zeros(n, bool)
         self._prompts = np.full(n, None, object)
         self._prompt_ids = np.full(n, None, object)
         self._references = np.full(n, None, object)
-        self._row_keys: np.ndarray | None = None
-        self._episode = np.zeros(n, np.int64)
-        self._origin = np.arange(n)  # the row whose draws a row's episode shares: itself, or its group's first
-        self._drawn = np.zeros((n, 2), np.uint64)  # (row key, episode) that an episode's draws hang on
+        self._draws = EpisodeDraws(n)
         self._cursor = 0
-        self._encoded: dict[int, tuple[str, tuple[int, ...], tuple[str, ...]]] = {}
+        self._encoded: dict[int, EncodedSample] = {}
+        self._no_options = ResetOptions.read(None, n)
         self._guidance = [Guidance()] * n
         self._set_guidance(np.arange(n), guidance)
         self.initial_guidance = self.guidance
 
     @property
     def guidance(self) -> Guidance | tuple[Guidance, ...]:
-        """The guidance in force: one value where all rows share it, else one a row."""
+        """The guidance in force: one value where all rows share it, else one per row."""
         return self._guidance[0] if len(set(self._guidance)) == 1 else tuple(self._guidance)
 
     @property
@@ -254,18 +255,20 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         return self._reward_function
 
     @property
+    def seeded(self) -> bool:
+        """Whether rows have seeds, as they have from the first reset on."""
+        return self._draws.row_keys is not None
+
+    @property
     def exhausted(self) -> bool:
         """Whether a sequential pass is over: no sample is left and no episode is running."""
-        return (
-            self.order == "sequential"
-            and self._cursor >= len(self.data)
-            and not bool((self._active | self._waiting).any())
-        )
+        running = bool((self._phase >= ACTIVE).any())
+        return self.order == "sequential" and self._cursor >= len(self.data) and not running
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an episode, EOS first."""
-        return self._ends.token_ids
+        return self._stop_criteria.token_ids
 
     def add_end_tokens(self, token_ids: Sequence[int]) -> None:
         """Let further tokens end an episode, as algorithms do with those that end a text of their policy.
@@ -273,14 +276,39 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         Args:
             token_ids: Ids of the environment's vocabulary.
         """
-        from textgym.tokenization import Ends
+        self._stop_criteria = self._stop_criteria.with_tokens(token_ids)
 
-        if not set(token_ids) <= set(self.end_token_ids):
-            self._ends = Ends(self.tokenizer, self.stop, [*self.end_token_ids, *token_ids])
+    @contextmanager
+    def extra_end_tokens(self, token_ids: Sequence[int]) -> Iterator[None]:
+        """Let further tokens end an episode while a block runs (see `add_end_tokens`)."""
+        usual = self._stop_criteria
+        self.add_end_tokens(token_ids)
+        try:
+            yield
+        finally:
+            self._stop_criteria = usual
 
     def imitates(self, sample: int) -> bool:
-        """Whether the task says to imitate the references of a sample; those of a user's own prompt (-1) always."""
+        """Whether references of a sample are to be imitated, by the task; those of a user's prompt (-1) always are."""
         return sample == USER_SAMPLE or self.task.imitates(self.data.rows[sample])
+
+    def encode_prompts(self, prompts: Sequence[tuple[str, str, str]]) -> list[tuple[str, list[int]]]:
+        """Encode prompts as the policy reads them: truncated, and in the template.
+
+        Args:
+            prompts: Triples (before, body, after) of which only the body may be truncated (see `Task.prompt_of`).
+
+        Returns:
+            For each the text that is left, without the template, and the token ids, with it.
+
+        Raises:
+            ValueError: A prompt that is too long without its body, or that has no tokens at all.
+        """
+        return self._prompt_encoder.encode(prompts, self.max_prompt_tokens)
+
+    def in_template(self, prompt: str) -> str:
+        """The text that the policy reads in the place of a prompt."""
+        return self._prompt_encoder.in_template(prompt)
 
     # Reset
 
@@ -290,15 +318,15 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """Start new episodes.
 
         Args:
-            seed: Row i is seeded with ``seed + i``; a sequence gives each row its own (None goes on from before). In
-                sequential order, a seed for all rows starts the pass again; without one an unfinished pass goes on, and
-                a finished one starts again.
-            options: Any of the following; each but the last two also as a sequence with one entry a row (None: not for
-                this row).
+            seed: Row i is seeded with ``seed + i``; a sequence gives each row its own (None: not seeded again). In
+                sequential order, a seed for all rows starts the pass again; without one an unfinished pass continues,
+                and a finished one starts again.
+            options: Any of the following; each but the last two also as a sequence with one entry per row (None: not
+                for this row).
 
                 - ``index`` (int): the sample.
                 - ``prompt`` (str) and ``references`` (a sequence of str): a user's own.
-                - ``prefix`` (str or token ids): what already stands after the prompt.
+                - ``prefix`` (str or token ids): the beginning of the text.
                 - ``guidance`` (`Guidance` or mapping): in force until replaced, autoresets included.
                 - ``reset_mask`` (bool array (N,)): only these rows are reset.
                 - ``group_size`` (int k): rows jk..jk+k-1 share one sample, one prefix and one draw of guidance, until
@@ -312,65 +340,28 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         Raises:
             ValueError: An unknown option, or a value outside of what is allowed.
         """
-        options = dict(options or {})
-        unknown = sorted(set(options) - set(RESET_OPTIONS))
-        if unknown:
-            raise ValueError(f"options has unknown keys {unknown}; allowed are {list(RESET_OPTIONS)}")
-        mask = self._reset_mask(options.get("reset_mask"))
-        rows = np.flatnonzero(mask)
-        group_size = options.get("group_size", 1)
-        self._check_group(group_size, mask)
-        if "guidance" in options:
+        read = ResetOptions.read(options, self.num_envs)
+        rows = np.flatnonzero(read.mask)
+        if options and "guidance" in options:
             self._set_guidance(rows, options["guidance"])
-
         if seed is None or isinstance(seed, int | np.integer):
             super().reset(seed=None if seed is None else int(seed))
-        self._seed_rows(seed, rows)
-        seeded = seed is not None and (isinstance(seed, int | np.integer) or None not in seed)
-        if mask.all() and (seeded or self._cursor >= len(self.data)):
+            seeded = seed is not None
+        else:
+            seeded = None not in seed
+        self._draws.seed(seed, rows, self.np_random)
+        if read.mask.all() and (seeded or self._cursor >= len(self.data)):
             self._cursor = 0
-        self._origin[rows] = rows - rows % group_size
-        self._begin(
-            rows,
-            index=_per_row(options.get("index"), self.num_envs, "index", int | np.integer),
-            prompt=_per_row(options.get("prompt"), self.num_envs, "prompt", str),
-            references=_references_per_row(options.get("references"), options.get("prompt"), self.num_envs),
-            prefix=_prefix_per_row(options.get("prefix"), self.num_envs),
-        )
-        infos = self._reset_info(mask)
-        if self.parking:
-            self._add_parked(infos)
-        if self.render_mode == "human":
-            self.render()
+        self._begin(rows, read)
+        infos = self._reset_infos(read.mask)
+        self._finish_infos(infos)
         return self._observation(), infos
 
-    def _reset_mask(self, mask: Any) -> np.ndarray:
-        if mask is None:
-            return np.ones(self.num_envs, bool)
-        mask = np.asarray(mask)
-        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
-            raise ValueError(
-                f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least one True, "
-                f"got {mask.dtype} {mask.shape}: {mask}"
-            )
-        return mask
-
-    def _check_group(self, group_size: Any, mask: np.ndarray) -> None:
-        if not _is_int(group_size) or group_size < 1:
-            raise ValueError(f"options['group_size'] must be an int >= 1, got {group_size!r}")
-        if self.num_envs % group_size:
-            raise ValueError(f"options['group_size'] must divide num_envs={self.num_envs}, got {group_size}")
-        groups = mask.reshape(-1, group_size)
-        if (groups.any(1) != groups.all(1)).any():
-            raise ValueError(
-                f"options['reset_mask'] must take whole groups of group_size={group_size} rows, got {mask}"
-            )
-
     def _set_guidance(self, rows: np.ndarray, value: Any) -> None:
-        """Put guidance in force for rows; `value` is one guidance or a sequence with one entry a row."""
+        """Put guidance in force for rows; `value` is one guidance or a sequence with one entry per row."""
         if isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != self.num_envs:
-                raise ValueError(f"guidance must have one entry a row ({self.num_envs}), got {len(value)}")
+                raise ValueError(f"guidance must have one entry per row ({self.num_envs}), got {len(value)}")
             values = [None if entry is None else Guidance.of(entry) for entry in value]
         else:
             values = [Guidance.of(value)] * self.num_envs
@@ -390,193 +381,90 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 )
             in_force[row] = guidance
         self._guidance = in_force
-        self._restart_prob = np.array([g.restart_prob for g in self._guidance])
-        self._handoff_prob = np.array([g.handoff_prob for g in self._guidance])
-        self._no_body_prob = np.array([g.no_body_prob for g in self._guidance])
-        self._restart_bounds = np.array([g.restart_bounds(self.max_new_tokens) for g in self._guidance])
-        self._handoff_bounds = np.array([g.handoff_bounds(self.max_new_tokens) for g in self._guidance])
+        self._restart_prob = np.array([g.restart_prob for g in in_force])
+        self._handoff_prob = np.array([g.handoff_prob for g in in_force])
+        self._no_body_prob = np.array([g.no_body_prob for g in in_force])
+        self._restart_bounds = np.array([g.restart_bounds(self.max_new_tokens) for g in in_force])
+        self._handoff_bounds = np.array([g.handoff_bounds(self.max_new_tokens) for g in in_force])
 
-    def _seed_rows(self, seed: int | Sequence[int | None] | None, rows: np.ndarray) -> None:
-        if self._row_keys is None:
-            self._row_keys = self.np_random.integers(2**64, size=self.num_envs, dtype=np.uint64)
-        if seed is None:
-            return
-        if isinstance(seed, int | np.integer):
-            seed = [int(seed) + row for row in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ValueError(f"seed must be an int or have one entry a row ({self.num_envs}), got {len(seed)} entries")
-        for row in rows:
-            if seed[row] is not None:
-                self._row_keys[row] = seeding.hash64(seed[row])
-                self._episode[row] = 0
-
-    def _draw(self, rows: np.ndarray, purpose: int) -> np.ndarray:
-        """One uniform draw a row for a purpose, a function of the row's seed and episode alone."""
-        return seeding.uniform(self._drawn[rows, 0], self._drawn[rows, 1], purpose)
-
-    def _request_seeds(self, rows: np.ndarray, purpose: int) -> list[int]:
-        # A group shares its prefix, yet each of its rows gets a completion of its own.
-        member = rows - self._origin[rows] if purpose == HANDOFF_SEED else 0
-        hashes = seeding.hash64(self._drawn[rows, 0], self._drawn[rows, 1], purpose, member)
-        return (hashes >> np.uint64(1)).tolist()
-
-    def _begin(
-        self,
-        rows: np.ndarray,
-        index: list | None = None,
-        prompt: list | None = None,
-        references: list | None = None,
-        prefix: list | None = None,
-    ) -> None:
-        """Write prompt and prefix of new episodes into `rows`."""
-        assert self._row_keys is not None
-        origin = self._origin[rows]
-        self._drawn[rows, 0] = self._row_keys[origin]
-        self._drawn[rows, 1] = self._episode[origin].astype(np.uint64)
-        self._episode[rows] += 1
-
-        self._choose_samples(rows, index, prompt, references)
-        live = rows[self._sample[rows] != NO_SAMPLE]
+    def _begin(self, rows: np.ndarray, options: ResetOptions) -> None:
+        """Begin an episode in each of `rows`: choose its sample, write prompt and prefix, and schedule its hand-off."""
+        self._draws.begin(rows, options.group_size)
+        self._choose_samples(rows, options)
+        self._phase[rows] = IDLE
         self._input_ids[rows] = self.pad_token_id
         self._attention_mask[rows] = 0
         self._authors[rows] = Author.NONE
-        for array in (self._length, self._prefix_length, self._policy_tokens, self._completion_tokens):
-            array[rows] = 0
-        self._finish[rows] = -1
-        self._done[rows] = self._waiting[rows] = self._wants_guide[rows] = self._active[rows] = False
-        self._active[live] = True
-        for row in live:
-            ids = self._prompt_ids[row]
+        self._length[rows] = self._prefix_length[rows] = 0
+        self._finish[rows] = self._handoff_at[rows] = -1
+        rows = rows[self._sample[rows] != NO_SAMPLE]
+        self._phase[rows] = ACTIVE
+        for row, ids in zip(rows.tolist(), self._prompt_ids[rows], strict=True):
             self._input_ids[row, self.max_prompt_tokens - len(ids) : self.max_prompt_tokens] = ids
             self._attention_mask[row, self.max_prompt_tokens - len(ids) : self.max_prompt_tokens] = 1
+        self._write_prefixes(rows, options)
+        self._schedule_handoffs(rows)
 
-        given = np.zeros(self.num_envs, bool)
-        if prefix is not None:
-            for row in live.tolist():
-                own_prefix = prefix[self._origin[row]]
-                if own_prefix is not None:
-                    given[row] = True
-                    self._append(row, self._user_prefix(row, own_prefix), Author.USER)
-        if self._restart_prob.any():
-            restart_prob = self._restart_prob[self._origin[live]]
-            self._restart(live[(self._draw(live, RESTART) < restart_prob) & ~given[live]])
-        self._prefix_length[live] = self._length[live]
-
-        self._handoff_at[rows] = -1
-        if self._handoff_prob.any():
-            scheduled = live[self._draw(live, SCHEDULE) < self._handoff_prob[self._origin[live]]]
-            low, high = self._handoff_bounds[self._origin[scheduled]].T
-            self._handoff_at[scheduled] = seeding.integer(low, high, self._draw(scheduled, HANDOFF_LENGTH))
-            skipped = self._draw(scheduled, NO_BODY) < self._no_body_prob[self._origin[scheduled]]
-            self._handoff_at[scheduled[skipped]] = 0
-            without_body = scheduled[self._handoff_at[scheduled] == 0]
-            self._active[without_body] = False
-            self._waiting[without_body] = self._wants_guide[without_body] = True
-
-    def _choose_samples(
-        self, rows: np.ndarray, index: list | None, prompt: list | None, references: list | None
-    ) -> None:
+    def _choose_samples(self, rows: np.ndarray, options: ResetOptions) -> None:
         """Fill sample ids, prompts, prompt ids and references of `rows`; a group follows its first row."""
-        drawn = self._draw(rows, SAMPLE)
-        for row, draw, leader in zip(rows.tolist(), drawn.tolist(), self._origin[rows].tolist(), strict=True):
-            own_prompt = prompt[leader] if prompt else None
-            own_index = index[leader] if index else None
-            if own_prompt is not None:
-                if own_index is not None:
-                    raise ValueError("options['prompt'] and options['index'] exclude each other")
-                sample, ((text, encoded),) = USER_SAMPLE, self.encode_prompts([("", own_prompt, "")])
-                ids = tuple(encoded)
-                refs = (references[leader] if references else None) or ()
+        draws, leaders = self._draws.uniform(rows, Purpose.SAMPLE).tolist(), self._draws.leader[rows].tolist()
+        for row, draw, leader in zip(rows.tolist(), draws, leaders, strict=True):
+            text, ids, references = _NOTHING
+            if (prompt := options.prompt[leader]) is not None:
+                ((text, encoded),) = self.encode_prompts([("", prompt, "")])
+                sample, ids, references = USER_SAMPLE, tuple(encoded), options.references[leader] or ()
+            elif (index := options.index[leader]) is not None:
+                check("options['index']", index, 0 <= index < len(self.data), f"in [0, {len(self.data)})")
+                sample = int(index)
+            elif self.order == "random":
+                sample = int(draw * len(self.data))
+            elif leader != row:
+                sample = int(self._sample[leader])
+            elif self._cursor < len(self.data):
+                sample, self._cursor = self._cursor, self._cursor + 1
             else:
-                if references and references[leader] is not None:
-                    raise ValueError("options['references'] belongs to options['prompt'], which is missing")
-                if own_index is not None:
-                    if not 0 <= own_index < len(self.data):
-                        raise ValueError(f"options['index'] must be in [0, {len(self.data)}), got {own_index}")
-                    sample = int(own_index)
-                elif self.order == "random":
-                    sample = int(draw * len(self.data))
-                elif leader != row:
-                    sample = int(self._sample[leader])
-                elif self._cursor < len(self.data):
-                    sample = self._cursor
-                    self._cursor += 1
-                else:
-                    sample = NO_SAMPLE
-                text, ids, refs = self._encoded_sample(sample) if sample != NO_SAMPLE else ("", (), ())
-            self._sample[row], self._prompts[row], self._prompt_ids[row], self._references[row] = (
-                sample,
-                text,
-                ids,
-                refs,
-            )
+                sample = NO_SAMPLE
+            if sample >= 0:
+                text, ids, references = self._encoded_sample(sample)
+            self._sample[row] = sample
+            self._prompts[row], self._prompt_ids[row], self._references[row] = text, ids, references
 
-    def encode_prompts(self, prompts: Sequence[tuple[str, str, str]]) -> list[tuple[str, list[int]]]:
-        """Encode prompts as the policy reads them: truncated, and in the template.
-
-        Args:
-            prompts: Triples (before, body, after) of which only the body may be truncated (see `Task.prompt_of`).
-
-        Returns:
-            For each what is left of its text, without the template, and the token ids, with it.
-
-        Raises:
-            ValueError: A prompt that is too long without its body, or that has no tokens at all.
-        """
-        from textgym.tokenization import encode_prompts
-
-        start, end = self._template_parts
-        encoded = encode_prompts(
-            self.tokenizer,
-            [(start + before, body, after + end) for before, body, after in prompts],
-            self.max_prompt_tokens,
-            self.truncation_side,
-            add_special_tokens=not self.chat,
-        )
-        return [(text[len(start) : len(text) - len(end)], ids) for text, ids in encoded]
-
-    def in_template(self, prompt: str) -> str:
-        """What the policy reads in the place of a prompt, as text."""
-        start, end = self._template_parts
-        return start + prompt + end
-
-    def _encoded_sample(self, sample: int) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    def _encoded_sample(self, sample: int) -> EncodedSample:
+        """Encode a sample, once."""
         if sample not in self._encoded:
             row = self.data.rows[sample]
             ((text, ids),) = self.encode_prompts([self.task.prompt_of(row)])
             self._encoded[sample] = text, tuple(ids), self.task.references_of(row)
         return self._encoded[sample]
 
-    def _user_prefix(self, row: int, prefix: str | Sequence[int]) -> list[int]:
-        from textgym.tokenization import encode_continuation
+    def _write_prefixes(self, rows: np.ndarray, options: ResetOptions) -> None:
+        """Write the prefixes of `rows`: those given by the user, and those of the guide where it is drawn."""
+        leader = self._draws.leader[rows]
+        given = np.array([options.prefix[row] is not None for row in leader.tolist()], bool)
+        for row in rows[given].tolist():
+            self._append(row, self._user_prefix(row, options.prefix[self._draws.leader[row]]), Author.USER)
+        if self._restart_prob.any():
+            drawn = self._draws.uniform(rows, Purpose.RESTART) < self._restart_prob[leader]
+            self._restart(rows[drawn & ~given])
+        self._prefix_length[rows] = self._length[rows]
 
-        ids = (
-            encode_continuation(self.tokenizer, self.in_template(self._prompts[row]), [prefix])[0]
-            if isinstance(prefix, str)
-            else prefix
+    def _user_prefix(self, row: int, prefix: Any) -> list[int]:
+        context, horizon = self._context(row), self.max_new_tokens
+        if isinstance(prefix, str):
+            (prefix,) = encode_continuation(self.tokenizer, context.text, [prefix])
+        ids = [int(token) for token in prefix]
+        if len(ids) >= horizon:
+            raise ValueError(
+                f"options['prefix'] must leave a token to write: at most {horizon - 1} tokens, got {len(ids)}"
+            )
+        known = all(0 <= token < self.vocab_size for token in ids)
+        check(
+            "options['prefix']",
+            ids,
+            known and self._stop_criteria.cut(ids, context=context) is None,
+            f"token ids in [0, {self.vocab_size}) with no EOS ({self.eos_token_id}) and nothing of stop={self.stop}",
         )
-        ids = [int(token) for token in ids]
-        if len(ids) >= self.max_new_tokens:
-            raise ValueError(
-                f"options['prefix'] must leave a token to write: at most {self.max_new_tokens - 1} tokens, "
-                f"got {len(ids)}"
-            )
-        if (
-            any(not 0 <= token < self.vocab_size for token in ids)
-            or self._ends.cut(ids, context=self._context(row)) is not None
-        ):
-            raise ValueError(
-                f"options['prefix'] must hold token ids in [0, {self.vocab_size}), no EOS ({self.eos_token_id}) and "
-                f"nothing of stop={self.stop}, got {ids}"
-            )
         return ids
-
-    def _append(self, row: int, ids: Sequence[int], author: Author) -> None:
-        start, end = int(self._length[row]), int(self._length[row]) + len(ids)
-        self._input_ids[row, self.max_prompt_tokens + start : self.max_prompt_tokens + end] = ids
-        self._attention_mask[row, self.max_prompt_tokens + start : self.max_prompt_tokens + end] = 1
-        self._authors[row, start:end] = author
-        self._length[row] = end
 
     def _restart(self, rows: np.ndarray) -> None:
         """Let the guide write prefixes.
@@ -586,31 +474,38 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """
         assert self.guide is not None
         if self.guide.author == Author.REFERENCE:
-            # What nobody should imitate is no place to start from either.
+            # References that nobody should imitate make no prefixes.
             rows = rows[np.array([self.imitates(sample) for sample in self._sample[rows].tolist()], bool)]
         if not len(rows):
             return
-        low, high = self._restart_bounds[self._origin[rows]].T
-        length = seeding.integer(low, high, self._draw(rows, RESTART_LENGTH))
+        low, high = self._restart_bounds[self._draws.leader[rows]].T
+        length = seeding.integer(low, high, self._draws.uniform(rows, Purpose.RESTART_LENGTH))
         rows, low, length = rows[length > 0], low[length > 0], length[length > 0]
-        seeds, redraw = self._request_seeds(rows, RESTART_SEED), self._draw(rows, RESTART_REDRAW)
+        redraw = self._draws.uniform(rows, Purpose.RESTART_REDRAW)
         # Rows of a group make the same request, which the guide then serves once.
-        leaders = self._origin[rows]
-        _, first, inverse = np.unique(leaders, return_index=True, return_inverse=True)
-        written = self._ask(rows[first], length[first].tolist(), [seeds[i] for i in first])
-        for i, row in enumerate(rows):
+        _, first, inverse = np.unique(self._draws.leader[rows], return_index=True, return_inverse=True)
+        written = self._ask_guide(rows[first], length[first], Purpose.RESTART_SEED)
+        for i, row in enumerate(rows.tolist()):
             ids, finished = written[inverse[i]]
             if finished:
-                keep = int(seeding.integer(min(low[i], len(ids) - 1), len(ids) - 1, redraw[i]))
-                ids = ids[:keep]
+                ids = ids[: int(seeding.integer(min(low[i], len(ids) - 1), len(ids) - 1, redraw[i]))]
             self._append(row, ids, self.guide.author)
 
-    def _ask(self, rows: np.ndarray, limits: list[int], seeds: list[int]) -> list[tuple[list[int], bool]]:
-        """Ask the guide to continue `rows`; token ids, and whether the last of them ends the text."""
-        from textgym.tokenization import decode_continuations, encode_continuation
+    def _schedule_handoffs(self, rows: np.ndarray) -> None:
+        """Draw after how many policy tokens the guide completes the text, if it does."""
+        if not self._handoff_prob.any():
+            return
+        draws, leader = self._draws, self._draws.leader
+        rows = rows[draws.uniform(rows, Purpose.SCHEDULE) < self._handoff_prob[leader[rows]]]
+        low, high = self._handoff_bounds[leader[rows]].T
+        after = seeding.integer(low, high, draws.uniform(rows, Purpose.HANDOFF_LENGTH))
+        after[draws.uniform(rows, Purpose.NO_BODY) < self._no_body_prob[leader[rows]]] = 0
+        self._handoff_at[rows] = self._length[rows] + after
+        self._phase[rows[after == 0]] = NEEDS_GUIDE
 
-        if not len(rows):
-            return []
+    def _ask_guide(self, rows: np.ndarray, limits: np.ndarray, purpose: Purpose) -> list[tuple[list[int], bool]]:
+        """Ask the guide to continue `rows` by at most `limits` tokens (see `completions.complete`)."""
+        assert self.guide is not None
         prefixes, contexts = [self._tokens(row) for row in rows], [self._context(row) for row in rows]
         requests = [
             GuideRequest(
@@ -623,54 +518,30 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 references=self._references[row],
             )
             for row, ids, text, limit, seed in zip(
-                rows, prefixes, decode_continuations(self.tokenizer, contexts, prefixes), limits, seeds, strict=True
+                rows,
+                prefixes,
+                decode_continuations(self.tokenizer, contexts, prefixes),
+                limits.tolist(),
+                self._draws.request_seeds(rows, purpose),
+                strict=True,
             )
         ]
-        assert self.guide is not None
-        completions = self.guide.complete(requests, self.tokenizer)
-        if len(completions) != len(requests):
-            raise ValueError(
-                f"guide must return one completion a request ({len(requests)}), "
-                f"{type(self.guide).__name__} returned {len(completions)}"
-            )
-        result = []
-        for context, request, completion in zip(contexts, requests, completions, strict=True):
-            if isinstance(completion, str):
-                completion = Completion(text=completion)
-            elif not isinstance(completion, Completion):
-                completion = Completion(token_ids=completion, finished=False)
-            if completion.token_ids is not None:
-                ids = [int(token) for token in completion.token_ids]
-                if any(not 0 <= token < self.vocab_size for token in ids):
-                    raise ValueError(f"guide must return token ids in [0, {self.vocab_size}), got {ids}")
-            elif completion.text is not None:
-                ids = encode_continuation(self.tokenizer, context.text + request.prefix, [completion.text])[0]
-            else:
-                raise ValueError(f"guide must return text or token ids, {type(self.guide).__name__} returned neither")
-            ended = self._ends.cut(ids, request.prefix_ids, context)
-            if ended is None and completion.finished:
-                ended = [*ids, self.end_token_id]
-            ids = (ids if ended is None else ended)[: request.max_new_tokens]
-            result.append((ids, ids == ended))
-        return result
+        return complete(self.guide, requests, contexts, self.tokenizer, self._stop_criteria)
+
+    def _append(self, row: int, ids: Sequence[int], author: Author) -> None:
+        start, end = int(self._length[row]), int(self._length[row]) + len(ids)
+        self._input_ids[row, self.max_prompt_tokens + start : self.max_prompt_tokens + end] = ids
+        self._attention_mask[row, self.max_prompt_tokens + start : self.max_prompt_tokens + end] = 1
+        self._authors[row, start:end] = author
+        self._length[row] = end
 
     def _tokens(self, row: int) -> list[int]:
-        """What stands after the prompt of a row."""
+        """The token ids after the prompt of a row."""
         return self._input_ids[row, self.max_prompt_tokens : self.max_prompt_tokens + self._length[row]].tolist()
 
     def _context(self, row: int) -> Context:
         """The prompt of a row, as the policy reads it."""
-        from textgym.tokenization import Context
-
         return Context(self._prompt_ids[row], self.in_template(self._prompts[row]))
-
-    def written_texts(self, rows: Sequence[int]) -> list[str]:
-        """The texts of what stands after the prompts of `rows` so far."""
-        from textgym.tokenization import decode_continuations
-
-        return decode_continuations(
-            self.tokenizer, [self._context(row) for row in rows], [self._tokens(row) for row in rows]
-        )
 
     # Step
 
@@ -678,8 +549,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """Write one token in every active row.
 
         Args:
-            actions: int (N,), a token id a row, or ``vocab_size`` for a hand-off where the environment has that action.
-                Rows that are parked, idle or about to be reset ignore theirs.
+            actions: int (N,), a token id per row, or ``vocab_size`` for a hand-off where the environment has that
+                action. Rows that are parked, idle or about to be reset ignore theirs.
 
         Returns:
             Observations, rewards (float64 (N,)), terminations (bool (N,)), truncations (bool (N,), never True) and
@@ -696,163 +567,166 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             raise ValueError(
                 f"actions must be integers of shape ({self.num_envs},), got {actions.dtype} of shape {actions.shape}"
             )
-        if self._row_keys is None:
+        if self._draws.row_keys is None:
             raise gym.error.ResetNeeded("call reset() before step()")
-        rows = np.flatnonzero(self._active)
+        rows = np.flatnonzero(self._phase == ACTIVE)
         chosen = actions[rows]
         if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.vocab_size + self.handoff):
             raise ValueError(
                 f"actions must be in [0, {self.vocab_size + self.handoff}), got {chosen.min()} to {chosen.max()}"
             )
-        resetting = self._done.copy()
-        any_reset = bool(resetting.any())
+        resetting = self._phase == DONE
+        any_reset = np.count_nonzero(resetting) > 0  # for small arrays several times faster than any()
         if any_reset:
             if self.autoreset_mode == AutoresetMode.DISABLED:
                 raise gym.error.ResetNeeded(
                     "an episode is over and autoreset is disabled: call reset(), with options={'reset_mask': ...} for "
                     f"rows {np.flatnonzero(resetting).tolist()}"
                 )
-            restarted = np.flatnonzero(resetting)
-            self._origin[restarted] = restarted
-            self._begin(restarted)
+            self._begin(np.flatnonzero(resetting), self._no_options)
         self._write(rows, chosen)
 
         infos: dict[str, Any] = {}
         rewards = np.zeros(self.num_envs, np.float64)
-        terminations = np.zeros(self.num_envs, bool)
-        # A row that was just reset must not end in the same step, so a batch with one is served in the next.
-        if self._waiting.any() and (not self.parking or not (any_reset or self._active.any())):
-            terminations = self._waiting.copy()
-            final = self._serve(terminations, rewards)
+        terminations = self._phase >= NEEDS_GUIDE
+        # Parked rows wait for all others. A row that was just reset must not end in the same step, so a batch with one
+        # ends in the next.
+        if self.parking and (any_reset or (self._phase == ACTIVE).any()):
+            terminations[:] = False
+        elif np.count_nonzero(terminations):
+            infos = self._end_episodes(terminations, rewards)
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
-                ended = np.flatnonzero(terminations)
-                final_obs = np.full(self.num_envs, None, object)
-                for row in ended:
-                    final_obs[row] = {
-                        "input_ids": self._input_ids[row].copy(),
-                        "attention_mask": self._attention_mask[row].copy(),
-                    }
-                infos = {"final_obs": final_obs, "_final_obs": terminations.copy()}
-                infos |= {"final_info": final, "_final_info": terminations.copy()}
-                self._done[ended] = False
-                self._origin[ended] = ended
-                self._begin(ended)
-                infos |= self._reset_info(terminations)
-            else:
-                infos = final
+                infos = self._reset_in_same_step(terminations, infos)
         if any_reset:
-            _merge(infos, self._reset_info(resetting))
-        if self.parking:
-            self._add_parked(infos)
-        if self.render_mode == "human":
-            self.render()
+            _merge(infos, self._reset_infos(resetting))
+        self._finish_infos(infos)
         return self._observation(), rewards, terminations, np.zeros(self.num_envs, bool), infos
 
     def _write(self, rows: np.ndarray, actions: np.ndarray) -> None:
-        """Append the policy's tokens and find out which rows wait now."""
+        """Append the policy's tokens, and find the rows that are complete or handed to the guide."""
         if self.handoff:
             asks = actions == self.vocab_size
-            asking, rows, actions = rows[asks], rows[~asks], actions[~asks]
-            self._active[asking] = False
-            self._waiting[asking] = self._wants_guide[asking] = True
+            self._phase[rows[asks]] = NEEDS_GUIDE
+            rows, actions = rows[~asks], actions[~asks]
         position = self._length[rows]
         self._input_ids[rows, self.max_prompt_tokens + position] = actions
         self._attention_mask[rows, self.max_prompt_tokens + position] = 1
         self._authors[rows, position] = Author.POLICY
         self._length[rows] = position + 1
-        self._policy_tokens[rows] += 1
-        stopped = self._ends.reached(actions, lambda i: self._tokens(rows[i]), lambda i: self._context(rows[i]))
+        stopped = self._stop_criteria.reached(
+            actions, lambda i: self._tokens(rows[i]), lambda i: self._context(rows[i])
+        )
         ended = stopped | (position + 1 == self.max_new_tokens)
-        handed = ~ended & (self._policy_tokens[rows] == self._handoff_at[rows])
-        waiting = ended | handed
-        if waiting.any():
+        handed = position + 1 == self._handoff_at[rows]
+        if np.count_nonzero(ended | handed):
+            self._phase[rows[handed]] = NEEDS_GUIDE
+            self._phase[rows[ended]] = NEEDS_REWARD
             self._finish[rows[ended]] = np.where(stopped[ended], STOP, LENGTH)
-            self._active[rows[waiting]] = False
-            self._waiting[rows[waiting]] = True
-            self._wants_guide[rows[handed]] = True
 
-    def _serve(self, mask: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
-        """End the episodes of all waiting rows: one call of the guide, one of the reward. Fills `rewards`."""
-        handed = np.flatnonzero(self._wants_guide)
+    # End of episodes
+
+    def _end_episodes(self, mask: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
+        """End the episodes of the rows in `mask`: one call of the guide, one of the reward.
+
+        Args:
+            mask: bool (N,), all rows that wait.
+            rewards: (N,), which is filled.
+
+        Returns:
+            The infos of these rows.
+        """
+        handed = np.flatnonzero(self._phase == NEEDS_GUIDE)
         if len(handed):
-            limits = (self.max_new_tokens - self._length[handed]).tolist()
             assert self.guide is not None
-            for row, (ids, _) in zip(
-                handed.tolist(), self._ask(handed, limits, self._request_seeds(handed, HANDOFF_SEED)), strict=True
-            ):
+            written = self._ask_guide(handed, self.max_new_tokens - self._length[handed], Purpose.HANDOFF_SEED)
+            for row, (ids, _) in zip(handed.tolist(), written, strict=True):
                 self._append(row, ids, self.guide.author)
-                self._completion_tokens[row] = len(ids)
             self._finish[handed] = HANDOFF
             # Should the reward fail now, a step that is tried again must not write a second completion.
-            self._wants_guide[handed] = False
+            self._phase[handed] = NEEDS_REWARD
         rows = np.flatnonzero(mask)
-        texts = self._ends.texts(
-            [self._tokens(row) for row in rows.tolist()], [self._context(row) for row in rows.tolist()]
-        )
+        contexts = [self._context(row) for row in rows.tolist()]
+        texts = self._stop_criteria.texts([self._tokens(row) for row in rows.tolist()], contexts)
         value = self.reward_function(
             prompts=self._prompts[rows].tolist(), completions=texts, references=self._references[rows].tolist()
         )
         total, parts = split_parts(value, len(rows))
+        prefix_length, policy_tokens = self._prefix_length[rows], (self._authors[rows] == Author.POLICY).sum(1)
         if self.handoff_cost:
-            parts["handoff_cost"] = -self.handoff_cost * self._completion_tokens[rows]
+            parts["handoff_cost"] = -self.handoff_cost * (self._length[rows] - prefix_length - policy_tokens)
             total = total + parts["handoff_cost"]
         rewards[rows] = total
-        self._waiting[rows] = False
-        self._done[rows] = True
+        self._phase[rows] = DONE
+        infos = {
+            "text": np.array(texts, object),
+            "authors": self._authors[rows],
+            "finish_reason": FINISH_REASONS[self._finish[rows]],
+            "prefix_length": prefix_length,
+            "policy_tokens": policy_tokens,
+            "guide_tokens": (self._authors[rows] == Author.GUIDE).sum(1),
+        }
+        return self._infos(mask, infos) | {"reward_parts": self._infos(mask, parts), "_reward_parts": mask.copy()}
 
-        part_infos: dict[str, Any] = {}
-        for name, values in parts.items():
-            self._add(part_infos, name, mask, values)
-        infos: dict[str, Any] = {}
-        self._add(infos, "text", mask, np.array(texts, object))
-        self._add(infos, "authors", mask, self._authors[rows])
-        self._add(infos, "finish_reason", mask, FINISH_REASONS[self._finish[rows]])
-        infos |= {"reward_parts": part_infos, "_reward_parts": mask.copy()}
-        self._add(infos, "prefix_length", mask, self._prefix_length[rows])
-        self._add(infos, "policy_tokens", mask, self._policy_tokens[rows])
-        self._add(infos, "guide_tokens", mask, (self._authors[rows] == Author.GUIDE).sum(1))
-        return infos
+    def _reset_in_same_step(self, mask: np.ndarray, final_infos: dict[str, Any]) -> dict[str, Any]:
+        """Replace the episodes that ended, and return the infos of the step."""
+        rows, observation = np.flatnonzero(mask), self._observation()
+        observations = np.full(self.num_envs, None, object)
+        for row in rows:
+            observations[row] = {name: array[row].copy() for name, array in observation.items()}
+        self._begin(rows, self._no_options)
+        return {
+            "final_obs": observations,
+            "_final_obs": mask.copy(),
+            "final_info": final_infos,
+            "_final_info": mask.copy(),
+            **self._reset_infos(mask),
+        }
 
     def texts(self, token_ids: Sequence[Sequence[int]], prompts: Sequence[str]) -> list[str]:
-        """What the reward reads of token ids: the text up to where an episode of them would have ended.
+        """Decode token ids as the reward reads them: up to where an episode with these tokens would have ended.
 
         Args:
-            token_ids: For each text what follows the prompt, prefix included.
+            token_ids: For each text the token ids after the prompt, prefix included.
             prompts: For each text its prompt, without the template.
         """
-        from textgym.tokenization import Context
-
         encoded = self.encode_prompts([("", prompt, "") for prompt in prompts])
         contexts = [Context(ids, self.in_template(text)) for text, ids in encoded]
         texts = [list(ids)[: self.max_new_tokens] for ids in token_ids]
-        cut = [self._ends.cut(ids, context=context) or ids for context, ids in zip(contexts, texts, strict=True)]
-        return self._ends.texts(cut, contexts)
+        criteria = self._stop_criteria
+        cut = [criteria.cut(ids, context=context) or ids for context, ids in zip(contexts, texts, strict=True)]
+        return criteria.texts(cut, contexts)
+
+    def reward_arguments(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        """The keyword arguments of a reward function (see `RewardFunction`) for the unfinished texts of `rows`."""
+        tokens, contexts = [self._tokens(row) for row in rows], [self._context(row) for row in rows]
+        return {
+            "prompts": self._prompts[rows].tolist(),
+            "completions": decode_continuations(self.tokenizer, contexts, tokens),
+            "references": self._references[rows].tolist(),
+        }
 
     def action_masks(self) -> np.ndarray:
-        """Which actions are allowed now, for libraries that mask those that are not; `step` takes every action.
+        """Which actions are allowed now, for algorithms that mask the others; `step` itself takes every action.
 
-        Left out are ids that are no token, the tokens that end a text while it has fewer than `min_new_tokens` (but not
-        what can complete a string of `stop`), the `banned_tokens`, and what the reward's `allowed_tokens` leaves out,
+        Masked are ids that are no token, tokens that end a text while it has fewer than `min_new_tokens` (but not those
+        that could complete a string of `stop`), the `banned_tokens`, and those not among the reward's `allowed_tokens`,
         where it has that method (see `textgym.rewards.base.RewardFunction`). A row that reads no action is allowed all.
 
         Returns:
             bool (N, actions).
 
         Raises:
-            ValueError: Nothing would be left to a row.
+            ValueError: A row has no allowed action.
         """
         masks = np.ones((self.num_envs, self.vocab_size + self.handoff), bool)
-        rows = np.flatnonzero(self._active)
+        rows = np.flatnonzero(self._phase == ACTIVE)
         masks[rows[:, None], [*self.banned_tokens, *self._unused_ids]] = False
-        masks[np.ix_(rows[self._length[rows] < self.min_new_tokens], np.flatnonzero(self._ends.tokens))] = False
+        early = rows[self._length[rows] < self.min_new_tokens]
+        masks[np.ix_(early, np.flatnonzero(self._stop_criteria.tokens))] = False
         allowed_tokens = getattr(self.reward_function, "allowed_tokens", None)
         if allowed_tokens is not None and len(rows):
-            masks[rows, : self.vocab_size] &= allowed_tokens(
-                prompts=self._prompts[rows].tolist(),
-                completions=self.written_texts(rows.tolist()),
-                references=self._references[rows].tolist(),
-                tokenizer=self.tokenizer,
-            )
+            arguments = self.reward_arguments(rows.tolist())
+            masks[rows, : self.vocab_size] &= allowed_tokens(**arguments, tokenizer=self.tokenizer)
         if not masks.any(1).all():
             raise ValueError(
                 f"action_masks has no action for rows {np.flatnonzero(~masks.any(1)).tolist()}: min_new_tokens="
@@ -860,76 +734,71 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             )
         return masks
 
-    # What the outside sees
+    # Observations, infos and renderings
 
     def _observation(self) -> dict[str, np.ndarray]:
         if self.copy:
             return {"input_ids": self._input_ids.copy(), "attention_mask": self._attention_mask.copy()}
         return {"input_ids": self._input_ids, "attention_mask": self._attention_mask}
 
-    def _add(self, infos: dict[str, Any], key: str, mask: np.ndarray, values: np.ndarray) -> None:
-        """Put values of the rows in `mask` into infos as Gymnasium's vector environments do."""
-        array: np.ndarray
-        if values.dtype == object:
-            array = np.full(self.num_envs, None, object)
-        else:
-            array = np.zeros((self.num_envs, *values.shape[1:]), values.dtype)
-        array[mask] = values
-        infos[key], infos[f"_{key}"] = array, mask.copy()
-
-    def _reset_info(self, mask: np.ndarray) -> dict[str, Any]:
+    def _infos(self, mask: np.ndarray, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Values of the rows in `mask` as infos of Gymnasium's vector environments."""
         infos: dict[str, Any] = {}
-        self._add(infos, "prompt", mask, self._prompts[mask])
-        self._add(infos, "references", mask, self._references[mask])
-        self._add(infos, "sample_id", mask, self._sample[mask])
-        self._add(infos, "prefix_length", mask, self._prefix_length[mask])
-        self._add(infos, "authors", mask, self._authors[mask])
+        for key, own in values.items():
+            array: np.ndarray = np.zeros((self.num_envs, *own.shape[1:]), own.dtype)
+            if own.dtype == object:
+                array.fill(None)
+            array[mask] = own
+            infos |= {key: array, f"_{key}": mask.copy()}
         return infos
 
-    def _add_parked(self, infos: dict[str, Any]) -> None:
-        self._add(infos, "parked", np.ones(self.num_envs, bool), ~self._active)
+    def _reset_infos(self, mask: np.ndarray) -> dict[str, Any]:
+        values = {
+            "prompt": self._prompts,
+            "references": self._references,
+            "sample_id": self._sample,
+            "prefix_length": self._prefix_length,
+            "authors": self._authors,
+        }
+        return self._infos(mask, {key: array[mask] for key, array in values.items()})
+
+    def _finish_infos(self, infos: dict[str, Any]) -> None:
+        """Add which rows are parked, and show the rows where that is wanted."""
+        if self.parking:
+            infos |= self._infos(np.ones(self.num_envs, bool), {"parked": self._phase != ACTIVE})
+        if self.render_mode == "human":
+            self.render()
 
     def render(self) -> tuple[str, ...] | None:
-        """Show every row: the prompt dim, and each author's tokens in a colour of their own.
+        """Show every row: the prompt dim, and each author's tokens in their own colour.
 
         Returns:
-            One string a row in mode "ansi", nothing in mode "human", which prints them.
+            One string per row in mode "ansi"; None in mode "human", which prints them.
         """
         if self.render_mode is None:
             gym.logger.warn("render() needs render_mode='ansi' or 'human', given when the environment is made")
             return None
-        frames = tuple(self._frame(row) for row in range(self.num_envs))
+        frames = tuple(map(self._frame, range(self.num_envs)))
         if self.render_mode == "ansi":
             return frames
         print(*frames, sep="\n", flush=True)
         return None
 
     def _frame(self, row: int) -> str:
-        from textgym.tokenization import Context, decode_continuations
-
-        colours = {Author.POLICY: "32", Author.GUIDE: "35", Author.REFERENCE: "34", Author.USER: "33"}
         tokens, authors = self._tokens(row), self._authors[row, : self._length[row]]
-        starts = np.flatnonzero(np.diff(authors, prepend=-2)).tolist()
-        # A stretch of one author is what it adds to all before it.
-        before = [
-            Context([*self._prompt_ids[row], *tokens[:start]], "") if start else self._context(row) for start in starts
-        ]
-        runs = [tokens[start:end] for start, end in zip(starts, [*starts, len(tokens)][1:], strict=True)]
-        parts = [f"\x1b[2m{self._prompts[row] or ''}\x1b[0m"]
-        for start, text in zip(starts, decode_continuations(self.tokenizer, before, runs), strict=True):
-            parts.append(f"\x1b[{colours[Author(authors[start])]}m{text}\x1b[0m")
-        return "".join(parts)
+        stretches = decode_by_author(self.tokenizer, self._context(row), tokens, authors) if tokens else []
+        return coloured(self._prompts[row] or "", stretches)
 
-    # Resuming
+    # State
 
     def get_state(self) -> dict[str, Any]:
-        """What the next reset depends on: seeds, episode counters, the position in a pass, guidance.
+        """The state that the next reset depends on: seeds, episode counters, the position in a pass, guidance.
 
-        Running episodes are not part of it. The value is plain data that pickles.
+        It holds no running episodes, and is plain data that pickles.
         """
         return {
-            "row_keys": None if self._row_keys is None else self._row_keys.copy(),
-            "episode": self._episode.copy(),
+            "row_keys": None if self._draws.row_keys is None else self._draws.row_keys.copy(),
+            "episode": self._draws.episode.copy(),
             "cursor": self._cursor,
             "guidance": list(self._guidance),
         }
@@ -942,74 +811,17 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """
         if len(state["episode"]) != self.num_envs:
             raise ValueError(f"state is of num_envs={len(state['episode'])}, this environment has {self.num_envs}")
-        self._row_keys = None if state["row_keys"] is None else state["row_keys"].copy()
-        self._episode = state["episode"].copy()
+        self._draws.row_keys = None if state["row_keys"] is None else state["row_keys"].copy()
+        self._draws.episode = state["episode"].copy()
         self._cursor = state["cursor"]
         self._set_guidance(np.arange(self.num_envs), state["guidance"])
 
 
-def _positive(name: str, value: Any, default: int | None = None) -> int:
-    value = default if value is None else value
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-    return int(value)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
-    return value
-
-
-def _per_row(value: Any, num_envs: int, name: str, kind: Any) -> list | None:
-    """An option as one entry a row (None where a row has none)."""
-    if value is None:
-        return None
-    if isinstance(value, kind):
-        return [value] * num_envs
-    entries = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else None
-    if entries is None or any(entry is not None and not isinstance(entry, kind) for entry in entries):
-        raise ValueError(
-            f"options[{name!r}] must be {getattr(kind, '__name__', kind)} or a sequence with one (or None) a row, "
-            f"got {value!r}"
-        )
-    if len(entries) != num_envs:
-        raise ValueError(f"options[{name!r}] must have one entry a row ({num_envs}), got {len(entries)}")
-    return entries
-
-
-def _references_per_row(value: Any, prompt: Any, num_envs: int) -> list | None:
-    """References are texts already, so one prompt for all rows takes one sequence of texts, many take many."""
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(
-            f"options['references'] must be a sequence of texts, or one such sequence a row, got {value!r}"
-        )
-    if all(isinstance(entry, str) for entry in value) and (prompt is None or isinstance(prompt, str)):
-        return [tuple(value)] * num_envs
-    if len(value) != num_envs:
-        raise ValueError(f"options['references'] must have one entry a row ({num_envs}), got {len(value)}")
-    if any(isinstance(entry, str) for entry in value):
-        raise ValueError(f"options['references'] must be a sequence of texts for each row, got {value!r}")
-    return [None if entry is None else tuple(entry) for entry in value]
-
-
-def _prefix_per_row(value: Any, num_envs: int) -> list | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or (len(value) and all(isinstance(entry, int | np.integer) for entry in value)):
-        return [value] * num_envs
-    if len(value) != num_envs:
-        raise ValueError(
-            "options['prefix'] must be a text, token ids, or a sequence with one of these (or None) a row "
-            f"({num_envs}), got {len(value)} entries"
-        )
-    return list(value)
+def argument_names(environment: type) -> list[str]:
+    """The names of all keyword arguments of an environment's class and its bases."""
+    constructors = [vars(base)["__init__"] for base in environment.__mro__ if "__init__" in vars(base)]
+    parameters = [parameter for init in constructors for parameter in signature(init).parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY))
 
 
 def _merge(infos: dict[str, Any], other: dict[str, Any]) -> None:

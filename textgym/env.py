@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from inspect import Signature, signature
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from textgym.engine import TextVectorEnv
+from textgym.checks import check_arguments
+from textgym.engine import TextVectorEnv, argument_names
 from textgym.guidance import Guidance
 from textgym.guides.base import Guide
 from textgym.rewards.base import RewardFunction
@@ -24,15 +26,19 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
     """Token-level text generation, one episode at a time.
 
     An episode is ``prompt | prefix (guide) | body (policy) | completion (guide)`` with one reward at its end. The
-    classes of the single tasks (`textgym.tasks`) are the reference pages; this one has what they share.
+    classes of the tasks (`textgym.tasks`) are the reference pages; this is their base class.
 
     Args:
         task: The task. Subclasses set it as a class attribute.
-        **arguments: As for `TextVectorEnv`, but for those that only a vector environment has: ``num_envs``,
+        **arguments: As for `TextVectorEnv`, except those that only a vector environment has: ``num_envs``,
             ``parking``, ``autoreset_mode``, ``copy``.
 
     Raises:
+        TypeError: An unknown argument; the message names the one that was probably meant.
         ValueError: An argument outside of what is allowed, or one that only the vector environment has.
+
+    Attributes:
+        engine: The vector environment of one row that runs the episodes.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
@@ -45,12 +51,13 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
                     f"{name} is an argument of the vector environment only (gym.make_vec), "
                     f"got {name}={arguments[name]!r}"
                 )
+        check_arguments(type(self).__name__, arguments, argument_names(type(self)))
         if task is not None:
             self.task = task
-        self._engine = TextVectorEnv(1, task=self.task, autoreset_mode=AutoresetMode.DISABLED, **arguments)
-        self.render_mode = self._engine.render_mode
-        self.observation_space = self._engine.single_observation_space
-        self.action_space = self._engine.single_action_space
+        self.engine = TextVectorEnv(1, task=self.task, autoreset_mode=AutoresetMode.DISABLED, **arguments)
+        self.render_mode = self.engine.render_mode
+        self.observation_space = self.engine.single_observation_space
+        self.action_space = self.engine.single_action_space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -74,15 +81,15 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
         for name in VECTOR_ONLY_OPTIONS:
             if name in options:
                 raise ValueError(f"options[{name!r}] is an option of the vector environment only")
-        # A sequence would mean one entry a row to the engine, whose only row this is.
+        # To the engine, whose only row this is, a sequence has one entry per row.
         for name in ("prefix", "references"):
             if options.get(name) is not None:
                 options[name] = [options[name]]
         if isinstance(options.get("prompt"), str):
             options["prompt"] = [options["prompt"]]
-        if self._engine._row_keys is None and seed is None:
+        if seed is None and not self.engine.seeded:
             seed = int(self.np_random.integers(2**31))
-        observation, infos = self._engine.reset(seed=seed, options=options)
+        observation, infos = self.engine.reset(seed=seed, options=options)
         return _first(observation), row_info(infos, 0)
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -98,47 +105,54 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
             ValueError: An action outside of the action space.
             gymnasium.error.ResetNeeded: The episode is over, or never began.
         """
-        observation, rewards, terminations, _, infos = self._engine.step(np.asarray(action).reshape(1))
+        observation, rewards, terminations, _, infos = self.engine.step(np.asarray(action).reshape(1))
         return _first(observation), float(rewards[0]), bool(terminations[0]), False, row_info(infos, 0)
 
     def action_masks(self) -> np.ndarray:
         """Which actions are allowed now, bool (actions,) (see `TextVectorEnv.action_masks`)."""
-        return self._engine.action_masks()[0]
+        return self.engine.action_masks()[0]
 
     def render(self) -> str | None:
-        """Show prompt and text, each author in a colour of its own: as a string ("ansi") or printed ("human")."""
-        frames = self._engine.render()
+        """Show prompt and text, each author in their own colour: as a string ("ansi") or printed ("human")."""
+        frames = self.engine.render()
         return frames[0] if frames else None
 
     @property
     def exhausted(self) -> bool:
         """Whether every sample of a sequential pass was visited; the next reset starts another pass."""
-        return self._engine.exhausted
+        return self.engine.exhausted
 
     @property
     def guidance(self) -> Guidance:
         """The guidance in force."""
-        return self._engine._guidance[0]
+        return cast("Guidance", self.engine.guidance)
 
     @property
     def guide(self) -> Guide | None:
         """The guide."""
-        return self._engine.guide
+        return self.engine.guide
 
     @property
     def data(self) -> Split:
         """The split's samples and fingerprint."""
-        return self._engine.data
+        return self.engine.data
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer whose ids are the actions."""
-        return self._engine.tokenizer
+        return self.engine.tokenizer
 
     @property
     def reward_function(self) -> RewardFunction:
         """The reward; loaded, and trained where the task says so, on first use."""
-        return self._engine.reward_function
+        return self.engine.reward_function
+
+
+# So that `help` shows the arguments, which are written once.
+_parameters = signature(TextVectorEnv.__init__).parameters.values()
+TextEnv.__init__.__signature__ = Signature(  # type: ignore[attr-defined]
+    [parameter for parameter in _parameters if parameter.name not in (*VECTOR_ONLY, "unknown")]
+)
 
 
 def _first(observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -146,7 +160,7 @@ def _first(observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def row_info(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """What the infos of a vector environment say of one row, as the single environment says it."""
+    """The info of one row, as the single environment has it, from the infos of a vector environment."""
     info: dict[str, Any] = {}
     for key, value in infos.items():
         if key.startswith("_") or not infos[f"_{key}"][row]:

@@ -1,4 +1,4 @@
-"""How long a text a model can read, and positions that do not depend on what stands beside a text."""
+"""The longest text that a model can read, and positions that do not depend on the other texts of a batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def short_context(model: PreTrainedModel) -> int | None:
 
     LongRoPE (Ding et al. 2024, arXiv 2402.13753; Phi 3, 3.5 and 4) has two sets of factors for its rotary positions:
     one for texts up to the length of pretraining, one for longer texts. transformers takes the set that the longest row
-    of a batch needs, so what a row gets would depend on the rows beside it, and on how far a text has been written.
+    of a batch needs, so the states of a row would depend on the other rows, and on how long the text is so far.
     """
     rope: Any = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
@@ -44,7 +44,7 @@ def short_context(model: PreTrainedModel) -> int | None:
 
 
 def fix_positions(model: PreTrainedModel, context_length: int | None) -> None:
-    """Give a LongRoPE model the factors for one length of context, whatever texts it reads; others stay as they are.
+    """Give a LongRoPE model the factors for one length of context, for all texts; other models do not change.
 
     Args:
         model: The model, which is changed (see `short_context`).
@@ -64,18 +64,18 @@ def fix_positions(model: PreTrainedModel, context_length: int | None) -> None:
             module.rope_type = {key: _FIXED if kind == "longrope" else kind for key, kind in rope_type.items()}
         elif rope_type in ("longrope", _FIXED):
             _fix(module, long, border, None)
-            module.rope_type = _FIXED  # transformers leaves alone what it does not know
+            module.rope_type = _FIXED  # transformers leaves an unknown type alone
 
 
 def with_positions_alike(model: PreTrainedModel, lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Parts of a batch that is read once, each with the positions that its texts need, whatever else is in the batch.
+    """Split a batch into parts that need the same positions, and set these for each part.
 
     Args:
         model: The model, which is changed for each part (see `fix_positions`).
         lengths: (n,) integers, most tokens of each text.
 
     Yields:
-        Indices of texts, integers (m,): all of them, but of a LongRoPE model first short texts and then long ones.
+        Indices of texts, integers (m,): all at once, but for a LongRoPE model first short texts and then long ones.
     """
     border = short_context(model)
     long = np.zeros(len(lengths), bool) if border is None else np.asarray(lengths) > border
@@ -98,12 +98,12 @@ def _fix(module: Any, long: bool, border: int, layer_type: str | None) -> None:
 
 
 def warn_of_short_factors(model: PreTrainedModel, length: int, context_length: int | None) -> None:
-    """Warn where a text is longer than what the factors in force are for.
+    """Warn of a text that is too long for the factors in force.
 
     Args:
         model: The model.
         length: Tokens of the text.
-        context_length: What `fix_positions` was told.
+        context_length: The argument of `fix_positions`.
     """
     border = short_context(model)
     if border is not None and length > border >= (context_length or 0):

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from textgym.packing import PaddedCache
+from textgym.caches import PaddedCache
+from textgym.precision import nearly_equal
 
 
 def decoder_start(model: PreTrainedModel) -> list[int]:
-    """What the decoder has read before the first new token, as the model's generation config says.
+    """The tokens that the decoder reads before the first new one, by the model's generation config.
 
     Raises:
-        ValueError: It does not say.
+        ValueError: The config names none.
     """
     config = model.generation_config
     first = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
@@ -32,7 +33,7 @@ def encode(model: PreTrainedModel, prompts: Tensor, lengths: Tensor) -> tuple[Te
 
     Args:
         model: A sequence-to-sequence language model.
-        prompts: (B, S) int64, prompts that begin in the first column; what stands after one is never read.
+        prompts: (B, S) int64, prompts that begin in the first column; columns after a prompt are never read.
         lengths: (B,) int64 of at least 1.
 
     Returns:
@@ -55,7 +56,7 @@ def read(
         model: A sequence-to-sequence language model.
         prompts: (B, P) int64, prompts that begin in the first column.
         prompt_lengths: (B,) int64 of at least 1.
-        texts: (B, S) int64, new tokens that begin in the first column; what stands after them is never read.
+        texts: (B, S) int64, new tokens that begin in the first column; columns after them are never read.
         rows: (n,) int64, the text of each state.
         lengths: (n,) int64, the new tokens after which it is; zero is the state before the first.
 
@@ -80,8 +81,9 @@ def read(
 class Seq2SeqCache(PaddedCache):
     """Prompts and new tokens that are read and then continued, a token at a time.
 
-    New tokens of all rows end in the same column. A decoder with an embedding of positions (BART's and its kin's) takes
-    the column for the position; it is given each row's own. The others (T5's) know distances between tokens alone.
+    New tokens of all rows end in the same column. A decoder with an embedding of positions (BART and its relatives)
+    takes the column for the position, so it is given each row's position. Others (T5) only know distances between
+    tokens.
 
     Args:
         model: A sequence-to-sequence language model.
@@ -89,7 +91,7 @@ class Seq2SeqCache(PaddedCache):
         steps: Most tokens that will follow.
 
     Raises:
-        ValueError: New tokens of different lengths, and a model that takes columns for positions in a way of its own.
+        ValueError: New tokens of different lengths, and a model that cannot be given positions.
     """
 
     def __init__(self, model: PreTrainedModel, texts: list[tuple[np.ndarray, np.ndarray]], steps: int) -> None:
@@ -114,7 +116,7 @@ class Seq2SeqCache(PaddedCache):
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
         def place(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            # What it gives for a column is what belongs to that position, and no position is beyond the last column.
+            # Its output for a column is that of the position, and no position is beyond the last column.
             columns = output.reshape(-1, ids.shape[1], output.shape[-1])[0]
             if self._table is None:
                 self._table = columns
@@ -139,7 +141,7 @@ class Seq2SeqCache(PaddedCache):
         return output.last_hidden_state[:, -1]
 
     def keep(self, order: Tensor, moved: Tensor) -> None:
-        """Let texts leave (see `PackedCache.keep`)."""
+        """Remove texts (see `PackedCache.keep`)."""
         super().keep(order, moved)
         self._prompt_mask = self._prompt_mask[order]
         # Of the encoder's states only the shape is still looked at: their keys and values are in the cache.
@@ -152,14 +154,19 @@ class Seq2SeqCache(PaddedCache):
                 layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
 
 
-_CHECKED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+# Whether texts of different lengths can be continued together, by the precision in which it was tried.
+_CHECKED: WeakKeyDictionary[PreTrainedModel, dict[torch.dtype, bool]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def _check_positions(model: PreTrainedModel) -> None:
-    """Try, once, whether texts of different lengths get the states that they have alone."""
-    if model not in _CHECKED:
-        _CHECKED[model] = True  # for the caches made here
+    """Try, once for each precision, whether texts of different lengths get the states that they have alone."""
+    kind = model.device.type
+    # The caller may have cast the weights (`precision.Autocast`).
+    autocast_to = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    verdicts, precision = _CHECKED.setdefault(model, {}), autocast_to or model.dtype
+    if precision not in verdicts:
+        verdicts[precision] = True  # for the caches made here
         prompt, new = np.arange(3, 6), np.arange(6, 10)
         cache = Seq2SeqCache(model, [(prompt, new), (prompt, new[:1])], 1)
         cache.prefill()
@@ -167,14 +174,9 @@ def _check_positions(model: PreTrainedModel) -> None:
         ids = torch.from_numpy(np.stack([[*new, new[0]], new[[0, 1, 0, 0, 0]]])).to(model.device)
         prompts, rows = torch.from_numpy(prompt).to(model.device), torch.arange(2, device=model.device)
         alone = read(model, prompts.expand(2, -1), torch.full_like(rows, 3), ids, rows, 5 - 3 * rows)
-        # In the precision of the caller, who may have cast the weights (`packing.Autocast`).
-        kind, dtype = model.device.type, states.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        tolerance = min(100 * torch.finfo(dtype).eps, 0.1)
-        _CHECKED[model] = bool((states - alone).abs().max() <= tolerance * alone.abs().max())
-    if not _CHECKED[model]:
+        verdicts[precision] = nearly_equal(states, alone, dtype=autocast_to)
+    if not verdicts[precision]:
         raise ValueError(
             f"model must be one that can continue texts of different lengths together, which {type(model).__name__} "
-            "cannot: use it without a guide that begins texts"
+            "cannot: use it without a guide that writes prefixes"
         )

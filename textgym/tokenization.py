@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -143,16 +145,16 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTr
 
 
 class _Vocabulary(NamedTuple):
-    """What is looked up often of a tokenizer's vocabulary.
+    """Facts about a tokenizer's vocabulary that are looked up often.
 
     Attributes:
         size: The largest id plus one.
         gaps: The ids below that are no token.
-        ordinary: bool (size,), tokens that are text whatever stands around them: neither special nor a byte.
-        joins: Whether texts are encoded and decoded to the same alone and after others, space included, up to where
-            single bytes make a character; None where texts cannot be encoded, but for words of the vocabulary.
-        whole: Tokens known to be of whole characters, or known not to.
-        decoded: Texts of the ends of contexts, as many as are worth keeping.
+        ordinary: bool (size,), tokens that are text in any context: neither special nor a byte.
+        joins: Whether texts are encoded and decoded to the same alone and after others, space included, except for
+            bytes that are part of a character; None for tokenizers that encode only words of their vocabulary.
+        whole: Whether tokens looked up so far are of whole characters.
+        decoded: Texts of the ends of some contexts.
     """
 
     size: int
@@ -202,7 +204,7 @@ def _is_whole(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many token ids there are, which is the largest plus one: a vocabulary can have gaps."""
+    """The number of token ids, which is the largest plus one: a vocabulary can have gaps."""
     return _vocabulary(tokenizer).size
 
 
@@ -216,7 +218,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedded: int) -> None:
 
     Args:
         tokenizer: The tokenizer. Tokens that were added to its vocabulary may be more than the model embeds (Gemma 3's
-            token for images, CodeLlama's for gaps, a padding token of one's own), if EOS is not among these.
+            token for images, CodeLlama's for gaps, a padding token), if EOS is not one of them.
         embedded: Tokens that the model embeds.
 
     Raises:
@@ -255,24 +257,29 @@ def check_embedded(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, i
         )
 
 
+def eos_first(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> tuple[int, ...]:
+    """EOS, where the tokenizer has one, then other tokens that end a text, each once."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*eos, *token_ids]))
+
+
 def end_ids(tokenizer: PreTrainedTokenizerBase, of_model: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a text: the tokenizer's EOS first, where it has one, then those of the model.
+    """The tokens that end a text of a model, EOS first.
 
     Args:
         tokenizer: The tokenizer.
         of_model: `eos_token_id` of the model's generation config. Every entry of a list counts. A single id counts only
-            where the tokenizer has it as an added token, as it has every end: a config that nobody wrote names an
-            arbitrary token of a vocabulary that is not its own.
+            where the tokenizer has it as an added token, as every token that ends a text is: a config that nobody wrote
+            names an arbitrary token of another vocabulary.
     """
     if isinstance(of_model, int):
         of_model = [of_model] if of_model in tokenizer.added_tokens_decoder else []
-    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     size = vocabulary_size(tokenizer)
-    return tuple(dict.fromkeys([*first, *(int(token) for token in of_model or () if 0 <= token < size)]))
+    return eos_first(tokenizer, [int(token) for token in of_model or () if 0 <= token < size])
 
 
 def ends_beside(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a text of the model beside which a tokenizer lies (see `end_ids`).
+    """The tokens that end a text of the model in the tokenizer's folder (see `end_ids`).
 
     Raises:
         ValueError: The model's generation config cannot be read.
@@ -289,12 +296,12 @@ def ends_beside(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token with which the chat template closes an answer, one of those added to the vocabulary; None for none."""
+    """The added token with which the chat template closes an answer; None for none."""
     place = "\0"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": place}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # whatever a template of somebody else's raises: it is about questions alone
+    except Exception:  # a template that shows no answers can raise anything
         return None
     _, _, after = text.rpartition(place)
     ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if place in text and after else []
@@ -302,16 +309,16 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def template_parts(tokenizer: PreTrainedTokenizerBase, template: str, chat: bool) -> tuple[str, str]:
-    """What a template puts before and after a prompt.
+    """The texts that a template puts before and after a prompt.
 
     Args:
         tokenizer: The tokenizer, whose chat template is used with `chat`.
         template: A text with ``{prompt}``.
-        chat: Whether the filled template is what a user says to a chat model, whose answer comes next.
+        chat: Whether the filled template is a user's message to a chat model, which answers next.
 
     Raises:
-        ValueError: The template does not hold ``{prompt}`` once and nothing else to fill in, or `chat` is True without
-            a chat template that shows what a user says once.
+        ValueError: The template does not hold ``{prompt}`` once and no other field, or `chat` is True without a chat
+            template that shows a user's message once.
     """
     place = "\0"
     try:
@@ -319,7 +326,7 @@ def template_parts(tokenizer: PreTrainedTokenizerBase, template: str, chat: bool
     except (AttributeError, IndexError, KeyError, ValueError):
         text = ""
     if text.count(place) != 1:
-        raise ValueError(f"template must hold {{prompt}} once, and braces of its own doubled, got {template!r}")
+        raise ValueError(f"template must hold {{prompt}} once, and all other braces doubled, got {template!r}")
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError("chat must be False for a tokenizer without a chat template")
@@ -331,7 +338,7 @@ def template_parts(tokenizer: PreTrainedTokenizerBase, template: str, chat: bool
 
 
 def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """What a chat model reads when a user says `text`, up to where its answer begins."""
+    """The text that a chat model reads before it answers a user's message."""
     turn = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
@@ -346,15 +353,15 @@ def encode_prompts(
     """Encode prompts, dropping tokens of the body where one is too long.
 
     Each prompt is encoded whole, so that truncation never changes how the rest is split into tokens, and with the
-    special tokens that the tokenizer puts around a text (Llama's and Gemma's BOS, T5's EOS), which models were trained
-    with; a BOS that a prompt holds already is not put there again.
+    special tokens that the tokenizer puts around a text (BOS of Llama and Gemma, EOS of T5), with which models were
+    trained; a prompt that already has a BOS gets no second one.
 
     Args:
         tokenizer: The tokenizer.
         prompts: Triples (before, body, after); only the body may be truncated.
         max_prompt_tokens: Most tokens of a prompt.
         truncation_side: Which end of the body is dropped.
-        add_special_tokens: False where the prompts hold them already, as those of a chat do.
+        add_special_tokens: False for prompts that already hold them, as those of a chat do.
 
     Returns:
         For each prompt the text that is left and its token ids.
@@ -404,7 +411,7 @@ def _encode_parts(
     truncation_side: str,
     add_special_tokens: bool,
 ) -> tuple[str, list[int]]:
-    """For tokenizers that do not tell which characters a token covers: each part is encoded on its own."""
+    """Encode each part of a prompt alone, for tokenizers that do not say which characters a token covers."""
     before, body, after = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts)
     if not before + body + after:
         raise ValueError(f"a prompt must have at least one token, got {''.join(parts)!r}")
@@ -424,7 +431,7 @@ def _encode_parts(
 
 
 def has_bos_twice(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:
-    """Whether a tokenizer put a BOS before the one with which a text begins, as one from a chat template does."""
+    """Whether a tokenizer put a BOS before a text that begins with one, as texts of a chat template do."""
     bos = tokenizer.bos_token
     return (
         bool(bos)
@@ -449,11 +456,11 @@ def as_continuation(prompt: str, text: str) -> str:
 
 
 class Context(NamedTuple):
-    """What stands before new tokens.
+    """Everything before new tokens.
 
     Attributes:
         ids: Its token ids.
-        text: Its text, as whoever reads the new text is shown it.
+        text: Its text, as readers of the new text see it.
     """
 
     ids: Sequence[int] = ()
@@ -464,15 +471,15 @@ NO_CONTEXT = Context()
 
 # Characters and tokens of a context that a tokenizer looks at, and how many ends of contexts are kept decoded.
 _LAST_CHARACTERS, _LAST_TOKENS, _DECODED_ENDS = 32, 4, 10_000
-# Texts that encode to tokens which, with one tokenizer or another, do not merge with what follows.
+# Texts whose tokens, with some tokenizers, do not merge with the following text.
 _ANCHORS = ("a", ".", "\n", "\u4e2d")
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str]) -> list[list[int]]:
     """Encode texts that continue a prompt, without an EOS.
 
-    A SentencePiece tokenizer puts a space before a text that is encoded alone, or takes one away. Where decoding the
-    tokens after the prompt shows that, the text is encoded after something else, of which the tokens are then left out.
+    A SentencePiece tokenizer adds or removes a space before a text that is encoded alone. Where decoding the tokens
+    after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out.
 
     Args:
         tokenizer: The tokenizer.
@@ -529,9 +536,9 @@ def _end_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[int
 def decode_continuations(
     tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]
 ) -> list[str]:
-    """What token ids add to the text of their contexts: the decoded whole less the decoded context.
+    """Decode token ids that continue contexts: the decoded whole less the decoded context.
 
-    This is the one way from new tokens to text, for rewards, guides, stop strings, infos and renderings. Decoded alone,
+    All new tokens are decoded here, for rewards, guides, stop strings, infos and renderings. Decoded alone,
     SentencePiece and WordPiece tokens lose the space before the first word.
 
     Args:
@@ -540,9 +547,9 @@ def decode_continuations(
         token_ids: n sequences of the ids that follow them.
 
     Returns:
-        n texts without special tokens. Where the tokens of a context have lost the space at the end of its text (T5's
-        do), the new text begins without one. Bytes that end inside a character become U+FFFD; a character that begins
-        in the context and is completed by the new tokens belongs to the new text.
+        n texts without special tokens. Where the tokens of a context have lost the space at the end of its text (those
+        of T5), the new text begins without one. Bytes that end inside a character become U+FFFD; a character that
+        begins in the context and ends in the new tokens belongs to the new text.
     """
     if not len(token_ids):
         return []
@@ -572,8 +579,33 @@ def decode_continuations(
     return texts
 
 
+def decode_by_author(
+    tokenizer: PreTrainedTokenizerBase, context: Context, token_ids: Sequence[int], authors: Sequence[int] | np.ndarray
+) -> list[tuple[int, str]]:
+    """Split a text into stretches of one author each, and decode each as a continuation of everything before it.
+
+    Args:
+        tokenizer: The tokenizer.
+        context: Everything before the text.
+        token_ids: T token ids.
+        authors: For each its author's code (see `textgym.guides.base.Author`).
+
+    Returns:
+        Pairs (author, text).
+    """
+    stretches = [
+        (author, [token for _, token in pairs])
+        for author, pairs in groupby(zip(authors, token_ids, strict=True), key=lambda pair: int(pair[0]))
+    ]
+    contexts = [context]
+    for _, ids in stretches:
+        contexts.append(Context([*contexts[-1].ids, *ids], ""))
+    texts = decode_continuations(tokenizer, contexts[:-1], [ids for _, ids in stretches])
+    return [(author, text) for (author, _), text in zip(stretches, texts, strict=True)]
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
-    """Decode whole texts without special tokens (see `decode_continuations` for what continues one)."""
+    """Decode whole texts without special tokens (see `decode_continuations` for continuations)."""
     if not ids:
         return []
     kind, usual = type(tokenizer), PreTrainedTokenizerFast
@@ -587,36 +619,51 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-class Ends:
-    """Where a text ends: after EOS or another token that ends it, or before a string.
+class StopCriteria:
+    """Decides where a text ends: after EOS or another token that ends it, or before a string.
 
     Args:
         tokenizer: The tokenizer.
         stop: Strings before which a text ends. The name of a special token, such as "<|im_end|>", means that token.
-        more_ids: Tokens that end a text beside EOS.
+        more_ids: Tokens that end a text in addition to EOS.
+        chat: Whether the token that closes an answer in the chat template ends a text, too.
 
     Attributes:
-        token_ids: The tokens that end a text whatever stands before them.
+        token_ids: The tokens that end a text, EOS first.
         tokens: bool (V,), which these are.
-        named: Those of them that `stop` names.
+        closing_token: The token to end a text with: with `chat` the one that closes an answer, else the first that
+            `stop` names, else EOS. The first two come before EOS, which a model may never have seen there.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), more_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        more_ids: Sequence[int] = (),
+        chat: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab() if stop else {}
         # Texts are decoded without special tokens, so their names are never in one.
         special = {*tokenizer.all_special_ids}
         named = {text: vocabulary[text] for text in stop if vocabulary.get(text) in special}
-        self.named = tuple(named.values())
+        closing = end_of_turn(tokenizer) if chat else None
+        own = [*([] if closing is None else [closing]), *named.values()]
+        self.closing_token: Any = own[0] if own else tokenizer.eos_token_id
+        self.token_ids = eos_first(tokenizer, [*more_ids, *own])
         self.tokens = np.zeros(vocabulary_size(tokenizer), bool)
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.token_ids = tuple(dict.fromkeys([*eos, *more_ids, *self.named]))
         self.tokens[list(self.token_ids)] = True
         self._strings = tuple(text for text in stop if text not in named)
         # Whether a token can complete a string (-1: not known yet), so that few texts are decoded while they grow.
         self._near = np.full(len(self.tokens), -1, np.int8)
+
+    def with_tokens(self, token_ids: Sequence[int]) -> StopCriteria:
+        """The same criteria with further tokens that end a text."""
+        more = copy.copy(self)
+        more.token_ids = eos_first(self._tokenizer, [*self.token_ids, *token_ids])
+        more.tokens = self.tokens.copy()
+        more.tokens[list(more.token_ids)] = True
+        return more
 
     def reached(
         self, tokens: np.ndarray, written: Callable[[int], list[int]], context: Callable[[int], Context] | None = None
@@ -625,8 +672,8 @@ class Ends:
 
         Args:
             tokens: (n,) integers, each text's last token.
-            written: All tokens of text i, the last included; asked for few.
-            context: What stands before text i; None for nothing.
+            written: Returns all tokens of text i, the last included; it is called for few texts.
+            context: Returns the context of text i; None for no contexts.
 
         Returns:
             bool (n,).
@@ -635,26 +682,26 @@ class Ends:
         if self._strings:
             near = np.flatnonzero(self._can_complete(tokens) & ~ended)
             contexts = [NO_CONTEXT if context is None else context(i) for i in near.tolist()]
-            ended[near] = self._hold_one(contexts, [written(i) for i in near.tolist()])
+            ended[near] = self._hold_strings(contexts, [written(i) for i in near.tolist()])
         return ended
 
     def cut(self, ids: Sequence[int], begun: Sequence[int] = (), context: Context = NO_CONTEXT) -> list[int] | None:
-        """What of `ids` is written until the text ends, its end included; None where it does not end.
+        """Cut token ids after the one with which the text ends; None where it does not end.
 
         Args:
-            ids: Token ids.
-            begun: What of the text is written already.
-            context: What stands before the text.
+            ids: New token ids.
+            begun: Token ids of the same text before them.
+            context: Everything before the text.
         """
         array = np.asarray(ids, np.int64)
         near = self.tokens[array] | self._can_complete(array)
         for length in (np.flatnonzero(near) + 1).tolist():
-            if self.tokens[array[length - 1]] or self._hold_one([context], [[*begun, *ids[:length]]])[0]:
+            if self.tokens[array[length - 1]] or self._hold_strings([context], [[*begun, *ids[:length]]])[0]:
                 return list(ids[:length])
         return None
 
     def texts(self, token_ids: Sequence[Sequence[int]], contexts: Sequence[Context] | None = None) -> list[str]:
-        """The texts of token ids that go no further than their ends, without these; None: nothing stands before."""
+        """Decode token ids that were cut where the text ends (see `cut`), without the token or string that ends it."""
         contexts = [NO_CONTEXT] * len(token_ids) if contexts is None else contexts
         kept = [list(ids[:-1]) if len(ids) and self.tokens[ids[-1]] else list(ids) for ids in token_ids]
         return [
@@ -674,10 +721,13 @@ class Ends:
         self._near[new] = [not last.isdisjoint(text[len(start) :]) for text in texts]
         return self._near[tokens] > 0
 
-    def _hold_one(self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]) -> list[bool]:
+    def _hold_strings(self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]) -> list[bool]:
         """Whether the text of token ids holds a string, for each of n."""
         texts = decode_continuations(self._tokenizer, contexts, token_ids)
         return [any(string in text for string in self._strings) for text in texts]
 
     def _starts(self, text: str) -> list[int]:
         return [text.index(string) for string in self._strings if string in text]
+
+
+Ends = StopCriteria  # its old name

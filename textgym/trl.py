@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def prompt_dataset(env: gym.Env | VectorEnv) -> datasets.Dataset:
     """The prompts of an environment's split, in the order of its data.
 
-    A prompt that was truncated is read again from its text, so tokens beside the cut can be others than in the
-    environment.
+    TRL encodes a truncated prompt again from its text, so tokens beside the cut can differ from the environment's.
 
     Args:
         env: A text environment, single or vector. Its guide takes no part.
@@ -54,7 +53,7 @@ def prompt_dataset(env: gym.Env | VectorEnv) -> datasets.Dataset:
 
 
 def reward_function(env: gym.Env | VectorEnv) -> Callable[..., list[float]]:
-    """What an environment would pay for texts, as a reward function of TRL.
+    """The reward of an environment, as a reward function of TRL.
 
     A text ends where its episode would, at an end-of-sequence token, a string of ``stop`` or after T tokens, whatever
     follows.
@@ -63,10 +62,10 @@ def reward_function(env: gym.Env | VectorEnv) -> Callable[..., list[float]]:
         env: A text environment, single or vector.
 
     Returns:
-        A function of ``prompts``, ``completions``, ``completion_ids``, ``task_prompt`` and ``references``, the rest of
-        TRL's keyword arguments being ignored, but for ``log_metric``, through which it logs the parts of the reward.
-        TRL logs it under the name of the task. It raises ValueError where ids and texts show that the trainer's
-        tokenizer is not the environment's.
+        A function of ``prompts``, ``completions``, ``completion_ids``, ``task_prompt`` and ``references``, which logs
+        the parts of the reward with ``log_metric`` and ignores the rest of TRL's keyword arguments. TRL logs it under
+        the name of the task. It raises ValueError where ids and texts show that the trainer's tokenizer is not the
+        environment's.
 
     Raises:
         ValueError: `env` is not a text environment.
@@ -105,8 +104,7 @@ def reward_function(env: gym.Env | VectorEnv) -> Callable[..., list[float]]:
 
 def _engine(env: gym.Env | VectorEnv) -> TextVectorEnv:
     inside = env.unwrapped
-    if isinstance(inside, TextEnv):
-        inside = inside._engine
-    if not isinstance(inside, TextVectorEnv):
+    engine = inside.engine if isinstance(inside, TextEnv) else inside
+    if not isinstance(engine, TextVectorEnv):
         raise ValueError(f"env must be a text environment of this package, got {env!r}")
-    return inside
+    return engine

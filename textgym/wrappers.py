@@ -1,4 +1,4 @@
-"""Wrappers for single environments: observations as text, rewards on the way, the same prompts again and again."""
+"""Wrappers for single environments: observations as text, a reward for every token, episodes about a few prompts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
+from textgym.checks import check
 from textgym.env import TextEnv
 from textgym.rewards import split_parts
+from textgym.tokenization import decode
 
 Potential = Callable[..., Any]
 
@@ -37,7 +39,7 @@ class AnyText(spaces.Text):
 
 
 class TextObservation(gym.ObservationWrapper, RecordConstructorArgs):
-    """Observations are the prompt and what was written so far, as one text: for language models behind an API.
+    """Observations are the prompt and the text so far, as one string: for language models behind an API.
 
     Args:
         env: A text environment.
@@ -57,17 +59,15 @@ class TextObservation(gym.ObservationWrapper, RecordConstructorArgs):
 
     def observation(self, observation: dict[str, np.ndarray]) -> str:
         """The text of all valid tokens, without special ones."""
-        from textgym.tokenization import decode
-
         return decode(self._tokenizer, [observation["input_ids"][observation["attention_mask"] != 0].tolist()])[0]
 
 
 class DenseReward(gym.Wrapper, RecordConstructorArgs):
-    """Every token earns by how much it raised the potential of the text: ``r + gamma Phi(s') - Phi(s)``.
+    """Rewards every token by how much it raised the potential of the text: ``r + gamma Phi(s') - Phi(s)``.
 
     Potential-based shaping (Ng, Harada, Russell 1999, "Policy invariance under reward transformations", equation 2)
-    changes no policy's rank: with the potential of a finished episode at 0, the discounted return of an episode is
-    what it was, less the potential of its first state.
+    does not change the order of policies: with the potential of a finished episode at 0, the discounted return of an
+    episode is the unshaped one less the potential of its first state.
 
     Args:
         env: A text environment.
@@ -82,36 +82,31 @@ class DenseReward(gym.Wrapper, RecordConstructorArgs):
     def __init__(self, env: gym.Env, potential: Potential | None = None, gamma: float = 1.0) -> None:
         RecordConstructorArgs.__init__(self, potential=potential, gamma=gamma)
         gym.Wrapper.__init__(self, env)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
-        self._engine, self._potential, self.gamma = _text_env(env)._engine, potential, gamma
+        check("gamma", gamma, 0 <= gamma <= 1, "in [0, 1]")
+        self._engine, self._potential, self.gamma = _text_env(env).engine, potential, gamma
 
     def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
         """Start an episode (see `TextEnv.reset`)."""
         observation, info = self.env.reset(**arguments)
-        self._last = self._of_now()
+        self._last = self._potential_of_text()
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Write one token (see `TextEnv.step`)."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        now = 0.0 if terminated else self._of_now()
+        now = 0.0 if terminated else self._potential_of_text()
         reward = float(reward) + self.gamma * now - self._last
         self._last = now
         return observation, reward, terminated, truncated, info
 
-    def _of_now(self) -> float:
-        engine = self._engine
-        values = (self._potential or engine.reward_function)(
-            prompts=[engine._prompts[0]],
-            completions=engine.written_texts([0]),
-            references=[engine._references[0]],
-        )
+    def _potential_of_text(self) -> float:
+        potential = self._potential or self._engine.reward_function
+        values = potential(**self._engine.reward_arguments([0]))
         return float(split_parts(values, 1, "potential")[0][0])
 
 
 class FrozenPrompts(gym.Wrapper, RecordConstructorArgs):
-    """Episodes are about a few prompts, in turn: to see what is learned of them, or to memorise one on purpose.
+    """Episodes are about a few prompts, in turn: to watch what is learned about them, or to memorise one.
 
     Args:
         env: A text environment.
@@ -127,8 +122,8 @@ class FrozenPrompts(gym.Wrapper, RecordConstructorArgs):
         gym.Wrapper.__init__(self, env)
         size = len(_text_env(env).data)
         self.indices = tuple(int(index) for index in indices)
-        if not self.indices or not all(0 <= index < size for index in self.indices):
-            raise ValueError(f"indices must be rows of the data, in [0, {size}), and at least one, got {indices!r}")
+        valid = bool(self.indices) and all(0 <= index < size for index in self.indices)
+        check("indices", indices, valid, f"rows of the data, in [0, {size}), and at least one")
         self._next = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

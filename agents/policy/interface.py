@@ -6,7 +6,8 @@ import copy
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from textgym.decoding import Decoding, Sampler, write
-from textgym.tokenization import Context, decode_continuations, encode_prompts
+from textgym.decoding import Decoding
+from textgym.generation import write
+from textgym.sampling import TokenSampler
+from textgym.tokenization import Context, decode_continuations, encode_prompts, eos_first
 
 #: Who writes the rest of a text after a state: a state has a value for each of the two.
 Continuation = Literal["policy", "guide"]
@@ -63,11 +66,21 @@ class Actor(nn.Module, ABC):
     @property
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text, EOS first."""
-        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *self._more_end_ids]))
+        return eos_first(self.tokenizer, self._more_end_ids)
 
     def add_end_tokens(self, token_ids: Sequence[int]) -> None:
         """Let further tokens end a text, as algorithms do with those that end an episode of their environment."""
         self._more_end_ids = tuple(dict.fromkeys([*self._more_end_ids, *token_ids]))
+
+    @contextmanager
+    def extra_end_tokens(self, token_ids: Sequence[int]) -> Iterator[None]:
+        """`add_end_tokens` within a block."""
+        before = self._more_end_ids
+        self.add_end_tokens(token_ids)
+        try:
+            yield
+        finally:
+            self._more_end_ids = before
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +101,7 @@ class Actor(nn.Module, ABC):
         prefix_lengths: Any = None,
         decoding: Decoding | None = None,
         values: bool = True,
-    ) -> Sampler:
+    ) -> TokenSampler:
         """Begin to write a batch of texts.
 
         Args:
@@ -100,7 +113,7 @@ class Actor(nn.Module, ABC):
             values: Whether the samples carry the values of states that the policy continues.
 
         Returns:
-            An object with the attribute `rows` and the methods `sample` and `keep` of `textgym.decoding.Sampler`.
+            What writes them, a token of each text per call.
         """
 
     def predict(

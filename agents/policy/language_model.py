@@ -24,25 +24,21 @@ from agents.policy.interface import Continuation, Evaluation, Policy
 from agents.policy.log_probs import log_prob_and_entropy
 from agents.policy.lora import add_lora, has_adapters, merged, train_adapters, unwrapped
 from textgym import seq2seq
-from textgym.decoding import Decoding, Sampler, at_least_float32, load_model, sampler_class
+from textgym.decoding import Decoding
+from textgym.generation import sampler_class
 from textgym.hub import file_beside
-from textgym.packing import (
-    autocast,
-    can_pack,
-    check_autocast,
-    check_served,
-    compile_layers,
-    fast_dtype,
-    fuse_activations,
-    head,
-    read,
-)
+from textgym.model_checks import check_served
+from textgym.models import fuse_activations, load_model
+from textgym.packing import can_pack, compile_layers, head, read
 from textgym.positions import check_positions, fix_positions, short_context, warn_of_short_factors
+from textgym.precision import at_least_float32, autocast, check_autocast, fast_dtype
+from textgym.sampling import TokenSampler
 from textgym.storage import new_folder
 from textgym.tokenization import (
     check_embedded,
     check_vocabulary,
     end_ids,
+    eos_first,
     pretrained_tokenizer,
     unused_ids,
     vocabulary_size,
@@ -270,7 +266,7 @@ class LanguageModelPolicy(Policy):
         prefix_lengths: Any = None,
         decoding: Decoding | None = None,
         values: bool = True,
-    ) -> Sampler:
+    ) -> TokenSampler:
         """Begin to write a batch of texts (see `Policy.sampler`).
 
         Raises:
@@ -418,7 +414,7 @@ class LanguageModelPolicy(Policy):
         """EOS, what the model's generation config names (see `textgym.tokenization.end_ids`), and what was added."""
         config = self.model.generation_config
         of_model = end_ids(self.tokenizer, None if config is None else config.eos_token_id)
-        return tuple(dict.fromkeys([*of_model, *self._more_end_ids]))
+        return eos_first(self.tokenizer, [*of_model, *self._more_end_ids])
 
     def _prepare(self, input_ids: Any, attention_mask: Any, new: int = 0) -> None:
         """Make the model ready to read texts, (B, S) each, and to write up to `new` tokens more.

@@ -19,7 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from agents.policy.interface import Continuation, Evaluation, Policy
 from agents.policy.language_model import POLICY_FILE, left_packed
-from textgym.decoding import Decoding, Sample, at_least_float32, choose, resolve_device
+from textgym.decoding import Decoding
+from textgym.models import resolve_device
+from textgym.precision import at_least_float32
+from textgym.sampling import Sample, choose
 from textgym.seeding import uniform
 from textgym.storage import new_folder
 from textgym.tasks.lock import CombinationLock
@@ -108,7 +111,7 @@ class TabularPolicy(Policy):
             save_file(self.state_dict(), new / TABLES_FILE)
             (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
 
-    def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> Any:
+    def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> TabularSampler:
         """Begin to write a batch of texts (see `Policy.sampler`)."""
         return TabularSampler(self, observation, **arguments)
 

@@ -31,8 +31,9 @@ from agents.policy import Actor, LanguageModelPolicy, Policy
 from agents.sb3.policies import CausalLMActorCriticPolicy, MaskableCausalLMActorCriticPolicy, evaluate_transitions
 from agents.sb3.vec_env import TextVecEnv
 from textgym.checks import check
-from textgym.decoding import Decoding, Sample, Sampler
+from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
+from textgym.sampling import Sample, TokenSampler
 from textgym.seeding import hash64
 from textgym.storage import new_folder
 from textgym.tokenization import pretrained_tokenizer, vocabulary_size
@@ -301,9 +302,9 @@ class SB3Policy(Actor):
         self.decoding = Decoding(greedy=True)
         self.can_hand_off = bool(cast("spaces.Discrete", model.action_space).n > vocabulary_size(tokenizer))
 
-    def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> Sampler:
+    def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> TokenSampler:
         """Begin to write a batch of texts; `predict` chooses their tokens, whatever decoding and seeds say."""
-        return cast("Sampler", _PredictSampler(self.model, observation))
+        return _PredictSampler(self.model, observation)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write Stable-Baselines3's zip, the class of its algorithm, and the tokenizer into a folder."""

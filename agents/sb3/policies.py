@@ -25,8 +25,10 @@ from torch.nn.functional import logsigmoid, pad
 from agents.policy import Evaluation, LanguageModelPolicy, Policy
 from agents.policy.language_model import left_packed
 from textgym.checks import check
-from textgym.decoding import Decoding, Sample, Sampler, at_least_float32, choose, nucleus, on_host
-from textgym.packing import autocast, head
+from textgym.decoding import Decoding
+from textgym.packing import head
+from textgym.precision import at_least_float32, autocast
+from textgym.sampling import Sample, TokenSampler, choose, nucleus, on_host
 from textgym.tokenization import unused_ids, vocabulary_size
 
 Observation = Mapping[str, Tensor]
@@ -351,7 +353,7 @@ class _Reader:
         rows: (n,), which rows of the rollout they are.
     """
 
-    def __init__(self, sampler: Sampler, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+    def __init__(self, sampler: TokenSampler, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
         self.sampler, self._texts, self._rows = sampler, obs, rows
 
     @property

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from textgym.decoding import Decoding
-    from textgym.tokenization import Ends
+    from textgym.tokenization import StopCriteria
 
 # Most tokens of a guide that stand for one of the environment's.
 _MOST_TOKENS_FOR_ONE = 16
@@ -53,8 +53,8 @@ class LocalGuide:
             the answer, which a prefix begins.
         stop: Strings before which a text ends, beside EOS and the other tokens that the model's generation config lists
             and, with `chat`, the one that closes an answer. The name of a special token means that token.
-        quantization: As for `textgym.decoding.load_model`, where a model is loaded.
-        gguf_file: As for `textgym.decoding.load_model`, where a model is loaded.
+        quantization: As for `textgym.models.load_model`, where a model is loaded.
+        gguf_file: As for `textgym.models.load_model`, where a model is loaded.
 
     Attributes:
         author: `Author.GUIDE`.
@@ -92,7 +92,7 @@ class LocalGuide:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
         if dtype is not None:
-            from textgym.packing import check_autocast
+            from textgym.precision import check_autocast
 
             check_autocast("dtype", dtype)
         self.path = str(model) if isinstance(model, str | os.PathLike) else None
@@ -230,8 +230,9 @@ class LocalGuide:
         own: PreTrainedTokenizerBase,
     ) -> list[list[int]]:
         """Continue contexts, pairs of a prompt and a prefix in the guide's tokens, by at most `limits` tokens each."""
-        from textgym.decoding import Decoding, generate
-        from textgym.packing import fast_dtype
+        from textgym.decoding import Decoding
+        from textgym.generation import generate
+        from textgym.precision import fast_dtype
         from textgym.tokenization import check_embedded, unused_ids, vocabulary_size
 
         whole = [np.array([*prompt, *prefix], np.int64) for prompt, prefix in contexts]
@@ -258,20 +259,20 @@ class LocalGuide:
             dtype=fast_dtype(self._model.device) if self.dtype == "auto" else self.dtype,
         )
 
-    def _ends_of(self, own: PreTrainedTokenizerBase) -> Ends:
+    def _ends_of(self, own: PreTrainedTokenizerBase) -> StopCriteria:
         """Where what the model writes ends, in tokens of its own."""
-        from textgym.tokenization import Ends, end_ids, end_of_turn
+        from textgym.tokenization import StopCriteria, end_ids
 
         if self._ends[0] is not own:
             config = self._model.generation_config
-            turn = end_of_turn(own) if self.chat else None
             ids = end_ids(own, None if config is None else config.eos_token_id)
-            self._ends = own, Ends(own, self.stop, ids if turn is None else [*ids, turn])
+            self._ends = own, StopCriteria(own, self.stop, ids, self.chat)
         return self._ends[1]
 
     def _load(self) -> None:
-        from textgym.decoding import Decoding, load_model, resolve_device
-        from textgym.packing import check_served
+        from textgym.decoding import Decoding
+        from textgym.model_checks import check_served
+        from textgym.models import load_model, resolve_device
         from textgym.tokenization import pretrained_tokenizer
 
         if self.decoding is None:
@@ -325,8 +326,8 @@ def fingerprint_of(model: PreTrainedModel, *more: Any) -> str:
 def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
     from transformers import PreTrainedModel
 
-    from textgym.decoding import resolve_device
-    from textgym.packing import check_served, fuse_activations
+    from textgym.model_checks import check_served
+    from textgym.models import fuse_activations, resolve_device
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(

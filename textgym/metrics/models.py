@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from textgym.decoding import load_model, resolve_device
 from textgym.metrics.base import Metric
+from textgym.models import load_model, resolve_device
 from textgym.positions import with_positions_alike
 
 # The layer whose output correlates best with human judgement, as bert-score's authors chose it on WMT16. Their table

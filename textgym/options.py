@@ -1,0 +1,116 @@
+"""The options of a reset, with one entry per row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from textgym.checks import check, check_int, is_int
+
+NAMES = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "group_size")
+
+
+@dataclass(frozen=True)
+class ResetOptions:
+    """Options with an entry for each row, None where a row has none (see `TextVectorEnv.reset`).
+
+    Attributes:
+        mask: bool (N,), the rows to reset.
+        group_size: Rows jk..jk+k-1 follow the options of row jk.
+        index: N samples.
+        prompt: N texts.
+        references: N tuples of texts.
+        prefix: N texts or sequences of token ids.
+    """
+
+    mask: np.ndarray
+    group_size: int
+    index: list[int | None]
+    prompt: list[str | None]
+    references: list[tuple[str, ...] | None]
+    prefix: list[str | Sequence[int] | None]
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any] | None, num_envs: int) -> ResetOptions:
+        """Read the argument `options` of a reset of N rows.
+
+        Raises:
+            ValueError: An unknown option, or a value that is not allowed.
+        """
+        options = options or {}
+        unknown = sorted(set(options) - set(NAMES))
+        if unknown:
+            raise ValueError(f"options has unknown keys {unknown}; allowed are {list(NAMES)}")
+        group_size = check_int("options['group_size']", options.get("group_size", 1))
+        check("options['group_size']", group_size, num_envs % group_size == 0, f"a divisor of num_envs={num_envs}")
+        prompt = options.get("prompt")
+        read = cls(
+            mask=_mask(options.get("reset_mask"), num_envs, group_size),
+            group_size=group_size,
+            index=_per_row("index", options.get("index"), num_envs, int | np.integer, "an int"),
+            prompt=_per_row("prompt", prompt, num_envs, str, "a str"),
+            references=_references(options.get("references"), num_envs, prompt is None or isinstance(prompt, str)),
+            prefix=_prefixes(options.get("prefix"), num_envs),
+        )
+        for row in np.flatnonzero(read.mask)[::group_size]:
+            if read.prompt[row] is not None and read.index[row] is not None:
+                raise ValueError("options['prompt'] and options['index'] exclude each other")
+            if read.references[row] is not None and read.prompt[row] is None:
+                raise ValueError("options['references'] belongs to options['prompt'], which is missing")
+        return read
+
+
+def _mask(value: Any, num_envs: int, group_size: int) -> np.ndarray:
+    mask: np.ndarray = np.ones(num_envs, bool) if value is None else np.asarray(value)
+    if mask.shape != (num_envs,) or mask.dtype != np.bool_ or not mask.any():
+        raise ValueError(
+            f"options['reset_mask'] must be a bool array of shape ({num_envs},) with at least one True, "
+            f"got {mask.dtype} {mask.shape}: {mask}"
+        )
+    groups = mask.reshape(-1, group_size)
+    whole = bool((groups.any(1) == groups.all(1)).all())
+    check("options['reset_mask']", mask, whole, f"True for whole groups of group_size={group_size} rows")
+    return mask
+
+
+def _entries(name: str, value: Any, num_envs: int, allowed: str) -> list[Any]:
+    listed = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+    check(f"options[{name!r}]", value, listed, allowed)
+    if len(value) != num_envs:
+        raise ValueError(f"options[{name!r}] must have one entry per row ({num_envs}), got {len(value)}")
+    return list(value)
+
+
+def _per_row(name: str, value: Any, num_envs: int, kind: Any, form: str) -> list[Any]:
+    if value is None or isinstance(value, kind):
+        return [value] * num_envs
+    allowed = f"{form} or a sequence with one (or None) per row"
+    entries = _entries(name, value, num_envs, allowed)
+    valid = all(entry is None or isinstance(entry, kind) for entry in entries)
+    check(f"options[{name!r}]", value, valid, allowed)
+    return entries
+
+
+def _references(value: Any, num_envs: int, one_prompt: bool) -> list[Any]:
+    """One sequence of texts belongs to one prompt for all rows; several prompts take one sequence each."""
+    allowed = "a sequence of texts, or one such sequence (or None) per row"
+    if value is None:
+        return [None] * num_envs
+    if isinstance(value, Sequence) and one_prompt and all(isinstance(entry, str) for entry in value):
+        check("options['references']", value, not isinstance(value, str), allowed)
+        return [tuple(value)] * num_envs
+    entries = _entries("references", value, num_envs, allowed)
+    check("options['references']", value, not any(isinstance(entry, str) for entry in entries), allowed)
+    return [None if entry is None else tuple(entry) for entry in entries]
+
+
+def _prefixes(value: Any, num_envs: int) -> list[Any]:
+    if value is None or isinstance(value, str):
+        return [value] * num_envs
+    allowed = "a text, token ids, or a sequence with one of these (or None) per row"
+    if isinstance(value, Sequence | np.ndarray) and len(value) and all(map(is_int, value)):
+        return [value] * num_envs
+    return _entries("prefix", value, num_envs, allowed)
