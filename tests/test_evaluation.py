@@ -11,7 +11,8 @@ import pytest
 import torch
 import tyro
 
-from agents.evaluation import evaluate, main, sibling_env
+from agents.environments import sibling_env
+from agents.evaluation import evaluate, main
 from agents.policy import CausalLMPolicy
 from textgym.decoding import Decoding
 from textgym.guides import CallableGuide, Completion

@@ -40,7 +40,7 @@ def test_loss_and_rewards_are_those_of_the_formula(make_env, make_policy):
     agent = outspoken(make(make_env, make_policy, discriminator_learning_rate=1e-3))
     rollout = super(GAIL, agent).play()
     before = copy.deepcopy(agent.discriminator).double()
-    said = agent.teach(rollout)
+    said = agent.train_discriminator(rollout)
     examples = agent.demonstrations(rollout)
     assert sorted(examples) == list(range(16))
     eos = agent.env.eos_token_id
@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_the_loss(make_env, make_policy):
     agent = outspoken(make(make_env, make_policy, max_grad_norm=1e9))
     rollout = super(GAIL, agent).play()
     before = copy.deepcopy(agent.discriminator)
-    agent.teach(rollout)
+    agent.train_discriminator(rollout)
     real = [[*example.context, *example.target] for _, example in sorted(agent.demonstrations(rollout).items())]
     loss = 0.0
     for texts, sign in ((real, 1), (texts_of(rollout), -1)):
@@ -99,7 +99,7 @@ def test_the_discriminator_learns_to_tell_texts_from_references(make_env, make_p
 
     start = judged()
     assert start == pytest.approx([math.log(2)] * 2), "an untrained discriminator knows nothing"
-    records = [agent.teach(rollout) for _ in range(30)]
+    records = [agent.train_discriminator(rollout) for _ in range(30)]
     references, texts = judged()
     assert references > 2 * start[0]
     assert texts < 0.5 * start[1]
@@ -144,4 +144,4 @@ def test_samples_without_references_are_refused(make_env, make_policy):
     rollout = super(GAIL, agent).play()
     rollout.references[:] = [()] * 16
     with pytest.raises(ValueError, match="references"):
-        agent.teach(rollout)
+        agent.train_discriminator(rollout)

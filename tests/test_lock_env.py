@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import textgym  # noqa: F401
-from agents.evaluation import sibling_env
+from agents.environments import sibling_env
 from textgym.guides.base import Guide, GuideRequest
 from textgym.tasks.lock import CombinationLock, LockGuide
 
