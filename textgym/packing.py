@@ -27,8 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
-from textgym.storage import cache_dir
 from textgym.positions import short_context
+from textgym.storage import cache_dir
 
 ATTENTION, COMPILED_ATTENTION = "textgym_packed", "textgym_packed_compiled"
 # Arguments of attention functions that change what attention computes and that this one does not know.

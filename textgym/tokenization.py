@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from textgym.storage import cache_dir
 from textgym.hub import file_beside
+from textgym.storage import cache_dir
 from textgym.task import Task
 
 if TYPE_CHECKING:
