@@ -26,7 +26,7 @@ format: .venv/installed-test
 # torch first and by its own pin: a range alone would fetch a CUDA build of several gigabytes.
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report]"
 	touch $@
 
 .venv/installed-test: .venv/installed

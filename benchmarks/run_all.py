@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
-
-# Run as a file, its folder stands first on the path, where our statistics would hide the standard library's.
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -18,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from benchmarks.schedule import Work
+    from benchmarks.comparison.schedule import Work
 
 
 def run_all(
@@ -38,37 +33,43 @@ def run_all(
     name: str | None = None,
     out: Path | None = None,
 ) -> int:
-    """Run rows, which are algorithms with their arguments, on tasks and write a report.
+    """Compare algorithms: train every chosen row, an algorithm with its arguments, on every task, and write a report.
 
-    Results go to a folder, one JSON line a finished run; the same folder again continues where it stopped.
+    Results go to a folder, one JSON line per finished run; the same command with the same folder continues.
 
     Args:
         profile: "quick" (mini data, minutes), "small" (real data, hours), "paper" (the published models and settings,
             GPUs), "options" (PPO with one option changed), or package.module:NAME of a `Profile` of your own.
-        tasks: Names of tasks, separated by commas; by default all of the profile's.
-        algos: Names of the profile's rows, or of algorithms in `agents.ALGORITHMS`, separated by commas; or "all" of
-            the profile's rows; by default the profile's choice ("sl,ppo,ppo++", for "small" more).
-        algo: An algorithm of your own, or of Stable-Baselines3, that is compared too: package.module:Class, or
-            package.module:ROW of a `benchmarks.profiles.Row`. Can be given several times.
+        tasks: Names of tasks, separated by commas; by default all tasks of the profile.
+        algos: Names of the profile's rows, or of algorithms in `agents.ALGORITHMS`, separated by commas; or "all" rows
+            of the profile; by default those that the profile names ("sl,ppo,ppo++", for "small" more).
+        algo: One more algorithm, of your own or of Stable-Baselines3: package.module:Class, or package.module:ROW for a
+            `benchmarks.profiles.Row`. Can be given several times.
         seeds: Number of training seeds, 0 to seeds - 1.
         source: "mini", "hub" or a folder; by default the profile's.
-        base: Hub id or folder of the start model; by default the profile's, or one is trained from scratch on each
-            task's text.
-        dtype: What policies and guides compute products of matrices in: "float32", or "auto" for bfloat16 where the
-            machine is fast in it (weights, losses and optimiser stay in float32).
+        base: Hub id or folder of the start model; by default the profile's, or a model that is trained from scratch on
+            each task's text.
+        dtype: Precision of matrix products in policies and guides: "float32", or "auto" for bfloat16 on machines that
+            are fast in it (weights, losses and optimiser stay in float32).
         compile: Compile the policies with torch.compile.
-        jobs: Runs at a time, each a process with its share of the processors.
+        jobs: Number of runs at a time, each a process with its share of the processors.
         track: A tracker of Accelerate that runs report to ("tensorboard", "wandb", ...). Can be given several times.
-        encoder: Hub id or folder of the encoder of BERTScore, which is left out without one.
-        dry_run: Print what would be run, and what it would cost, and run nothing.
+        encoder: Hub id or folder of the encoder for BERTScore, which is not measured without one.
+        dry_run: Print what would be run and its cost, and run nothing.
         name: Results go to runs/NAME; by default the profile's name and the time.
         out: Results go to this folder instead.
 
     Returns:
         0, or 1 if a run failed.
+
+    Raises:
+        ValueError: An argument is not one of those above.
+        ImportError: A package that the report needs is not installed.
     """
     from benchmarks.profiles import load_profile, row_of
+    from textgym.packages import require
 
+    require("report", "a benchmark's report", "jinja2", "plotly", "sacrebleu")  # now, not after the runs
     console = Console()
     chosen = load_profile(profile)
     own = dict(row_of(given) for given in algo)
@@ -90,9 +91,10 @@ def run_all(
         from transformers.utils.logging import disable_progress_bar
 
         import textgym  # noqa: F401  (registers the environments)
-        from benchmarks import cost, schedule
-        from benchmarks.report import write_report
-        from benchmarks.runner import Benchmark, Run
+        from benchmarks.comparison import cost, schedule
+        from benchmarks.comparison.jobs import Run
+        from benchmarks.comparison.runner import Benchmark
+        from benchmarks.report.write import write_report
 
     disable_progress_bar()  # one display is enough
     folder = Path(out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"))
@@ -158,10 +160,10 @@ def _names(argument: str, given: str | None, allowed: list[str], default: list[s
 
 def main() -> None:
     """Read the command line; a wrong argument ends in one line, not in a traceback."""
+    sys.path.append(os.getcwd())  # for modules of the user's that --algo and --profile name
     from textgym.process import keep_freed_memory
 
     keep_freed_memory()
-    sys.path.append(os.getcwd())  # where --algo and --profile find modules of the user's
     try:
         sys.exit(tyro.cli(run_all))
     except ValueError as error:

@@ -26,9 +26,9 @@ import tyro
 
 from agents import CausalLMPolicy, PPOPlusPlus, evaluate
 from agents.evaluation import make_env
+from benchmarks.comparison.warm_start import warm_start
 from benchmarks.profiles.small import COMMONGEN
-from benchmarks.tables import Table
-from benchmarks.warm_start import warm_start
+from benchmarks.report.table import Table
 from textgym import Guidance
 from textgym.decoding import Decoding
 from textgym.guides.base import Guide

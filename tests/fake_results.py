@@ -184,7 +184,7 @@ def write(folder: Path, *, algos: tuple[str, ...] = tuple(ROWS), seeds: int = 5,
 
 
 if __name__ == "__main__":
-    from benchmarks.report import write_report
+    from benchmarks.report.write import write_report
 
     write(Path(sys.argv[1]), prompts=1000)
     print(write_report(sys.argv[1]).page)

@@ -14,11 +14,13 @@ from plugins import MICRO
 
 from agents import ALGORITHMS, CausalLMPolicy
 from agents.evaluation import make_env
-from benchmarks import run_all, schedule
+from benchmarks import run_all
+from benchmarks.comparison import schedule
+from benchmarks.comparison.jobs import Run
+from benchmarks.comparison.results import read_results
+from benchmarks.comparison.runner import Benchmark, spread
+from benchmarks.comparison.warm_start import load_policy
 from benchmarks.profiles import Row, load_profile
-from benchmarks.results import read_results
-from benchmarks.runner import Benchmark, Run, spread
-from benchmarks.warm_start import load_policy
 from textgym.guides import CallableGuide
 
 GUIDE = CallableGuide(lambda requests: [" sea"] * len(requests))
@@ -126,7 +128,7 @@ def test_a_learner_can_start_below_its_guide(micro):
             MICRO.tasks["words"].env_id,
             num_envs=8,
             tokenizer=start.supervised,
-            **benchmark.guided_env(MICRO.tasks["words"], benchmark.row(run), start),
+            **benchmark.guided_env(benchmark.job(run), start),
         )
         algorithm = benchmark.begin(run, start, env, 0)
         own, supervised, base = (
@@ -134,9 +136,7 @@ def test_a_learner_can_start_below_its_guide(micro):
         )
         assert all(torch.equal(own[name], weight) for name, weight in models[begins_as].model.state_dict().items())
         assert any(not torch.equal(supervised[name], base[name]) for name in base)
-        assert (
-            env.guide.fingerprint == benchmark.guided_env(MICRO.tasks["words"], Row("ppo"), start)["guide"].fingerprint
-        )
+        assert env.guide.fingerprint == benchmark.guided_env(benchmark.jobs["words", "ppo"], start)["guide"].fingerprint
 
 
 def test_rows_that_make_no_sense_are_refused(micro):

@@ -24,10 +24,10 @@ from conftest import ENV_ID, WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.comparison.results import read_results
+from benchmarks.comparison.runner import Benchmark
 from benchmarks.profiles import Row
-from benchmarks.results import read_results
 from benchmarks.run_all import run_all
-from benchmarks.runner import Benchmark
 from textgym.decoding import Decoding
 from textgym.guides import Author, CallableGuide, GuideRequest
 from textgym.tokenization import train_tokenizer

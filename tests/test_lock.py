@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from agents import D2LOLS, LOLS, PPO, AggreVaTeD, CausalLMPolicy, PPOPlusPlus, TabularPolicy
 from agents.evaluation import make_env
-from benchmarks.lock import CURVES, FORK, PLAIN, ROWS, draw, expected_reward, learn
+from benchmarks.comparison.combination_lock import CURVES, FORK, PLAIN, ROWS, draw, expected_reward, learn
 from textgym.guides import Author
 
 LOCK_ID = "textgym/CombinationLock-v0"

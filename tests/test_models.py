@@ -44,7 +44,7 @@ from transformers import (
 
 from agents import PPO
 from agents.policy import CausalLMPolicy, LanguageModelPolicy, Seq2SeqPolicy
-from benchmarks.tables import Table
+from benchmarks.report.table import Table
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import LocalGuide

@@ -9,8 +9,8 @@ import fake_results
 import pytest
 from fake_results import ROWS, TASKS, record
 
-from benchmarks.report import write_report
-from benchmarks.results import append_result
+from benchmarks.comparison.results import append_result
+from benchmarks.report.write import write_report
 
 pytestmark = pytest.mark.browser
 

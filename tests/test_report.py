@@ -14,11 +14,11 @@ import pytest
 from fake_results import record
 from scipy import stats
 
-from benchmarks.analysis import Analysis
-from benchmarks.curves import POINTS, lines
-from benchmarks.findings import Findings, fill_page
-from benchmarks.report import write_report
-from benchmarks.results import Runs, append_result, read_results
+from benchmarks.comparison.results import Runs, append_result, read_results
+from benchmarks.report.analysis import Analysis
+from benchmarks.report.curves import POINTS, lines
+from benchmarks.report.findings import Findings, fill_page
+from benchmarks.report.write import write_report
 
 ATTACK = "<script>alert(1)</script>"
 ALGOS = ("sl", "best-of-4", "ppo", "ppo++")
@@ -233,7 +233,7 @@ def test_curves_hold_the_history(folder):
 
 
 def test_without_matplotlib_there_is_no_picture(folder, monkeypatch):
-    monkeypatch.setattr("benchmarks.report.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.report.write.find_spec", lambda name: None)
     write_report(folder)
     assert not (folder / "curves.png").exists()
 

@@ -27,10 +27,12 @@ from transformers import (
 import agents
 import textgym  # noqa: F401  (registers the environments)
 from agents import CausalLMPolicy
-from benchmarks import run_all, schedule
+from benchmarks import run_all
+from benchmarks.comparison import schedule
+from benchmarks.comparison.jobs import Run
+from benchmarks.comparison.results import read_results
+from benchmarks.comparison.runner import Benchmark
 from benchmarks.profiles import Row, accepted, load_profile, row_of
-from benchmarks.results import read_results
-from benchmarks.runner import Benchmark, Run
 from textgym.models import load_model
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks.statistics import (
+from benchmarks.report.intervals import (
     Interval,
     PromptBootstrap,
     coverage,

@@ -22,7 +22,7 @@ from transformers import (
 
 from agents import SL, CausalLMPolicy, evaluate
 from agents.sb3 import TextVecEnv
-from benchmarks.runner import segments
+from benchmarks.comparison.samples import segments
 from textgym import Task
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import scaling, throughput, workload
-from benchmarks.throughput import Contest, run
+from benchmarks import throughput
+from benchmarks.performance import measurement, peers, processes, scaling, training, workload
+from benchmarks.performance.measurement import Measurement, measure
 from textgym.process import keep_freed_memory
 
 
@@ -35,9 +36,9 @@ def test_ours_and_the_reference_take_turns_and_a_ratio_above_one_is_better(monke
 
         return work
 
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
-    contest = Contest("it", unit, worker("ours", *ours), worker("theirs", *theirs), "them", "so")
-    assert run(contest, rounds=3) == {
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: clock[0])
+    pair = Measurement("it", unit, worker("ours", *ours), worker("theirs", *theirs), "them", "so")
+    assert measure(pair, rounds=3) == {
         "name": "it",
         "value": value,
         "unit": unit,
@@ -74,9 +75,9 @@ def test_a_llama_is_measured_where_a_model_is(small):
     figures = throughput.throughput("env_single,sample_full,update,mfu", "llama", rounds=1)
     assert {figure["name"].split("_")[0] for figure in figures} == {"sample", "update"}
     assert {figure["settings"].split(",")[0] for figure in figures} == {"llama"}
-    agent = throughput.trainer("ppo++", family="llama")
+    agent = training.trainer("ppo++", family="llama")
     assert agent.policy.model.config.model_type == agent.env.guide._model.config.model_type == "llama"
-    throughput.iteration(agent)()
+    training.iteration(agent)()
 
 
 WRONG = [{"only": "nothing"}, {"rounds": 0}, {"peers": True, "family": "llama"}, {"only": "mfu", "family": "llama"}]
@@ -139,13 +140,13 @@ def test_useful_operations_are_those_that_torch_counts(small):
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_peer_is_asked_for_each_iteration_and_its_death_is_told(tmp_path, monkeypatch, dies):
     monkeypatch.setenv("TEXTGYM_CACHE", str(tmp_path))
-    monkeypatch.setattr(throughput.subprocess, "run", lambda *_, **__: None)  # nothing is installed
-    python = tmp_path / "peers" / f"trl-{throughput.PEERS['ppo']}" / "bin" / "python"
+    monkeypatch.setattr(peers.subprocess, "run", lambda *_, **__: None)  # nothing is installed
+    python = tmp_path / "peers" / f"trl-{peers.PEERS['ppo']}" / "bin" / "python"
     python.parent.mkdir(parents=True)
     then = "echo out of luck >&2; exit 1" if dies else f"echo x >> {tmp_path}/iterations; echo done"
     python.write_text(f"#!/bin/sh\nwhile read line; do {then}; done\n")
     python.chmod(0o755)
-    with throughput.trl("ppo", 3) as iterate:
+    with peers.trl("ppo", 3) as iterate:
         if dies:
             with pytest.raises(RuntimeError, match=r"TRL .* ended early(.|\n)*out of luck"):
                 iterate()
@@ -155,11 +156,11 @@ def test_a_peer_is_asked_for_each_iteration_and_its_death_is_told(tmp_path, monk
 
 
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
-    contests = {contest.name: contest for contest in throughput.memory()}
-    assert contests.keys() == {"peak_memory", "peak_memory_50k"}
+    pairs = {pair.name: pair for pair in processes.memory()}
+    assert pairs.keys() == {"peak_memory", "peak_memory_50k"}
     # The plain step holds the whole block of logits several times over.
-    assert contests["peak_memory"].reference() > 3 * 28 * 112 * 4096 * 4 / 2**20
-    assert contests["peak_memory"].ours() < contests["peak_memory"].reference()
+    assert pairs["peak_memory"].reference() > 3 * 28 * 112 * 4096 * 4 / 2**20
+    assert pairs["peak_memory"].ours() < pairs["peak_memory"].reference()
 
 
 def test_scaling_is_measured_and_drawn(small, tmp_path, monkeypatch):

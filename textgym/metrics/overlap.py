@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
+from textgym.metrics import MissingRequirement
 from textgym.metrics.base import Metric
 from textgym.rewards import overlap
 
@@ -38,6 +40,8 @@ class Bleu(Metric):
     paper = "Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018."
 
     def __init__(self) -> None:
+        if find_spec("sacrebleu") is None:
+            raise MissingRequirement('bleu needs sacrebleu: pip install "textgym[metrics]"')
         from sacrebleu.metrics import BLEU
 
         super().__init__()

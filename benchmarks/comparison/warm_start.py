@@ -1,13 +1,13 @@
-"""What all runs of a task start from: tokenizer, start model, supervised policy. Built once, kept in the cache."""
+"""The models that all runs of a task start from, trained once and kept in the cache."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+import agents
+import textgym
 from agents.evaluation import make_env
 from agents.policy import CausalLMPolicy, LanguageModelPolicy
 from agents.supervised import SL
+from benchmarks.comparison.results import write_text
 from benchmarks.profiles import LanguageModel, TaskProfile
-from benchmarks.results import write_text
+from textgym.models import load_model
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import fingerprint_of
-from textgym.models import load_model
-from textgym.storage import cache_dir
+from textgym.storage import cache_dir, new_folder
 
-# What is happening, and how much of it is done, in [0, 1].
+# Called with what is happening, and the share of it that is done, in [0, 1].
 Report = Callable[[str, float], None]
 
 
@@ -37,7 +39,7 @@ class WarmStart:
         start_model: Folder or hub id of the language model before it has learned the task.
         supervised: Folder of the supervised policy at its best validation loss; frozen, it is also the guide.
         history: The history of supervised learning.
-        fingerprints: Of the data they learned from, their tokenizer and their weights.
+        fingerprints: Fingerprints of the data they learned from, their tokenizer and their weights.
     """
 
     start_model: str
@@ -49,17 +51,18 @@ class WarmStart:
 def warm_start(
     profile: TaskProfile, source: str, base: str | None, seed: int, report: Report, dtype: str = "float32"
 ) -> WarmStart:
-    """Build the models of a task, or find them in the cache.
+    """Train the models of a task, or find them in the cache.
 
-    They are kept by a fingerprint of everything that makes them: data, tokenizer, base, hyperparameters, versions.
+    The cache's key is a fingerprint of everything that they depend on: data, tokenizer, base, hyperparameters, our code
+    and the versions of torch and transformers.
 
     Args:
         profile: The task's profile.
         source: "mini", "hub" or a folder.
         base: Hub id or folder of the start model; None trains one from scratch on the task's text.
         seed: Seed of weights and batches.
-        report: Is told what is happening.
-        dtype: What models compute products of matrices in while they learn, "float32" or "auto".
+        report: Called with what is happening.
+        dtype: What models compute products of matrices in during training, "float32" or "auto".
 
     Raises:
         ValueError: `base` is not a causal language model with safetensors weights.
@@ -79,15 +82,13 @@ def warm_start(
         "supervised": dict(profile.supervised),
         "seed": seed,
         "dtype": dtype,
-        "versions": {name: version(name) for name in ("textgym", "torch", "transformers")},
+        "code": code_fingerprint(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     key = _digest(json.dumps(recipe, sort_keys=True).encode())
     folder = cache_dir() / "warm_starts" / f"{env.task.name}-{key}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-            made = Path(name) / "made"
-            made.mkdir()
+        with new_folder(folder, keep_existing=True) as made:
             start = str(made / "start_model") if base is None else base
             if base is None:
                 assert shape is not None
@@ -99,7 +100,6 @@ def warm_start(
             history = learn(policy, env, profile.supervised, seed, made / "supervised", partial(report, "supervised"))
             write_text(made / "recipe.json", json.dumps(recipe, indent=2))
             write_text(made / "history.json", json.dumps(history))
-            made.rename(folder)
     start, supervised = str(folder / "start_model") if base is None else base, folder / "supervised"
     models: dict[str, str | Path] = {"start_model": start, "supervised": supervised}
     weights = {name: fingerprint_of(load_model(path, device="cpu")) for name, path in models.items()}
@@ -109,6 +109,20 @@ def warm_start(
         history=json.loads((folder / "history.json").read_text(encoding="utf-8")),
         fingerprints={**data, "tokenizer": tokenizer, **weights},
     )
+
+
+@cache
+def code_fingerprint() -> str:
+    """A fingerprint of the code that can change a warm start; comments and docstrings do not count."""
+    packages = (Path(package.__path__[0]) for package in (textgym, agents))
+    trees = []
+    for path in [Path(__file__), *(path for folder in packages for path in sorted(folder.rglob("*.py")))]:
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
+        trees.append(ast.dump(tree))
+    return _digest("\n".join(trees).encode())
 
 
 def load_policy(path: str | Path, dtype: str, **arguments: Any) -> LanguageModelPolicy:
@@ -142,7 +156,7 @@ def learn(
     out: Path,
     report: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """Train a policy on the references of `env`, write it, at its best validation loss, and return the history."""
+    """Train a policy on the references of `env`, save it at its best validation loss, and return the history."""
     report(0)
     algorithm = SL(policy, env, seed=seed, **arguments)
 

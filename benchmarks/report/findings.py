@@ -1,4 +1,4 @@
-"""Fill a page of Markdown from results: ``python -m benchmarks.findings runs/NAME --page docs/evidence.md``.
+"""Fill a page of Markdown from results: ``python -m benchmarks.report.findings runs/NAME --page docs/evidence.md``.
 
 A person writes the page, but for what stands between ``<!-- PASSAGE -->`` and ``<!-- / -->``, which this command
 writes, again each time. A passage is one of
@@ -22,10 +22,11 @@ from statistics import fmean
 
 import tyro
 
-from benchmarks import tables
-from benchmarks.analysis import Analysis
-from benchmarks.report import PAGE, PICTURE
-from benchmarks.results import Runs, write_text
+from benchmarks.comparison.results import Runs, write_text
+from benchmarks.report import tables
+from benchmarks.report.analysis import Analysis
+from benchmarks.report.table import Table
+from benchmarks.report.write import PICTURE
 
 # (row, baseline, whether its perplexity must not be higher too): the row's interval of test reward lies above the
 # baseline's, on as many tasks as stand below.
@@ -90,7 +91,7 @@ class Findings:
         return (
             f"{len(runs.records)} runs of profile `{runs.records[0]['profile']}`: {len(runs.algos)} rows with "
             f"{' or '.join(map(str, seeds))} seeds, {runs.training_hours:.1f} hours of training after the warm starts, "
-            f"tested on {tested}. Numbers here were written by `python -m benchmarks.findings "
+            f"tested on {tested}. Numbers here were written by `python -m benchmarks.report.findings "
             f"{os.path.relpath(self.folder)} --page {os.path.relpath(self.page)}`."
         )
 
@@ -103,7 +104,7 @@ class Findings:
 
     def table(self, name: str) -> str:
         """A table of the report."""
-        made: dict[str, Callable[[Analysis], tables.Table]] = {
+        made: dict[str, Callable[[Analysis], Table]] = {
             table.__name__: table
             for table in (
                 tables.results,
@@ -185,7 +186,7 @@ def fill_page(folder: tyro.conf.Positional[Path], page: Path) -> None:
     Raises:
         ValueError: The folder holds no finished run, or the page asks for what there is not.
     """
-    source = page if page.exists() else PAGE / "findings.md"
+    source = page if page.exists() else Path(__file__).with_name("templates") / "findings.md"
     filled = Findings(folder, page).fill(source.read_text(encoding="utf-8"))
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, filled)

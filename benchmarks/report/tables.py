@@ -1,121 +1,20 @@
-"""Tables that read the same in Markdown, in the terminal and on the page."""
+"""The tables of a report: results, costs, scores across tasks, comparisons and metrics."""
 
 from __future__ import annotations
 
-import html
 import itertools
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.analysis import BASELINES, ONE, ZERO, Analysis, mean
-from benchmarks.results import Record
-from benchmarks.statistics import Interval, coverage
+from benchmarks.comparison.results import Record
+from benchmarks.report.analysis import BASELINES, ONE, ZERO, Analysis, mean
+from benchmarks.report.intervals import coverage
+from benchmarks.report.table import Cell, Table
 
 # Metrics that show what a reward was bought with; keys of a run's metrics.
 FLUENCY = {"perplexity": "perplexity", "distinct_2": "distinct-2"}
 OVER_SEEDS = "95% percentile bootstrap intervals over seeds"
-Cell = str | Interval
-Scales = Mapping[str, tuple[float, float]]  # the least and the greatest value of a column with bars
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: columns of names, then numbers.
-
-    Attributes:
-        title: Its title.
-        note: What its numbers are.
-        columns: Headers; a first one "task" makes groups of rows on the page.
-        rows: Cells, text or an interval.
-        names: How many columns of names it begins with.
-        formats: How the intervals of a column are written; ".3f" where it is not named.
-        bars: Columns whose intervals are also drawn on the page, with the value that a line marks there, if any.
-    """
-
-    title: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    names: int = 2
-    formats: Mapping[str, str] = field(default_factory=dict)
-    bars: Mapping[str, float | None] = field(default_factory=dict)
-
-    def markdown(self) -> str:
-        """Aligned Markdown, readable as it stands; the note alone where there are no rows."""
-        heading = f"**{self.title}.** {self.note}"
-        if not self.rows:
-            return heading
-        lines = [list(self.columns), *(self._texts(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
-        named = [column < self.names for column in range(len(self.columns))]
-
-        def row(cells: Sequence[str]) -> str:
-            padded = (
-                cell.ljust(width) if name else cell.rjust(width)
-                for name, cell, width in zip(named, cells, widths, strict=True)
-            )
-            return f"| {' | '.join(padded)} |"
-
-        rule = ["-" * width if name else "-" * (width - 1) + ":" for name, width in zip(named, widths, strict=True)]
-        return "\n".join([heading, "", row(lines[0]), row(rule), *map(row, lines[1:])])
-
-    def html(self) -> str:
-        """A figure with the table, every cell escaped, a header of buttons that sort it, and a body for each task."""
-        if not self.rows:
-            return f"<p class=note>{html.escape(self.note)}</p>"
-        grouped = self.columns[0] == "task"
-        columns, names = self.columns[grouped:], self.names - grouped
-        head = "".join(
-            f"<th scope=col{' class=name' if place < names else ''} aria-sort=none>"
-            f"<button>{html.escape(column).replace('-', '&#8209;')}</button></th>"  # no break at a hyphen
-            for place, column in enumerate(columns)
-        )
-        bodies = []
-        for task, group in itertools.groupby(self.rows, key=lambda row: row[0] if grouped else None):
-            rows = [row[grouped:] for row in group]
-            title = (
-                f"<tr class=task><th colspan={len(columns)} scope=rowgroup>{html.escape(str(task))}</th></tr>\n"
-                if grouped
-                else ""
-            )
-            body = "".join(self._row(columns, row, names, scales) for scales, row in self._scaled(columns, rows))
-            bodies.append(f"<tbody{_attribute('task', task)}>{title}{body}</tbody>")
-        return (
-            f"<figure class=table><figcaption>{html.escape(self.note)}</figcaption><div class=scroll tabindex=0>"
-            f"<table><thead><tr>{head}</tr></thead>\n{''.join(bodies)}</table></div></figure>"
-        )
-
-    def _scaled(
-        self, columns: Sequence[str], rows: Sequence[Sequence[Cell]]
-    ) -> Iterator[tuple[Scales, Sequence[Cell]]]:
-        """Each row with the scales of its bars, which rows that are shown together share."""
-        together: dict[Cell | None, list[Sequence[Cell]]] = {}
-        for row in rows:
-            baseline = row[columns.index("baseline")] if "baseline" in columns else None
-            together.setdefault(baseline, []).append(row)
-        for group in together.values():
-            scales = {column: _scale(group, columns.index(column), mark) for column, mark in self.bars.items()}
-            yield from ((scales, row) for row in group)
-
-    def _row(self, columns: Sequence[str], row: Sequence[Cell], names: int, scales: Scales) -> str:
-        texts = self._texts(row, columns)
-        named = dict(zip(columns[:names], texts, strict=False))
-        cells = [f"<th scope=row class=name>{html.escape(texts[0])}</th>"]
-        cells += [f"<td class=name>{html.escape(text)}</td>" for text in texts[1:names]]
-        for column, cell, text in list(zip(columns, row, texts, strict=True))[names:]:
-            bar = _bar(cell, scales[column], self.bars[column]) if column in scales else ""
-            cells.append(f"<td{_attribute('value', _number_in(text))}>{html.escape(text)}{bar}</td>")
-        attributes = _attribute("algo", named.get("algorithm")) + _attribute("baseline", named.get("baseline"))
-        return f"<tr{attributes}>{''.join(cells)}</tr>\n"
-
-    def _texts(self, row: Sequence[Cell], columns: Sequence[str] | None = None) -> list[str]:
-        return [
-            format(cell, self.formats.get(column, ".3f")) if isinstance(cell, Interval) else cell
-            for column, cell in zip(columns or self.columns, row, strict=True)
-        ]
 
 
 def results(analysis: Analysis) -> Table:
@@ -373,38 +272,3 @@ def _handoffs(group: Sequence[Record]) -> list[str]:
 def _measured(record: Record) -> dict[str, float]:
     """Parts of the reward and metrics, by name."""
     return record["reward_parts"] | record["metrics"]
-
-
-def _number_in(text: str) -> str | None:
-    """The number that a cell begins with, by which a column is sorted."""
-    found = re.match(r"[+-]?[\d,]*\.?\d+", text)
-    return found[0].replace(",", "") if found else None
-
-
-def _attribute(name: str, value: str | None) -> str:
-    return "" if value is None else f' data-{name}="{html.escape(value)}"'
-
-
-def _scale(rows: Sequence[Sequence[Cell]], column: int, mark: float | None) -> tuple[float, float]:
-    """The least and the greatest value to be drawn in a column."""
-    cells = [row[column] for row in rows]
-    values = [value for cell in cells if isinstance(cell, Interval) for value in cell if np.isfinite(value)]
-    values += [] if mark is None else [mark]
-    return (min(values), max(values)) if values else (0.0, 0.0)
-
-
-def _bar(cell: Cell, scale: tuple[float, float], mark: float | None) -> str:
-    """An interval as a line with a dot, on the scale of its column."""
-    low, high = scale
-    if not isinstance(cell, Interval) or high <= low:
-        return "<span class=bar></span>"
-
-    def place(value: float) -> str:
-        return f"{100 * (value - low) / (high - low):.1f}%"
-
-    ends = (cell.low, cell.high) if np.isfinite(cell.low) else (cell.value, cell.value)
-    line = "" if mark is None else f'<i class=mark style="left:{place(mark)}"></i>'
-    return (
-        f'<span class=bar aria-hidden=true>{line}<i style="left:{place(ends[0])};right:calc(100% - {place(ends[1])})">'
-        f'</i><b style="left:{place(cell.value)}"></b></span>'
-    )

@@ -1,4 +1,4 @@
-"""How speed grows with the size of the work: ``python -m benchmarks.scaling`` measures and draws (extra "plots")."""
+"""Speed by the size of the work: ``python -m benchmarks.performance.scaling`` measures and draws (extra "plots")."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.plots import figure, save
-from benchmarks.throughput import Contest, best_dtype, dump, run, write
-from benchmarks.workload import (
+from benchmarks.comparison.results import write_text
+from benchmarks.performance.measurement import Measurement, measure
+from benchmarks.performance.training import best_dtype
+from benchmarks.performance.workload import (
     MINIBATCH,
     NEW,
     PROMPT,
@@ -27,6 +28,8 @@ from benchmarks.workload import (
     texts,
     written,
 )
+from benchmarks.report.plots import figure, save
+from textgym.packages import require
 
 # One of these is varied, the others are those of the workload's minibatch.
 SWEEPS: dict[str, list[dict[str, Any]]] = {
@@ -43,7 +46,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 KINDS = {"sample": "sampling", "step": "gradient step"}
 
 
-def contests(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Iterator[Contest]:
+def measurements(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Iterator[Measurement]:
     """Sampling and a gradient step, in tokens a second, each in float32 and at best settings."""
     ids = texts(rows, vocabulary=size.get("vocab_size", VOCABULARY))
     model, seeds = language_model(**size), itertools.count()
@@ -59,27 +62,27 @@ def contests(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Iterator[Con
             return sample(writer, ids, new, next(seeds))
 
         suffix = "_best" if best else ""
-        yield Contest(f"sample{suffix}", "tokens/s", ours, plain_sample, "generate float32", settings)
+        yield Measurement(f"sample{suffix}", "tokens/s", ours, plain_sample, "generate float32", settings)
         ours_step, plain_step = gradient_step(best, rows, new, **size), plain_gradient_step(rows, new, **size)
-        yield Contest(f"step{suffix}", "tokens/s", ours_step, plain_step, "full logits float32", settings)
+        yield Measurement(f"step{suffix}", "tokens/s", ours_step, plain_step, "full logits float32", settings)
 
 
-def measure(rounds: int, sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Figures as of `benchmarks.throughput.run`, with "sweep" and "x"."""
+def figures_of(rounds: int, sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Figures as `measure` returns them, with "sweep" and "x", the varied size."""
     for sweep in sweeps:
         for point in SWEEPS[sweep]:
             (x,) = (
                 point.values() if len(point) == 1 else (sum(p.numel() for p in language_model(**point).parameters()),)
             )
-            for contest in contests(**point):
-                yield {"sweep": sweep, "x": x, **run(contest, rounds)}
+            for measurement in measurements(**point):
+                yield {"sweep": sweep, "x": x, **measure(measurement, rounds)}
 
 
 def draw(figures: list[dict[str, Any]], path: Path) -> None:
     """Draw tokens a second against each size.
 
     Args:
-        figures: What `measure` gave.
+        figures: What `figures_of` yields.
         path: The picture, PNG.
 
     Raises:
@@ -127,13 +130,13 @@ def main(rounds: int = 3, sweep: str | None = None, out: Path = Path("docs/scali
     """
     if sweep is not None and sweep not in SWEEPS:
         raise ValueError(f"sweep must be one of {[*SWEEPS]}, got {sweep!r}")
-    figure(1, 1)  # without matplotlib it ends here, not after all that was measured
+    require("plots", "drawing", "matplotlib")  # now, not after the measurements
     path = out.with_suffix(".json")
     figures = [] if sweep is None else [entry for entry in json.loads(path.read_text()) if entry["sweep"] != sweep]
-    for entry in measure(rounds, [*SWEEPS] if sweep is None else [sweep]):
+    for entry in figures_of(rounds, [*SWEEPS] if sweep is None else [sweep]):
         figures.append(entry)
         print(f"{entry['sweep']} {entry['x']}, {entry['name']}: {entry['ratio']:.2f} times as fast", flush=True)
-    write(path, dump(figures))
+    write_text(path, json.dumps(figures, indent=2) + "\n")
     draw(figures, out)
     print(out)
 

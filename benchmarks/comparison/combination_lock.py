@@ -1,4 +1,7 @@
-"""Learning curves where every value is known: ``python -m benchmarks.lock`` draws them (extra "plots")."""
+"""Learning curves on the combination lock, whose every value is known (extra "plots").
+
+``python -m benchmarks.comparison.combination_lock`` draws them.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from agents import D2LOLS, GRPO, LOLS, PPO, RLOO, AggreVaTeD, PPOPlusPlus, Tabul
 from agents.algorithm import Algorithm
 from agents.evaluation import make_env
 from agents.policy import Policy
-from benchmarks.plots import figure, save
+from benchmarks.report.plots import figure, save
+from textgym.packages import require
 from textgym.tasks.lock import CombinationLock
 
 ROWS = 256
 PLAIN: dict[str, Any] = {"vocab_size": 20, "length": 10, "guide_accuracy": 0.9}
 FORK: dict[str, Any] = {"vocab_size": 5, "length": 4, "fork": True}
-# The same for all: large steps, since a table has nothing to unlearn, and no KL, since it starts uniform.
+# Shared by all: large steps, since a table has nothing to unlearn, and no KL penalty, since it starts uniform.
 SETTINGS: dict[str, Any] = {
     "episodes_per_iteration": ROWS,
     "minibatch_size": ROWS,
@@ -28,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "max_grad_norm": 1e9,
     "device": "cpu",
 }
-# Some entropy bonus: until the first reward all advantages are the critic's noise, and whitening makes it loud.
+# Some entropy bonus: until the first reward all advantages are noise of the critic, which whitening amplifies.
 CRITIC = {"vf_coef": 1.0, "clip_range_vf": None, "ent_coef": 0.01}
 
 
@@ -38,7 +42,7 @@ class Curve(NamedTuple):
     Attributes:
         label: Its name.
         algorithm: The algorithm.
-        arguments: Its arguments beside `SETTINGS`.
+        arguments: Its arguments in addition to `SETTINGS`.
     """
 
     label: str
@@ -122,8 +126,7 @@ def main(seeds: int = 5, iterations: int = 120, out: Path = Path("docs/combinati
         iterations: Iterations of 256 episodes.
         out: The picture.
     """
-    import textgym  # noqa: F401  (registers the environments)
-
+    require("plots", "drawing", "matplotlib")  # now, not after training
     torch.set_num_threads(1)  # a table is quicker without
     titles = {"plain lock: K = 20, H = 10, p = 0.9": PLAIN, "fork: safe 0.5, better 1; K = 5, H = 4": FORK}
     curves: dict[str, dict[str, np.ndarray]] = {}

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.results import Record, Runs
-from benchmarks.statistics import (
+from benchmarks.comparison.results import Record, Runs
+from benchmarks.report.intervals import (
     Interval,
     PromptBootstrap,
     interquartile_mean,

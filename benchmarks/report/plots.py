@@ -1,10 +1,12 @@
-"""Pictures: made without a display, written whole."""
+"""Pictures, drawn without a display."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from textgym.packages import require
+from textgym.storage import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,10 +18,9 @@ def figure(width: float, height: float) -> Figure:
     Raises:
         ImportError: Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "textgym[plots]"') from error
+    require("plots", "drawing", "matplotlib")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -27,7 +28,5 @@ def save(figure: Figure, path: Path) -> None:
     """Write a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)

@@ -1,4 +1,4 @@
-"""What runs would cost, before anything is run."""
+"""The cost of runs, estimated before anything is run."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from gymnasium.envs.registration import load_env_creator
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
 
-from agents import SL
+from benchmarks.comparison.jobs import Job, Run
+from benchmarks.comparison.runner import Benchmark
 from benchmarks.profiles import TaskProfile
-from benchmarks.runner import Benchmark, Run
 from textgym.precision import fast_dtype
 from textgym.task import Task
 from textgym.tokenization import VOCAB_SIZE
 
-# Of what products of large matrices reach; small models and short texts stay below, large ones above.
+# Share of the speed of large matrix products; small models and short texts stay below it, large ones above.
 UTILISATION = 0.3
 
 
 class Cost(NamedTuple):
-    """What a run takes at most.
+    """The most that a run can cost.
 
     Attributes:
         episodes: Training episodes.
-        tokens: New tokens of all episodes, whoever writes them.
-        flop: Floating-point operations: two a parameter and token forward, four backward.
+        tokens: New tokens of all episodes, the policy's and the guide's.
+        flop: Floating-point operations: two per parameter and token forward, four backward.
     """
 
     episodes: int
@@ -38,26 +38,26 @@ class Cost(NamedTuple):
     flop: float
 
 
-def cost(benchmark: Benchmark, run: Run) -> Cost:
-    """Estimate a run, without its task's warm start.
+def cost(job: Job) -> Cost:
+    """Estimate the cost of a run, without its task's warm start.
 
-    Every episode is sampled, read by the reference policy, and read forward and backward once an epoch; a guide writes
-    as much as the policy does; texts are as long as they may be; tests and validation are sampled.
+    Every episode is sampled, read by the reference policy, and read forward and backward once per epoch; a guide writes
+    as much as the policy does; completions have the maximum length; tests and validation are sampled.
 
     Raises:
         ValueError: The configuration of the start model cannot be read.
     """
-    task, row, arguments = benchmark.profile.tasks[run.task], benchmark.row(run), benchmark.arguments(run)
+    task, arguments = job.task, job.arguments
     prompt, new = lengths(task)
-    judged = task.test_prompts * row.best_of
+    judged = task.test_prompts * job.row.best_of
     trained = 0
-    if row.algorithm != SL.name:
+    if job.trains:
         iterations = task.episodes // arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
         evaluations = iterations // max(arguments.get("eval_every", 0), 1)
         judged += evaluations * arguments.get("eval_prompts", 0) * bool(arguments.get("eval_every"))
         trained = task.episodes
     passes = 3 * trained * (1 + arguments.get("n_epochs", 1)) + judged
-    return Cost(trained, trained * new, 2 * parameters(benchmark, task) * (prompt + new) * passes)
+    return Cost(trained, trained * new, 2 * parameters(job) * (prompt + new) * passes)
 
 
 def lengths(task: TaskProfile) -> tuple[int, int]:
@@ -74,32 +74,32 @@ def lengths(task: TaskProfile) -> tuple[int, int]:
     )
 
 
-def parameters(benchmark: Benchmark, task: TaskProfile) -> int:
-    """Parameters of a task's start model; its weights are not loaded.
+def parameters(job: Job) -> int:
+    """Number of parameters of the start model; its weights are not loaded.
 
     Raises:
         ValueError: Its configuration cannot be read.
     """
-    base, shape = benchmark.base_of(task), task.language_model
+    shape = job.task.language_model
     config: Any
-    if base is None:
+    if job.base is None:
         assert shape is not None
         size: dict[str, Any] = {"n_embd": shape.n_embd, "n_layer": shape.n_layer, "n_head": shape.n_head}
         config = GPT2Config(
-            vocab_size=VOCAB_SIZE, n_positions=sum(lengths(task)), bos_token_id=None, eos_token_id=None, **size
+            vocab_size=VOCAB_SIZE, n_positions=sum(lengths(job.task)), bos_token_id=None, eos_token_id=None, **size
         )
     else:
         try:
-            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(job.base, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"base must be the hub id or folder of a language model, got {base!r}") from error
+            raise ValueError(f"base must be the hub id or folder of a language model, got {job.base!r}") from error
     with torch.device("meta"):
         model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     return model.num_parameters()
 
 
 def speed(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of products of matrices here."""
+    """Floating-point operations per second of matrix products on a device."""
     left = torch.randn(2048, 2048, device=device).to(dtype)
 
     def multiply() -> None:
@@ -115,7 +115,7 @@ def speed(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def table(benchmark: Benchmark, runs: Sequence[Run]) -> Table:
-    """Every run with its cost, and all together; what is finished costs nothing more."""
+    """Every run with its cost, and the total of those that are not finished."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if benchmark.dtype == "float32" else fast_dtype(device)
     peak = speed(dtype, device)
@@ -130,7 +130,7 @@ def table(benchmark: Benchmark, runs: Sequence[Run]) -> Table:
     for run in runs:
         done = run in benchmark.finished
         try:
-            estimate = cost(benchmark, run)
+            estimate = cost(benchmark.job(run))
         except ValueError as error:
             result.add_row(str(run), "", "", "", "", str(error).splitlines()[0])
             continue

@@ -1,8 +1,8 @@
-"""The workload in TRL: ``python trl_peer.py {ppo,grpo} ITERATIONS WORKLOAD``; see throughput.py, which starts it.
+"""The workload in TRL: ``python trl_peer.py {ppo,grpo} ITERATIONS WORKLOAD``; `peers.py` starts it.
 
-It does an iteration for each line that it reads and answers each with a line, so that it can be measured in turns.
+It runs one iteration for each line that it reads and answers with a line, so that it can be measured in turns.
 
-It knows nothing of textgym, which is not installed there: what it shares with `benchmarks.workload` it is told.
+textgym is not installed there: the numbers of `benchmarks.performance.workload` come as the argument WORKLOAD.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from transformers import (
 
 
 class Turns(TrainerCallback):
-    """Waits for its turn before every iteration.
+    """Wait for a line of standard input before every iteration.
 
     Args:
         steps: Calls of `on_step_end` in an iteration: optimiser's steps (GRPO) or batches (PPO).
-        answers: Where a line goes after every iteration.
+        answers: File that gets a line after every iteration.
     """
 
     def __init__(self, steps: int, answers: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, several at a time; one that fails or dies does not stop the others."""
+"""Schedule runs, each in a process of its own; one that fails or dies does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from benchmarks.results import append_result, write_text
+from benchmarks.comparison.results import append_result, write_text
 from textgym.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-    from benchmarks.runner import Benchmark, Run
+    from benchmarks.comparison.jobs import Run
+    from benchmarks.comparison.runner import Benchmark
 
 
 class Work(NamedTuple):
-    """What a process does: a run, or (`run` is None) the warm start that all runs of a task wait for."""
+    """What a process does: a run, or, if `run` is None, the warm start that all runs of the task need first."""
 
     task: str
     run: Run | None
@@ -51,25 +52,25 @@ def run_all(
     report: Callable[[Work, str, float], None],
     finished: Callable[[Work, str], None],
 ) -> dict[Work, str]:
-    """Do the runs that are not finished.
+    """Run what is not finished.
 
-    Each is a process with its share of this one's threads (and one GPU, in turn, where there are several). The last
-    digits of what it computes can differ with the number of threads, which its record tells. Whatever ends this process
-    ends them too; what they were doing goes on from their last checkpoint when it is asked for again.
+    Each run is a process with its share of this one's threads (and, if there are several GPUs, one of them). The last
+    digits of its numbers can depend on the number of threads, which its record holds. If this process ends, so do the
+    runs; they continue from their last checkpoints when the same runs are asked for again.
 
     Args:
-        benchmark: Whose runs they are.
-        runs: What to do, in order.
-        jobs: Processes at a time.
-        started: Is told about the beginning of a piece of work.
-        report: Is told, for a piece of work, what is happening and how much of it is done.
-        finished: Is told about the end of a piece of work.
+        benchmark: The benchmark that the runs belong to.
+        runs: What to run, in order.
+        jobs: Number of processes at a time.
+        started: Called when a piece of work starts.
+        report: Called with a piece of work, what is happening, and the share of it that is done, in [0, 1].
+        finished: Called with a piece of work and its outcome when it ends.
 
     Returns:
         The tracebacks of what failed; those of runs are also in ``<out>/<run>/traceback.txt``.
 
     Raises:
-        ValueError: `jobs` below 1, or the results folder is in use by another process.
+        ValueError: `jobs` is below 1, or the results folder is in use by another process.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -83,12 +84,10 @@ def run_all(
         if work.run is None:
             waiting[:] = [run for run in waiting if run.task != work.task]
         else:
-            folder = benchmark.folder(work.run)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "traceback.txt", trace)
+            write_text(benchmark.folder(work.run) / "traceback.txt", trace)
         finished(work, "failed")
 
-    def hear(worker: _Worker, kind: str, content: Any) -> None:
+    def handle(worker: _Worker, kind: str, content: Any) -> None:
         if kind == "report":
             report(worker.work, *content)
         elif kind == "failed":
@@ -121,15 +120,15 @@ def run_all(
                     started(work)
                     receiver, process = _start(benchmark, work, place, jobs)
                     workers[receiver] = _Worker(work, process, place)
-                heard: Any = connection.wait(list(workers))
-                for receiver in heard:
+                ready: Any = connection.wait(list(workers))
+                for receiver in ready:
                     worker = workers[receiver]
                     try:
                         kind, content = receiver.recv()
                     except EOFError:
                         worker.process.join()
                         kind, content = "failed", f"the process died with exit code {worker.process.exitcode}\n"
-                    hear(worker, kind, content)
+                    handle(worker, kind, content)
                     if kind != "report":
                         worker.process.join()
                         del workers[receiver]
@@ -140,7 +139,7 @@ def run_all(
 
 
 def _next(waiting: list[Run], warm: set[str], warming: set[str]) -> Work | None:
-    """The first run whose task is warm, or the first warm start that is wanted; None if all have to wait."""
+    """The first run whose task is warm, or the first warm start that is needed; None if every run has to wait."""
     for run in waiting:
         if run.task in warm:
             waiting.remove(run)
@@ -152,7 +151,7 @@ def _next(waiting: list[Run], warm: set[str], warming: set[str]) -> Work | None:
 
 @contextlib.contextmanager
 def _locked(benchmark: Benchmark) -> Iterator[None]:
-    """Keep the results folder for this process."""
+    """Lock the results folder against other processes."""
     benchmark.out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(benchmark.out / ".lock", timeout=0):
@@ -164,12 +163,12 @@ def _locked(benchmark: Benchmark) -> Iterator[None]:
 
 
 def _start(benchmark: Benchmark, work: Work, place: int, jobs: int) -> tuple[Connection, BaseProcess]:
-    # A server that has everything imported forks faster than Python starts; where there is none, Python starts.
+    # Forking a server that has imported everything is faster than starting Python.
     if sys.platform == "win32":
         context: Any = get_context("spawn")
     else:
         context = get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.runner", "agents.evaluation"])
+        context.set_forkserver_preload(["benchmarks.comparison.runner", "agents.evaluation"])
     receiver, sender = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // jobs)
     process = context.Process(
@@ -181,9 +180,9 @@ def _start(benchmark: Benchmark, work: Work, place: int, jobs: int) -> tuple[Con
 
 
 def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, threads: int, environment: dict) -> None:
-    """What a process does, from beginning to end."""
+    """The whole life of a process."""
     os.environ.clear()
-    os.environ.update(environment)  # the server's is that of the time when it was started
+    os.environ.update(environment)  # the server has the environment of the time when it was started
     keep_freed_memory()
     torch.set_num_threads(threads)
     if (devices := torch.cuda.device_count()) > 1:
@@ -193,7 +192,7 @@ def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, thre
         parent = parent_process()
         assert parent is not None
         parent.join()
-        os._exit(1)  # at once: who comes next will write to the same folder
+        os._exit(1)  # at once: the next process will write to the same folder
 
     threading.Thread(target=die_with_parent, daemon=True).start()
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.plots import figure, save
-from benchmarks.results import Record, Runs
-from benchmarks.statistics import Interval, learning_curve
+from benchmarks.comparison.results import Record, Runs
+from benchmarks.report.intervals import Interval, learning_curve
+from benchmarks.report.plots import figure, save
 
 # What curves are drawn against, and what they show: keys of a run's history, but for "tokens", the policy's and the
 # guide's, and "seconds", which are those since the start.

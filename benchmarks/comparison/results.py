@@ -1,15 +1,16 @@
-"""The results file: one JSON line a finished run, which is all that reports read."""
+"""The results file: one JSON line per finished run. Reports read nothing else."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from textgym.storage import new_file
 
 Record = dict[str, Any]
 
@@ -20,15 +21,14 @@ def read_results(folder: str | Path) -> list[Record]:
     """Read the finished runs of a benchmark folder, in the order they finished.
 
     Returns:
-        One mapping a run, with the keys ``task, algo, seed, place, profile, source, base, final_reward, best_reward,
+        One mapping per run, with the keys ``task, algo, seed, place, profile, source, base, final_reward, best_reward,
         reward_parts, metrics, policy_tokens, guide_tokens, guide_usage, episodes, seconds, hyperparameters,
         fingerprints, versions, evaluation, history, samples, rollouts, finished``; ``algo`` is the name of the row,
-        ``place`` where it stands in the profile, ``hyperparameters["algorithm"]`` what it runs, ``guide_usage`` what a
-        guide that keeps accounts used in the run's process (a `textgym.guides.http.Usage`), else None. Empty if nothing
-        has finished.
+        ``place`` its index in the profile, ``hyperparameters["algorithm"]`` the algorithm that it runs, ``guide_usage``
+        the `textgym.guides.http.Usage` of the run's process, None if the guide has none. Empty if no run has finished.
 
     Raises:
-        ValueError: A line that is not JSON.
+        ValueError: A line is not JSON.
     """
     path = Path(folder) / RESULTS
     if not path.exists():
@@ -60,7 +60,7 @@ class Runs:
         """Read a benchmark folder.
 
         Raises:
-            ValueError: It holds no finished run, or a line that is not JSON.
+            ValueError: It holds no finished run, or a line of its results is not JSON.
         """
         runs = cls(read_results(folder))
         if not runs.records:
@@ -69,7 +69,7 @@ class Runs:
 
     @property
     def training_hours(self) -> float:
-        """Hours that the runs trained after their warm starts, whose seconds the rows that train nothing tell."""
+        """Hours of training after the warm starts; a row that trains nothing records the seconds of its warm start."""
         return sum(record["seconds"] for record in self.records if record["policy_tokens"]) / 3600
 
     def of(self, task: str, algo: str) -> list[Record]:
@@ -83,14 +83,12 @@ class Runs:
 
 
 def append_result(folder: str | Path, record: Mapping[str, Any]) -> None:
-    """Add a finished run; a crash leaves the file as it was or with the whole line, never with half of it.
+    """Add a finished run; after a crash the file has the whole line or none of it.
 
     Raises:
-        ValueError: A number that is not finite, or a value that JSON cannot hold.
+        ValueError: A number is not finite, or JSON cannot hold a value.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RESULTS
+    path = Path(folder) / RESULTS
     try:
         line = json.dumps(record, default=_plain, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -102,14 +100,13 @@ def append_result(folder: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece: to a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file that appears whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for: arrays, NumPy scalars, paths."""
+    """Arrays, NumPy scalars and paths as values that JSON can hold."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, Path):

@@ -1,0 +1,1 @@
+"""The comparison: runs of algorithms on tasks, from the same supervised policy."""

@@ -1,0 +1,285 @@
+"""Runs: every row of every task with every seed, from the same warm start, judged on the same test prompts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from agents import EvaluationResult, Policy, evaluate
+from agents.algorithm import Algorithm
+from agents.checkpoint import TRAINING
+from agents.evaluation import make_env
+from agents.policy import LanguageModelPolicy
+from agents.policy.language_model import POLICY_FILE
+from benchmarks.comparison.jobs import Job, Run, resolve
+from benchmarks.comparison.results import Record, read_results, write_text
+from benchmarks.comparison.samples import rollouts, samples
+from benchmarks.comparison.warm_start import Report, WarmStart, load_policy, warm_start
+from benchmarks.profiles import Profile, accepted, algorithm_class
+from textgym.decoding import Decoding
+from textgym.engine import TextVectorEnv
+from textgym.guides.local import LocalGuide
+
+PACKAGES = ("textgym", "torch", "transformers", "tokenizers", "gymnasium", "datasets", "numpy")
+
+
+class Benchmark:
+    """The runs of a profile, and the folder of their results.
+
+    Args:
+        profile: What to run.
+        source: "mini", "hub" or a folder; None takes the profile's.
+        base: Hub id or folder of the start model; None takes the profile's, or trains one from scratch on each task's
+            text.
+        out: The results folder. A run that finished there is not run again.
+        dtype: What policies and guides compute products of matrices in, "float32" or "auto".
+        compile: Whether policies are compiled.
+        track: Names of Accelerate's trackers that runs report to.
+        encoder: Hub id or folder of the encoder of BERTScore, for tasks that have it among their metrics.
+
+    Attributes:
+        jobs: What is run, by task and row.
+        finished: The runs that have a record.
+
+    Raises:
+        ValueError: A row's algorithm does not exist or has arguments that a record cannot hold; or `out` holds runs
+            with another profile, source, base or hyperparameters.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        source: str | None,
+        base: str | None,
+        out: Path,
+        dtype: Literal["float32", "auto"] = "float32",
+        compile: bool = False,
+        track: Sequence[str] = (),
+        encoder: str | None = None,
+    ) -> None:
+        self.profile, self.source, self.out = profile, source or profile.source, out
+        self.dtype, self.compile, self.track, self.encoder = dtype, compile, list(track) or None, encoder
+        settings = {
+            "profile": profile.name,
+            "source": self.source,
+            "base": base,
+            "dtype": dtype,
+            "compile": compile,
+            "encoder": encoder,
+        }
+        self.jobs = resolve(profile, base, settings)
+        self._warm_starts: dict[str, WarmStart] = {}
+        # What the finished runs of a task started from and were judged by.
+        self._fingerprints: dict[str, dict[str, str | None]] = {}
+        self.finished: set[Run] = set()
+        self.read_finished()
+
+    def read_finished(self) -> None:
+        """Read which runs have a record.
+
+        Raises:
+            ValueError: One was made with another profile, source, base or hyperparameters.
+        """
+        for record in read_results(self.out):
+            run = Run(record["task"], record["algo"], record["seed"])
+            self.finished.add(run)
+            self._fingerprints[run.task] = record["fingerprints"]
+            if job := self.jobs.get((run.task, run.algo)):
+                for key, value in job.settings.items():
+                    if record.get(key) != value:
+                        raise ValueError(
+                            f"out must be a new folder, or one with runs of the same settings: in {self.out}, {run} "
+                            f"has {key} {record.get(key)!r}, now it is {value!r}"
+                        )
+
+    def job(self, run: Run) -> Job:
+        """What a run is of."""
+        return self.jobs[run.task, run.algo]
+
+    def folder(self, run: Run) -> Path:
+        """Where a run's checkpoints go."""
+        return self.out / f"{run.task}-{run.algo}-{run.seed}"
+
+    def forget_training(self, run: Run) -> None:
+        """Delete from a finished run's checkpoints what it would need to continue; the policies stay."""
+        for checkpoint in ("last", "best"):
+            shutil.rmtree(self.folder(run) / checkpoint / TRAINING, ignore_errors=True)
+
+    def run(self, run: Run, report: Report) -> Record:
+        """Train, evaluate, and return the record."""
+        job, start = self.job(run), self.warm_start(run.task, report)
+        task = job.task
+        training_seed, evaluation_seed = spread(run.seed)
+        decoding = Decoding(**job.settings["hyperparameters"]["test_decoding"])
+        # Supervised learning itself is the warm start.
+        algorithm = self.train(run, start, training_seed, report) if job.trains else None
+        policy = self.policy(start.supervised, decoding) if algorithm is None else algorithm.policy
+
+        # A sequence-to-sequence model has no probability of a prompt and its continuation as one text.
+        judged_by_start = not AutoConfig.from_pretrained(start.start_model).is_encoder_decoder
+        # Policies are tested without a guide, except those that have learned when to hand off to it.
+        env = self.guided_env(job, start) if policy.can_hand_off else task.env
+
+        def judge(policy: Policy, metrics: tuple[()] | None = None) -> EvaluationResult:
+            return evaluate(
+                policy,
+                task.env_id,
+                split="test",
+                source=self.source,
+                num_prompts=task.test_prompts,
+                decoding=decoding,
+                seed=evaluation_seed,
+                best_of=job.row.best_of,
+                metrics=metrics,
+                start_model=start.start_model if judged_by_start else None,
+                encoder=self.encoder,
+                **env,
+            )
+
+        report("evaluation", 0)
+        result = judge(policy)
+        judged_by = {"test": result.fingerprint, "reward": result.reward_fingerprint}
+        self._check_same(run.task, judged_by)
+        best = self.folder(run) / "best"
+        best_reward = result.reward
+        if best.is_dir():
+            reads = isinstance(policy, LanguageModelPolicy)
+            best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best), ()).reward
+        history = start.history if algorithm is None else algorithm.history
+        usage = getattr({**task.env, **job.row.env}.get("guide"), "usage", None)
+        return {
+            **run._asdict(),
+            "place": self.profile.rows.index(run.algo),
+            **job.settings,
+            "final_reward": result.reward,
+            "best_reward": best_reward,
+            "reward_parts": result.reward_parts,
+            "metrics": result.metrics,
+            "metric_signatures": result.metric_signatures,
+            "metrics_left_out": result.metrics_left_out,
+            "episodes": history[-1]["num_episodes"],
+            "policy_tokens": 0 if algorithm is None else algorithm.num_timesteps,
+            "guide_tokens": 0 if algorithm is None else algorithm.num_guide_tokens,
+            "guide_usage": None if usage is None else asdict(usage),
+            "seconds": sum(record["seconds"] for record in history),
+            "history": history,
+            "evaluation": {
+                "split": "test",
+                "seed": evaluation_seed,
+                "prompts": len(result.rewards),
+                "policy_tokens": result.policy_tokens,
+                "guide_tokens": result.guide_tokens,
+                "handoff_fraction": result.handoff_fraction,
+                "seconds": result.seconds,
+                "reward_accuracy": result.reward_accuracy,
+                "sample_ids": result.sample_ids,
+                "rewards": result.rewards,
+            },
+            "fingerprints": start.fingerprints | judged_by,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "threads": torch.get_num_threads(),
+            "device": str(policy.device),
+            "training_seed": training_seed,
+            "samples": samples(result, policy.tokenizer),
+            "rollouts": rollouts(getattr(algorithm, "last_rollout", None), policy.tokenizer),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def policy(self, path: str | Path, decoding: Decoding, **arguments: Any) -> LanguageModelPolicy:
+        """Load a policy with the precision and compilation of this benchmark."""
+        return load_policy(path, self.dtype, decoding=decoding, compile=self.compile, **arguments)
+
+    def guided_env(self, job: Job, start: WarmStart) -> dict[str, Any]:
+        """Arguments of the environment that a job learns in; by default the guide is the supervised policy, frozen."""
+        dtype: Any = None if self.dtype == "float32" else "auto"
+        quantization = job.task.policy.get("quantization")
+        decoding = Decoding(**job.task.guide_decoding)
+        guide = LocalGuide(str(start.supervised), decoding=decoding, dtype=dtype, quantization=quantization)
+        return {"guide": guide, **job.task.env, **job.row.env}
+
+    def warm_start(self, task: str, report: Report) -> WarmStart:
+        """The models of a task, made once.
+
+        Raises:
+            ValueError: Finished runs started from other models.
+        """
+        if task not in self._warm_starts:
+            job = self.jobs[task, self.profile.rows[0]]
+            # Every row and seed has the same: runs differ in what they do with it.
+            start = warm_start(job.task, self.source, job.base, 0, report, self.dtype)
+            self._check_same(task, start.fingerprints)
+            self._warm_starts[task] = start
+        return self._warm_starts[task]
+
+    def _check_same(self, task: str, fingerprints: Mapping[str, str | None]) -> None:
+        before = self._fingerprints.get(task, {})
+        if wrong := [name for name, value in fingerprints.items() if before.get(name, value) != value]:
+            raise ValueError(
+                f"out must be a new folder, or one with runs of the same data and models: in {self.out}, runs on "
+                f"{task} have other {wrong}"
+            )
+
+    def train(self, run: Run, start: WarmStart, seed: int, report: Report) -> Algorithm:
+        """Train the run's policy, from its last checkpoint if it has one."""
+        job = self.job(run)
+        env = make_env(
+            job.task.env_id,
+            num_envs=job.task.rl["episodes_per_iteration"],
+            source=self.source,
+            tokenizer=start.supervised,
+            **self.guided_env(job, start),
+        )
+        algorithm, episodes = self.begin(run, start, env, seed), job.task.episodes
+
+        def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
+            report(f"reward {algorithm.history[-1]['reward']:.3f}", algorithm.num_episodes / episodes)
+
+        report("training", algorithm.num_episodes / episodes)
+        if algorithm.num_episodes < episodes:
+            algorithm.learn(total_episodes=episodes - algorithm.num_episodes, callback=callback)
+        return algorithm
+
+    def begin(self, run: Run, start: WarmStart, env: TextVectorEnv, seed: int) -> Algorithm:
+        """Make a run's algorithm, or load its last checkpoint.
+
+        Raises:
+            ValueError: The checkpoint was made with other settings, or from another warm start.
+        """
+        job, folder = self.job(run), self.folder(run)
+        algorithm: Any = algorithm_class(job.row.algorithm)
+        settings = {**job.settings, "fingerprints": start.fingerprints}
+        last = folder / "last"
+        # Algorithms of Stable-Baselines3 with a replay buffer cannot continue; their policies are of another kind.
+        if issubclass(algorithm, Algorithm) and (last / TRAINING).is_dir() and (last / POLICY_FILE).is_file():
+            begun = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            if begun != settings:
+                wrong = [name for name in settings if begun.get(name) != settings[name]]
+                raise ValueError(f"out must be a new folder, or one with runs of the same {wrong}: see {folder}")
+            return algorithm.load(last, env, output_dir=folder, track=self.track)
+        shutil.rmtree(folder, ignore_errors=True)  # an attempt that had no checkpoint yet, or cannot continue
+        write_text(folder / "settings.json", json.dumps(settings, indent=2))
+        weights = start.start_model if job.row.start == "start_model" else start.supervised
+        policy = self.policy(weights, Decoding(**job.task.decoding), **job.row.policy)
+        given = accepted(algorithm, {"seed": seed, "output_dir": folder, "track": self.track})
+        return algorithm(policy, env, **given, **job.arguments)
+
+
+def spread(seed: int) -> tuple[int, int]:
+    """Seeds of a run's training and of its evaluation, far from those of every other seed.
+
+    Row i of a vector environment takes seed + i, so that neighbouring seeds would share rows. The evaluation's does not
+    depend on the row: rows are compared on the same prompts with the same random numbers.
+    """
+    training, evaluation = np.random.SeedSequence(seed).generate_state(2)
+    return int(training), int(evaluation)

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/throughput.py`: how fast environments, sampling and training are."""

@@ -1,0 +1,272 @@
+"""The page of a report: one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from benchmarks.comparison.results import Record, Runs
+from benchmarks.report import tables
+from benchmarks.report.analysis import BASELINES, Analysis
+from benchmarks.report.curves import AXES, COLOURS, CURVES, DASHES, POINTS, Line
+from benchmarks.report.intervals import Interval
+from benchmarks.report.table import Cell, Table
+
+AUTHORS = ("prompt", "policy", "guide", "reference", "user")
+SETTINGS = ("hyperparameters", "fingerprints", "versions")  # what runs with the same details have in common
+OUTCOMES = ("seed", "final_reward", "best_reward", "reward_parts", "metrics", "seconds")
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+def render(analysis: Analysis, lines: Sequence[Line], title: str) -> str:
+    """Return the page as HTML.
+
+    Args:
+        analysis: The runs.
+        lines: Their learning curves.
+        title: The page's title.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}  # keys keep their order
+    environment.globals |= {"html_table": html_table, "dumps": json.dumps, "zip": zip}
+    runs = analysis.runs
+    return environment.get_template("page.html").render(
+        title=title,
+        style=_asset("style.css"),
+        script=_asset("script.js"),
+        plotly=Markup(get_plotlyjs()),
+        facts=_facts(runs),
+        results=tables.results(analysis),
+        aggregate=tables.aggregate(analysis),
+        improvement=tables.improvement(analysis),
+        probabilities=analysis.improvement,
+        comparisons=tables.comparisons(analysis, runs.algos),
+        metrics=tables.metrics(analysis),
+        costs=tables.costs(analysis),
+        runs=runs,
+        baseline=next((algo for algo in reversed(BASELINES) if algo in runs.algos), None),
+        points=POINTS,
+        curves=CURVES,
+        axes=AXES,
+        panels=[task for task in runs.tasks if any(line.task == task for line in lines)],
+        authors=AUTHORS,
+        details=[detail for group in runs.groups() for detail in _details(*group)],
+        data=_data(analysis, lines),
+    )
+
+
+def _asset(name: str) -> Markup:
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _facts(runs: Runs) -> dict[str, str]:
+    """What the head of the page says about all runs."""
+    first, hours = runs.records[0], runs.training_hours
+    prompts = {record["task"]: len(record["evaluation"]["rewards"]) for record in reversed(runs.records)}
+    return {
+        "profile": first["profile"],
+        "source": first["source"],
+        "base model": first["base"] or "trained from scratch on the task's text",
+        "runs": str(len(runs.records)),
+        "test prompts": ", ".join(f"{prompts[task]} {task}" for task in runs.tasks),
+        "training": f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes",
+        "finished": max(record["finished"] for record in runs.records)[:16].replace("T", " "),
+    }
+
+
+class Bar(NamedTuple):
+    """An interval drawn in a cell; positions are percentages of the cell's width, None where nothing is drawn.
+
+    Attributes:
+        low: Lower end of the interval.
+        high: Upper end.
+        value: The estimate.
+        mark: Where a vertical line marks a value.
+    """
+
+    low: str | None = None
+    high: str | None = None
+    value: str | None = None
+    mark: str | None = None
+
+
+class HtmlRow(NamedTuple):
+    """A row of a table on the page.
+
+    Attributes:
+        algo: The row's algorithm, by which the page filters.
+        baseline: The baseline that the algorithm is compared with.
+        names: Its first cells.
+        cells: The others: text, the number to sort by, and a bar.
+    """
+
+    algo: str
+    baseline: str | None
+    names: list[str]
+    cells: list[tuple[str, str | None, Bar | None]]
+
+
+def html_table(table: Table) -> dict[str, Any]:
+    """A table as the template wants it: its columns without the task, and its rows grouped by task."""
+    grouped = table.columns[0] == "task"
+    groups = itertools.groupby(table.rows, key=lambda row: row[0] if grouped else None)
+    return {
+        "note": table.note,
+        "columns": table.columns[grouped:],
+        "names": table.names - grouped,
+        "groups": [(task, list(_html_rows(table, list(rows), int(grouped)))) for task, rows in groups],
+    }
+
+
+def _html_rows(table: Table, rows: Sequence[Sequence[Cell]], start: int) -> Iterator[HtmlRow]:
+    """Rows of a table from column `start` on; those that are shown together share the scales of their bars."""
+    places = {column: place for place, column in enumerate(table.columns)}
+    baseline = places.get("baseline")
+    shown_together: dict[Cell | None, list[Sequence[Cell]]] = {}
+    for row in rows:
+        shown_together.setdefault(None if baseline is None else row[baseline], []).append(row)
+    for group in shown_together.values():
+        scales = {column: _scale([row[places[column]] for row in group], mark) for column, mark in table.bars.items()}
+        for row in group:
+            texts = table.texts(row)
+            cells = []
+            for column, cell, text in list(zip(table.columns, row, texts, strict=True))[table.names :]:
+                bar = _bar(cell, scales[column], table.bars[column]) if column in scales else None
+                cells.append((text, _leading_number(text), bar))
+            yield HtmlRow(
+                texts[places["algorithm"]],
+                None if baseline is None else texts[baseline],
+                texts[start : table.names],
+                cells,
+            )
+
+
+def _leading_number(text: str) -> str | None:
+    """The number that a cell starts with, by which its column is sorted."""
+    found = re.match(r"[+-]?[\d,]*\.?\d+", text)
+    return found[0].replace(",", "") if found else None
+
+
+def _scale(cells: Sequence[Cell], mark: float | None) -> tuple[float, float]:
+    """The least and the greatest value to be drawn in a column."""
+    values = [value for cell in cells if isinstance(cell, Interval) for value in cell if np.isfinite(value)]
+    values += [] if mark is None else [mark]
+    return (min(values), max(values)) if values else (0.0, 0.0)
+
+
+def _bar(cell: Cell, scale: tuple[float, float], mark: float | None) -> Bar:
+    low, high = scale
+    if not isinstance(cell, Interval) or high <= low:
+        return Bar()
+
+    def place(value: float) -> str:
+        return f"{100 * (value - low) / (high - low):.1f}%"
+
+    ends = (cell.low, cell.high) if np.isfinite(cell.low) else (cell.value, cell.value)
+    return Bar(place(ends[0]), place(ends[1]), place(cell.value), None if mark is None else place(mark))
+
+
+def _details(task: str, algo: str, group: list[Record]) -> Iterator[dict[str, Any]]:
+    """All settings and outcomes of a row's runs; runs with the same settings stand together."""
+    for _, records in itertools.groupby(group, key=lambda record: [record[key] for key in SETTINGS]):
+        alike = list(records)
+        runs = [
+            {key: record[key] for key in OUTCOMES}
+            | {"evaluation": {key: part for key, part in record["evaluation"].items() if not isinstance(part, list)}}
+            for record in alike
+        ]
+        seeds = [record["seed"] for record in alike]
+        yield {
+            "task": task,
+            "algo": algo,
+            "seeds": seeds,
+            "parts": {key: alike[0][key] for key in SETTINGS} | {"runs": runs},
+        }
+
+
+def _data(analysis: Analysis, lines: Sequence[Line]) -> dict[str, Any]:
+    """What the page's script draws and shows."""
+    runs = analysis.runs
+    return {
+        "tasks": runs.tasks,
+        "algos": runs.algos,
+        "axes": AXES,
+        "curves": CURVES,
+        "colours": COLOURS,
+        "dashes": DASHES,
+        "authors": AUTHORS,
+        "lines": [_line(line) for line in lines],
+        "profiles": _profiles(analysis),
+        "samples": {task: _samples(runs, task) for task in runs.tasks},
+    }
+
+
+def _line(line: Line) -> dict[str, Any]:
+    curves = [curve for curve, values in line.y.items() if np.isfinite(values).any()]
+    return {
+        "task": line.task,
+        "algo": line.algo,
+        "x": {axis: [_short(x, 6) for x in values.mean(0)] for axis, values in line.x.items()},
+        "y": {curve: _columns(line.over_seeds(curve)) for curve in curves},
+        "seeds": [
+            {
+                "seed": seed,
+                "x": {axis: [_short(x, 6) for x in values[row]] for axis, values in line.x.items()},
+                "y": {curve: [_short(y) for y in line.y[curve][row]] for curve in curves},
+            }
+            for row, seed in enumerate(line.seeds)
+        ],
+    }
+
+
+def _profiles(analysis: Analysis) -> dict[str, Any] | None:
+    """Performance profiles between the lowest and the highest score."""
+    scores = [analysis.normalised(task, algo) for algo in analysis.aggregate for task in analysis.scales]
+    if not scores:
+        return None
+    low, high = np.concatenate(scores).min(), np.concatenate(scores).max()
+    margin = 0.02 * (high - low) or 0.1
+    thresholds = np.linspace(low - margin, high + margin, 101).tolist()
+    profiles = analysis.profiles(thresholds)
+    return {
+        "thresholds": [_short(threshold) for threshold in thresholds],
+        "algos": {algo: _columns(profile) for algo, profile in profiles.items()},
+    }
+
+
+def _samples(runs: Runs, task: str) -> list[dict[str, Any]]:
+    """The same test prompts with the completions of every row and seed."""
+    prompts: dict[int, dict[str, Any]] = {}
+    for record in (record for algo in runs.algos for record in runs.of(task, algo)):
+        for sample in record["samples"]:
+            prompt = {key: sample[key] for key in ("sample_id", "prompt")} | {"texts": []}
+            text = {key: record[key] for key in ("algo", "seed")} | {key: sample[key] for key in ("reward", "segments")}
+            prompts.setdefault(sample["sample_id"], prompt)["texts"].append(text)
+    return list(prompts.values())
+
+
+def _columns(points: Sequence[Interval | None]) -> Mapping[str, list[float | None]]:
+    return {
+        end: [None if point is None else _short(getattr(point, end)) for point in points] for end in Interval._fields
+    }
+
+
+def _short(value: float, digits: int = 4) -> float | None:
+    """A number rounded to a few significant digits; None for NaN, which JSON lacks."""
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None

@@ -1,0 +1,57 @@
+"""A table of text and intervals, and its Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.report.intervals import Interval
+
+Cell = str | Interval
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first columns hold names and whose other columns hold numbers.
+
+    Attributes:
+        title: Its title.
+        note: What its numbers are.
+        columns: Headers. If the first one is "task", the page groups the rows by task.
+        rows: Cells, text or an interval.
+        names: Number of columns that hold names.
+        formats: Format of the intervals of a column; ".3f" for columns that are not given.
+        bars: Columns whose intervals the page also draws, each with a value to mark by a line, or None.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    names: int = 2
+    formats: Mapping[str, str] = field(default_factory=dict)
+    bars: Mapping[str, float | None] = field(default_factory=dict)
+
+    def texts(self, row: Sequence[Cell]) -> list[str]:
+        """A row's cells as text."""
+        return [
+            format(cell, self.formats.get(column, ".3f")) if isinstance(cell, Interval) else cell
+            for column, cell in zip(self.columns, row, strict=True)
+        ]
+
+    def markdown(self) -> str:
+        """Markdown with aligned columns; only title and note if there are no rows."""
+        heading = f"**{self.title}.** {self.note}"
+        if not self.rows:
+            return heading
+        lines = [list(self.columns), *map(self.texts, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rule = ["-" * width if place < self.names else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
+        rows = (
+            " | ".join(
+                cell.ljust(width) if place < self.names else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in (lines[0], rule, *lines[1:])
+        )
+        return "\n".join([heading, "", *(f"| {row} |" for row in rows)])
