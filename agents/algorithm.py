@@ -17,11 +17,12 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from agents.arguments import document_arguments
 from agents.card import model_card
 from agents.checkpoint import read_checkpoint, write_checkpoint
 from agents.environments import agree, make_env, sibling_env
 from agents.evaluation import EvaluationResult, evaluate
-from agents.policy import LanguageModelPolicy, Policy
+from agents.policy import Actor, LanguageModelPolicy, Policy
 from agents.processes import gather_state, make_accelerator, own_state, reduce, start_equal
 from agents.sharding import assemble, load_optimizer, scatter, shard, whole
 from textgym.checks import check, check_arguments
@@ -87,7 +88,9 @@ class Algorithm(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        dataclass(kw_only=True, eq=False, repr=False)(cls)  # keeps an `__init__` that the class defines itself
+        if inspect.get_annotations(cls):
+            dataclass(kw_only=True, eq=False, repr=False)(cls)  # keeps an `__init__` that the class defines itself
+        document_arguments(cls)
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         """Refuse arguments that the class does not have by the name of the one that was probably meant."""
@@ -106,6 +109,8 @@ class Algorithm(ABC):
         processes = self.accelerator.num_processes
         device = self.accelerator.device if self.device == "auto" else torch.device(self.device)
         check("device", device, processes == 1 or device == self.accelerator.device, '"auto" in several processes')
+        if isinstance(self.policy, Actor) and not isinstance(self.policy, Policy):
+            raise ValueError(f"policy must be a Policy for {self.name}, got an Actor, which only writes: {self.policy}")
         if not isinstance(self.policy, Policy):
             self.policy = LanguageModelPolicy.from_pretrained(self.policy, device=device)
         self.policy.to(device)
@@ -404,6 +409,9 @@ class Algorithm(ABC):
         checkpoint.load_models(algorithm.models(), algorithm.policy)
         algorithm.load_training_state(checkpoint.state)
         return algorithm
+
+
+document_arguments(Algorithm)
 
 
 def check_guide(env: Any, name: str, *, completes: bool = False) -> None:

@@ -12,6 +12,7 @@ import stable_baselines3
 import torch
 from conftest import HORIZON, WORDS
 
+from agents import PPO as OurPPO
 from agents import CausalLMPolicy, evaluate
 from agents.sb3 import MaskableCausalLMActorCriticPolicy, SB3Algorithm, SB3Policy
 from textgym import Guidance
@@ -179,9 +180,8 @@ def test_dqn_learns_its_own_network_and_is_judged_by_what_it_predicts(make_polic
     assert type(again.model) is stable_baselines3.DQN
     with pytest.raises(ValueError, match="SB3Policy"):
         SB3Policy.from_pretrained(tmp_path)
-    for call in (again.evaluate, again.values, again.shift_values):
-        with pytest.raises(NotImplementedError):
-            call()
+    with pytest.raises(ValueError, match="which only writes"):
+        OurPPO(again, make_env(8))
 
 
 def test_reward_rises(make_policy, make_env):

@@ -22,9 +22,9 @@ from agents.policy import CausalLMPolicy, LanguageModelPolicy
 from agents.supervised import SL
 from benchmarks.comparison.results import write_text
 from benchmarks.profiles import LanguageModel, TaskProfile
-from textgym.models import load_model
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import fingerprint_of
+from textgym.models import load_model
 from textgym.storage import cache_dir, new_folder
 
 # Called with what is happening, and the share of it that is done, in [0, 1].
