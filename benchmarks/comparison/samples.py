@@ -18,7 +18,7 @@ SAMPLES = 4  # of a run
 
 
 def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A few evaluated texts, at the same places for every row."""
+    """A few completions of the test, of the same prompts for every row."""
     chosen = np.linspace(0, len(result.rewards) - 1, min(SAMPLES, len(result.rewards))).astype(int)
     return [
         {
@@ -32,7 +32,7 @@ def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def rollouts(rollout: Rollout | None, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A few of the last training episodes in which not all is the policy's; none where these are not known."""
+    """A few of the last training episodes that the policy did not write alone; none if there is no rollout."""
     if rollout is None:
         return []
     written = rollout.authors != Author.NONE
@@ -57,12 +57,12 @@ def rollouts(rollout: Rollout | None, tokenizer: PreTrainedTokenizerBase) -> lis
 def segments(
     prompt: str, token_ids: Sequence[int], authors: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, str]]:
-    """What was written after a prompt as stretches of one author each: (author, text)."""
+    """A completion as stretches of one author each: (author, text)."""
     stretches = [
         (Author(author).name.lower(), [token for _, token in tokens])
         for author, tokens in groupby(zip(authors, token_ids, strict=True), key=lambda pair: pair[0])
     ]
-    # Each is what it adds to all before it.
+    # The text of a stretch is what it adds to the text before it.
     read, contexts = [], [Context(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"], prompt)]
     for _, tokens in stretches:
         read.append(tokens)
