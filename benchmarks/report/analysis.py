@@ -65,7 +65,7 @@ class Analysis:
 
     @cached_property
     def aggregate(self) -> dict[str, Interval]:
-        """Interquartile mean of normalised scores over seeds and tasks with a scale, for rows that ran on all of them."""
+        """Interquartile mean of normalised scores over seeds and tasks with a scale, for rows that ran on all."""
         return {algo: interquartile_mean(self._scores(algo)) for algo in self._everywhere}
 
     def profiles(self, thresholds: Sequence[float]) -> dict[str, list[Interval]]:
