@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench test lint format clean
+.PHONY: bench test test-fast lint format clean
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run_all.py --profile quick

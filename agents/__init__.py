@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from textgym.packages import other_owners
+
 if TYPE_CHECKING:
     from agents.aggrevated import AggreVaTeD
     from agents.dr_po import DRPO
@@ -99,5 +101,8 @@ def __getattr__(name: str) -> Any:
         classes = [__getattr__(algorithm) for algorithm in _ALGORITHMS]
         return {algorithm.name: algorithm for algorithm in classes} | _registered
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        message = f"module {__name__!r} has no attribute {name!r}"
+        if not name.startswith("_") and (owners := other_owners(__name__)):
+            message += f"; it is textgym's, and {' and '.join(owners)} has one too, in the same place"
+        raise AttributeError(message)
     return getattr(import_module(f"agents.{_HOMES[name]}"), name)

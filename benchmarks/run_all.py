@@ -70,6 +70,8 @@ def run_all(
     from textgym.packages import require
 
     require("report", "a benchmark's report", "jinja2", "plotly", "sacrebleu")  # now, not after the runs
+    if "tensorboard" in track:
+        require("track", "--track tensorboard", "tensorboard")  # Accelerate would only leave it out
     console = Console()
     chosen = load_profile(profile)
     own = dict(row_of(given) for given in algo)

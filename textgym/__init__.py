@@ -4,13 +4,20 @@ Importing this package registers ``textgym/IMDB-v0``, ``textgym/CommonGen-v0`` a
 ``textgym/CombinationLock-v0``, a proving ground with closed forms.
 """
 
+import warnings
+
 import gymnasium as gym
 
 from textgym.guidance import Guidance
+from textgym.packages import foreign_package, other_owners
 from textgym.task import Split, Task
 
 __all__ = ["Guidance", "Split", "Task", "register"]
 __version__ = "0.1.0"
+
+
+if (_message := foreign_package("agents")) and other_owners("agents"):
+    warnings.warn(_message, stacklevel=2)
 
 
 def register(id: str, task: Task) -> None:

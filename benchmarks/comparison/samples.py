@@ -17,7 +17,7 @@ SAMPLES = 4  # of a run
 
 
 def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A few evaluated texts, at the same places for every row."""
+    """A few completions of the test, of the same prompts for every row."""
     chosen = np.linspace(0, len(result.rewards) - 1, min(SAMPLES, len(result.rewards))).astype(int)
     return [
         {
@@ -31,7 +31,7 @@ def samples(result: EvaluationResult, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def rollouts(rollout: Rollout | None, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A few of the last training episodes in which not all is the policy's; none where these are not known."""
+    """A few of the last training episodes that the policy did not write alone; none if there is no rollout."""
     if rollout is None:
         return []
     written = rollout.authors != Author.NONE

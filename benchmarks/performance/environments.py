@@ -17,7 +17,7 @@ from textgym.env import TextEnv
 
 
 def environments() -> Iterator[Measurement]:
-    """Steps of environments, random actions, resets and ends of episodes included; rewards and guides are off."""
+    """Steps of environments with random actions, resets included, without reward model and guide."""
     arguments: Any = {"task": task(), "tokenizer": tokenizer()}
     random = np.random.default_rng(0)
 
@@ -51,7 +51,7 @@ def environments() -> Iterator[Measurement]:
 
 
 def starting() -> Iterator[Measurement]:
-    """Interpreter, import and `gym.make`, in a process of its own."""
+    """Starting Python, importing textgym and `gym.make`, in a new process."""
 
     def make() -> float:
         program = "import gymnasium, textgym; gymnasium.make('textgym/IMDB-v0')"

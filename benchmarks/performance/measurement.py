@@ -12,12 +12,12 @@ class Measurement(NamedTuple):
     """Something of ours beside a reference.
 
     Attributes:
-        name: Of the figure.
-        unit: "s" for the time of one run, "MiB" for what a run returns; anything else is work a second.
-        ours: Does some work and returns how much.
+        name: Name of the figure.
+        unit: "s" for the time of one run, "MiB" for the number that a run returns; anything else is work per second.
+        ours: Does some work and returns its amount.
         reference: The same for the reference, or None.
         reference_name: What the reference is.
-        settings: Type of the arithmetic, trunk and group size, where they matter.
+        settings: Precision, trunk and group size, if they matter.
     """
 
     name: str
@@ -29,10 +29,10 @@ class Measurement(NamedTuple):
 
 
 def measure(measurement: Measurement, rounds: int) -> dict[str, Any]:
-    """Measure in turns, after one run of each that does not count; medians.
+    """Run both in turns, after one run of each that does not count, and take medians.
 
     Returns:
-        "name", "value", "unit", "reference", "reference_value", "ratio" (above 1 where ours is faster or smaller), and
+        "name", "value", "unit", "reference", "reference_value", "ratio" (above 1 if ours is faster or smaller), and
         "settings".
     """
     functions = [function for function in (measurement.ours, measurement.reference) if function is not None]

@@ -24,10 +24,10 @@ TORCH = "torch==2.13.0"
 
 @contextlib.contextmanager
 def trl(algorithm: str, iterations: int) -> Iterator[Callable[[], float]]:
-    """TRL's trainer in an environment of its own, which is made here, with our threads and allocator.
+    """TRL's trainer in a virtual environment, which is made if it is missing, with our threads and allocator.
 
     Yields:
-        A function that lets it do its next iteration. It waits where it is not called.
+        A function that runs its next iteration.
 
     Raises:
         RuntimeError: It ended early.

@@ -17,11 +17,11 @@ from textgym.process import keep_freed_memory
 
 
 def memory() -> Iterator[Measurement]:
-    """Memory of a gradient step, beside the plain one's."""
+    """Peak memory of a gradient step, beside that of the plain one."""
 
     def peak(ours: bool, vocabulary: int) -> Callable[[], float]:
         def measure() -> float:
-            # A process of its own: memory that was once used counts for ever.
+            # In a new process, since a process keeps memory that it has freed.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
                 return processes.submit(step_memory, ours, vocabulary).result()
 
@@ -33,23 +33,23 @@ def memory() -> Iterator[Measurement]:
 
 
 def step_memory(ours: bool, vocabulary: int) -> float:
-    """MiB that a gradient step takes at most, gradients and Adam's moments included, weights not."""
+    """Peak memory of a gradient step in MiB, with gradients and Adam's moments, without weights."""
     size: dict[str, Any] = {"vocab_size": vocabulary}
     step = gradient_step(False, **size) if ours else plain_gradient_step(**size)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
     step()
     return _status("VmHWM") - before
 
 
 def _status(name: str) -> float:
-    """MiB that this process holds (VmRSS) or has held at most (VmHWM); Linux knows."""
+    """Memory of this process in MiB, now (VmRSS) or at its peak (VmHWM); Linux only."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 
 
 def processes() -> Iterator[Measurement]:
-    """What settings of the process do for a gradient step: our commands' allocator, and torch's threads."""
+    """The effect of process settings on a gradient step: the allocator's of our commands, and torch's threads."""
     threads = torch.get_num_threads()
     pool = functools.partial(ProcessPoolExecutor, 1, get_context("spawn"), _prepare)
     settings = "float32, gradient steps on a minibatch of W"
@@ -74,7 +74,7 @@ def _steps_in(process: ProcessPoolExecutor) -> float:
 
 
 def take_steps() -> float:
-    """Take gradient steps of a policy that this process keeps; how many tokens they read."""
+    """Take gradient steps of a policy that this process keeps, and return the number of tokens that they read."""
     return sum(_step()() for _ in range(5))
 
 

@@ -37,7 +37,7 @@ from textgym.precision import fast_dtype
 
 
 def sampling(family: str = "gpt2") -> Iterator[Measurement]:
-    """Tokens of new text, with log-probabilities and values, beside `generate`, which gives neither."""
+    """Sampling of tokens with log-probabilities and values, beside `generate`, which returns neither."""
     ids = texts()
     seeds = itertools.count()
 
@@ -65,7 +65,7 @@ def sampling(family: str = "gpt2") -> Iterator[Measurement]:
 
 
 def best_dtype() -> str:
-    """The type of arithmetic at best settings."""
+    """The precision of the fastest settings."""
     return str(fast_dtype(torch.device("cpu"))).removeprefix("torch.")
 
 
@@ -87,7 +87,7 @@ def trainer(name: str, best: bool = False, family: str = "gpt2", **hyperparamete
 
 
 def iteration(agent: Any) -> Callable[[], float]:
-    """One iteration of an algorithm, each time another."""
+    """A function that runs the next iteration of an algorithm."""
 
     def iterate() -> float:
         agent.learn(total_episodes=agent.episodes_per_iteration)
@@ -97,7 +97,7 @@ def iteration(agent: Any) -> Callable[[], float]:
 
 
 def updates(family: str = "gpt2") -> Iterator[Measurement]:
-    """One epoch of PPO's gradient steps, in tokens of whole texts, prompts included."""
+    """One epoch of PPO's gradient steps, in tokens of prompts and completions."""
 
     def ours(best: bool) -> Callable[[], float]:
         agent = trainer("ppo", best, family)
@@ -156,7 +156,7 @@ def iterations(peers: bool, rounds: int, family: str = "gpt2") -> Iterator[Measu
 
 
 def utilisation() -> Iterator[Measurement]:
-    """Floating-point operations that the workload needs at least, a second, beside those of `torch.mm`."""
+    """Floating-point operations per second, counting the least that the workload needs, beside those of `torch.mm`."""
     flop = EPISODES * text_flop(PROMPT + NEW - 1, NEW, **SIZE)
 
     def products(dtype: torch.dtype) -> Callable[[], float]:

@@ -1,4 +1,4 @@
-"""The workload of speed measurements: a small model, prompts of random words, and a reward that costs nothing."""
+"""The workload of speed measurements: a small model, prompts of random words, and a constant reward."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ VOCABULARY, PROMPT, NEW, EPISODES = 4096, 64, 48, 112
 MINIBATCH, EPOCHS, GROUP = 28, 4, 8
 LEARNING_RATE, KL_COEF, CLIP = 1e-5, 0.05, 0.2
 EOS = 0
-# A text that ends with this probability at every token, and at the horizon at the latest, has 16 tokens on average.
+# Completions that end with this probability at every token, or at the maximum length, have 16 tokens on average.
 STOP_PROB = 1 / 17
 SIZE = {"n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 256}
 
 
 @functools.cache
 def tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Words w0, w1 and so on; w0 ends a text."""
+    """Words w0, w1 and so on; w0 is the end-of-sequence token."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0")
 
 
 def texts(count: int = EPISODES, new: int = 0, vocabulary: int = VOCABULARY) -> np.ndarray:
-    """Random prompts, and in the place of what follows them random tokens; int64 (count, PROMPT + new), without EOS."""
+    """Random prompts followed by `new` random tokens, int64 (count, PROMPT + new), without EOS."""
     return np.random.default_rng(0).integers(1, vocabulary, (count, PROMPT + new))
 
 
 def no_reward(*, completions: Sequence[str], **_: Any) -> np.ndarray:
-    """Zero for every text."""
+    """Zero for every completion."""
     return np.zeros(len(completions))
 
 
@@ -54,14 +54,14 @@ def task() -> Task:
 
 
 def language_model(stops: bool = False, family: str = "gpt2", **size: Any) -> Any:
-    """A model with random weights; one that `stops` ends texts with `STOP_PROB` a token, whatever it has read.
+    """A model with random weights; with `stops`, the probability of EOS is `STOP_PROB` at every token.
 
     Args:
-        stops: Whether it ends texts.
-        family: "gpt2" or "llama". A Llama is as wide and as deep as the GPT-2 and has as many heads, with what GPT-2
-            has not: rotary positions, RMSNorm, SwiGLU (of as many weights as GPT-2's MLP) and, as Llama 3.2 1B, one
-            head of keys and values for every four of queries.
-        **size: What is not as in `SIZE`, by GPT-2's names.
+        stops: Whether completions end before the maximum length.
+        family: "gpt2" or "llama". The Llama has the width, depth and number of heads of the GPT-2, and rotary
+            positions, RMSNorm, SwiGLU (with as many weights as GPT-2's MLP) and, like Llama 3.2 1B, one key-value head
+            for every four query heads.
+        **size: Replacements for values of `SIZE`, by GPT-2's names.
     """
     torch.manual_seed(0)
     size = {"vocab_size": VOCABULARY, **SIZE, **size}
@@ -97,14 +97,14 @@ def language_model(stops: bool = False, family: str = "gpt2", **size: Any) -> An
 
 
 def policy(best: bool, stops: bool = False, new: int = NEW, **size: Any) -> CausalLMPolicy:
-    """A policy with a fresh model, of a family and a size; `best` is with all that makes it faster."""
+    """A policy with a new model of a family and a size; `best` takes the fastest settings."""
     model, decoding = language_model(stops, **size), Decoding(min_new_tokens=0 if stops else new)
     words = tokenizer(model.config.vocab_size)
     return CausalLMPolicy(model, words, decoding, autocast="auto" if best else None, compile=best)
 
 
 def environment(guided: bool = False, best: bool = False, family: str = "gpt2") -> TextVectorEnv:
-    """All episodes of an iteration at once; with a guide of the policy's family and size, if `guided`."""
+    """An environment with one row per episode of an iteration; if `guided`, with a guide of the policy's size."""
     guide = None
     if guided:
         decoding = Decoding(min_new_tokens=NEW)
@@ -116,7 +116,7 @@ def environment(guided: bool = False, best: bool = False, family: str = "gpt2") 
 
 
 def sample(writer: CausalLMPolicy, ids: np.ndarray, new: int, seed: int) -> float:
-    """Continue prompts (B, P); log-probabilities and values are recorded. How many tokens were written."""
+    """Sample completions of prompts (B, P) with log-probabilities and values, and return the number of new tokens."""
     sampler = writer.sampler(
         {"input_ids": ids, "attention_mask": np.ones_like(ids)},
         seeds=np.random.default_rng(seed).integers(2**63, size=len(ids)),
@@ -132,7 +132,7 @@ def sample(writer: CausalLMPolicy, ids: np.ndarray, new: int, seed: int) -> floa
 
 
 def generate(model: Any, ids: Tensor, stops: bool = False, new: int = NEW) -> Tensor:
-    """What transformers makes of sampling: the texts, prompts included."""
+    """Sample with transformers; returns prompts and completions."""
     with torch.no_grad():
         output: Tensor = model.generate(
             input_ids=ids,
@@ -149,16 +149,16 @@ def generate(model: Any, ids: Tensor, stops: bool = False, new: int = NEW) -> Te
 
 
 def written(new: Tensor) -> float:
-    """Tokens of texts (B, T) up to and with EOS."""
+    """Number of tokens of completions (B, T) up to EOS, which counts."""
     return float(((new == EOS).cumsum(1) - (new == EOS).long() == 0).sum())
 
 
 class PlainTrainer:
-    """PPO and GRPO as one writes them at first: `generate`, whole logits, padded passes, AdamW as it comes.
+    """Straightforward PPO and GRPO: `generate`, full logits, padded forward passes, default AdamW.
 
     Args:
-        group_size: Texts of a prompt; 1 is PPO, with a value head, more is GRPO, without.
-        **size: Of the language model, and its family.
+        group_size: Completions per prompt; 1 is PPO, with a value head, more is GRPO, without.
+        **size: Family and size of the language model.
     """
 
     def __init__(self, group_size: int = 1, **size: Any) -> None:
@@ -221,7 +221,7 @@ class PlainTrainer:
 
 
 def gradient_step(best: bool, rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Callable[[], float]:
-    """A step of the policy on random texts: log-probabilities, entropies and values of the new tokens, and backward."""
+    """A gradient step of the policy on log-probabilities, entropies and values of random completions."""
     learner = policy(best, new=new, **size)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     ids = torch.from_numpy(texts(rows, new, learner.model.config.vocab_size))
@@ -253,7 +253,7 @@ def plain_gradient_step(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> C
 
 
 def text_flop(read: int, judged: int, *, n_embd: int, n_layer: int, **_: int) -> float:
-    """Floating-point operations that one text needs at least, forward, in a GPT-2.
+    """The least floating-point operations of a GPT-2's forward pass over one text.
 
     24 d^2 a layer and token in the products with weights (4 d x d for attention, 8 d x d for the MLP, two operations
     each), 4 d a layer for every pair of a token and one that it attends to, and 2 d V for every judged token's logits.

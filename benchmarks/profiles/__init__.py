@@ -1,4 +1,4 @@
-"""Profiles: what a benchmark runs, and how large; one small file each."""
+"""Profiles: the tasks, rows and sizes of a benchmark, one small file each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A small GPT-2, trained from scratch on a task's text where no base model is given.
+    """A small GPT-2 that is trained from scratch on a task's text if no base model is given.
 
     Attributes:
         n_embd: Width.
         n_layer: Layers.
         n_head: Attention heads.
-        training: Arguments of `agents.supervised.SL`, which learns prompts and references of all rows.
+        training: Arguments of `agents.supervised.SL`, which trains on prompts and references.
     """
 
     n_embd: int
@@ -28,22 +28,22 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a task's tables: an algorithm, and what sets it apart.
+    """A row of a task's tables: an algorithm with its arguments.
 
     Attributes:
         algorithm: Its name in `agents.ALGORITHMS`, or "package.module:Class" for one of your own or of
             Stable-Baselines3 (see `algorithm_class`). Supervised learning is the warm start itself, so "sl" takes none
             of the next four.
-        arguments: The algorithm's arguments, over those that all RL algorithms of the task share.
-        env: Arguments of the environment it learns in, over the task's. Tests are in the task's own environment,
-            without a guide, unless these say ``handoff=True``: a policy that can hand off is tested with that action,
-            the guide and the cost. An object among them, such as another guide, must pickle and have a fingerprint, by
-            which records tell it.
+        arguments: The algorithm's arguments, which override those that all RL algorithms of the task share.
+        env: Arguments of the training environment, which override the task's. Tests are in the task's own environment,
+            without a guide, unless these have ``handoff=True``: a policy that can hand off is tested with that action,
+            the guide and the cost. Objects among them, such as another guide, must be picklable and have a
+            fingerprint, which identifies them in records.
         policy: Arguments of `agents.CausalLMPolicy.from_pretrained`.
-        start: What the policy starts as, and stays near: the "supervised" policy, which is also the guide, or the
-            "start_model" as it was before it learned the task, a learner that is weaker than its guide.
-        best_of: Texts that are written for every test prompt, of which the one with the highest reward is kept.
-        as_guide: Whether the test is written with the guide's decoding: supervised learning then is the guide.
+        start: The initial policy, which is also the reference of the KL penalty: the "supervised" policy, which is the
+            guide too, or the "start_model" before supervised learning, a learner that is weaker than its guide.
+        best_of: Completions per test prompt, of which the one with the highest reward is kept.
+        as_guide: Whether the test uses the guide's decoding; supervised learning is then the guide.
 
     Raises:
         ValueError: `best_of` is below 1, `start` is none of these, or "sl" is given arguments.
@@ -79,10 +79,10 @@ class TaskProfile:
         episodes: Training episodes of every RL run.
         rl: Arguments that all RL algorithms share.
         rows: What can be run, by the name that tables show, in their order.
-        language_model: The start model, trained from scratch, where ``--base`` gives no other.
-        base: Or the hub id of the start model.
+        language_model: The start model that is trained from scratch, unless ``--base`` gives another.
+        base: Hub id of the start model, instead of `language_model`.
         policy: Arguments of the policy's `from_pretrained`, for supervised learning and all rows.
-        env: Arguments of the environment beside data, tokenizer and guide.
+        env: Arguments of the environment other than data, tokenizer and guide.
         decoding: `textgym.decoding.Decoding` of training episodes and of validation.
         test_decoding: Decoding of the test; None for the same.
         guide_decoding: Decoding of the guide, which is the supervised policy, frozen.
@@ -120,12 +120,12 @@ class Profile:
 
     Attributes:
         name: What `--profile` selects.
-        source: Data where `--source` gives none.
+        source: Source of the data, unless `--source` gives another.
         tasks: Its tasks by name; all of them have rows of the same names.
-        default: Names of the rows that run where `--algos` names none.
+        default: Names of the rows that run without `--algos`.
 
     Raises:
-        ValueError: The rows of two tasks differ in name, or `default` names one that is not there.
+        ValueError: The rows of two tasks have different names, or `default` names an unknown row.
     """
 
     name: str
@@ -149,7 +149,7 @@ class Profile:
         """The same profile with more rows, on every task, that run by default.
 
         Raises:
-            ValueError: It has a row of such a name.
+            ValueError: It already has a row of such a name.
         """
         if taken := sorted(set(rows) & set(self.rows)):
             raise ValueError(f"rows must have names that the profile {self.name!r} has not, got {taken}")
@@ -158,10 +158,10 @@ class Profile:
 
 
 def load_object(path: str) -> Any:
-    """What "package.module:name" names.
+    """Import the object that "package.module:name" names.
 
     Raises:
-        ValueError: There is no such module, or nothing of this name in it.
+        ValueError: The module or the name does not exist.
     """
     module, _, name = path.partition(":")
     if not name:
@@ -229,7 +229,7 @@ def row_of(algorithm: str | type | Row) -> tuple[str, Row]:
 
 
 def accepted(algorithm: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some arguments that a class's constructor takes, or one of its bases' to which it hands on the rest."""
+    """The arguments that a class's constructor takes, itself or through the bases to which it passes ``**kwargs``."""
     names: set[str] = set()
     for base in algorithm.__mro__:
         if "__init__" in vars(base):
@@ -244,10 +244,10 @@ def load_profile(name: str) -> Profile:
     """Load a profile.
 
     Args:
-        name: Of one that is here; or "package.module:NAME" of one of your own.
+        name: Name of a profile of this package, or "package.module:NAME" of one of your own.
 
     Raises:
-        ValueError: There is none of this name.
+        ValueError: There is no such profile.
     """
     from benchmarks.profiles.options import OPTIONS
     from benchmarks.profiles.paper import PAPER

@@ -1,4 +1,4 @@
-"""PPO's options, one changed at a time, on the tasks of `quick`: what its defaults were chosen by."""
+"""PPO's options, one changed at a time, on the tasks of `quick`; PPO's defaults were chosen by it."""
 
 from __future__ import annotations
 

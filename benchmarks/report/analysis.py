@@ -1,4 +1,4 @@
-"""What the finished runs of a folder say: scores, normalised scores, and every two rows compared."""
+"""Statistics of finished runs: scores, normalised scores, and comparisons of every two rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from benchmarks.report.intervals import (
     ratio,
 )
 
-# Normalised scores: 0 is the supervised policy that all others start from, 1 what the best of four of its texts gets,
-# chosen by the very reward that they are judged by.
+# Normalised scores: 0 is the supervised policy that all others start from, 1 the best of four of its completions,
+# chosen by the same reward that judges them.
 ZERO, ONE = "sl", "best-of-4"
-# Rows that every other is compared with where space is short.
+# Rows that every other is compared with in the Markdown tables.
 BASELINES = ("sl", "ppo")
 
 
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
     Attributes:
         reward: Mean over prompts and seeds.
-        by_seed: The same within each seed that both have.
+        by_seed: The same for each seed that both rows have.
     """
 
     reward: Interval
@@ -39,7 +39,7 @@ class Difference(NamedTuple):
 
 
 class Analysis:
-    """Statistics of finished runs, computed when asked for, once."""
+    """Statistics of finished runs, computed once, on first use."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
@@ -50,7 +50,7 @@ class Analysis:
 
     @cached_property
     def scales(self) -> dict[str, tuple[float, float]]:
-        """For each task that has both, the mean test rewards of the rows `ZERO` and `ONE`."""
+        """The mean test rewards of the rows `ZERO` and `ONE`, for each task that has both."""
         means = {
             task: tuple(float(self._rewards(task, algo).mean()) for algo in (ZERO, ONE))
             for task in self.runs.tasks
@@ -65,16 +65,16 @@ class Analysis:
 
     @cached_property
     def aggregate(self) -> dict[str, Interval]:
-        """Interquartile mean of normalised scores over seeds and all tasks with a scale, of rows that ran on them."""
+        """Interquartile mean of normalised scores over seeds and tasks with a scale, for rows that ran on all."""
         return {algo: interquartile_mean(self._scores(algo)) for algo in self._everywhere}
 
     def profiles(self, thresholds: Sequence[float]) -> dict[str, list[Interval]]:
-        """Performance profiles of the same rows."""
+        """Performance profiles of the same rows as in `aggregate`."""
         return {algo: performance_profile(self._scores(algo), thresholds) for algo in self._everywhere}
 
     @cached_property
     def improvement(self) -> dict[tuple[str, str], Interval]:
-        """Probability that a run of the first row has a higher test reward than one of the second, over their tasks."""
+        """Probability that a run of the first row of a pair has a higher test reward than one of the second."""
         found = {}
         for first, second in itertools.combinations(self.runs.algos, 2):
             tasks = [task for task in self.runs.tasks if self.runs.of(task, first) and self.runs.of(task, second)]
@@ -87,7 +87,7 @@ class Analysis:
 
     @cached_property
     def differences(self) -> dict[tuple[str, str, str], Difference]:
-        """(task, first row, second row): their rewards compared prompt by prompt, where they met the same test."""
+        """Rewards compared prompt by prompt, by (task, first row, second row), for rows that had the same test."""
         found = {}
         for task in self.runs.tasks:
             tests: dict[str, list[Record]] = {}
@@ -109,7 +109,7 @@ class Analysis:
         return found
 
     def ratio(self, task: str, first: str, second: str, metric: str) -> Interval | None:
-        """Ratio of two rows' metric over seeds; None where a run lacks it or has none above 0."""
+        """Ratio of two rows' metric over seeds; None if a run lacks it or its value is not above 0."""
         values = [
             [record["metrics"].get(metric) or 0.0 for record in self.runs.of(task, algo)] for algo in (first, second)
         ]
@@ -135,7 +135,7 @@ class Analysis:
 
     @cached_property
     def _everywhere(self) -> list[str]:
-        """Rows with runs on every task that has a scale; none where no task has one."""
+        """Rows with runs on every task that has a scale; empty if no task has one."""
         tasks = self.scales
         return [algo for algo in self.runs.algos if tasks and all(self.runs.of(task, algo) for task in tasks)]
 
@@ -147,12 +147,12 @@ class Analysis:
 
 
 def mean(values: Iterable[float | None]) -> float:
-    """Mean of the values that are there, NaN where none is."""
+    """Mean of the values that are not None, NaN if there are none."""
     present = [value for value in values if value is not None]
     return float(np.mean(present)) if present else float("nan")
 
 
 def _test(record: Record) -> str:
-    """What a run was tested on and judged by; equal for runs that can be compared prompt by prompt."""
+    """A key of the test prompts and the reward; equal for runs that can be compared prompt by prompt."""
     prints = record["fingerprints"]
     return repr((record["evaluation"]["sample_ids"], prints.get("test"), prints.get("reward")))

@@ -1,4 +1,4 @@
-"""Learning curves: as numbers, as a picture, and as what the report draws."""
+"""Learning curves, as CSV and as a picture."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from benchmarks.comparison.results import Record, Runs
 from benchmarks.report.intervals import Interval, learning_curve
 from benchmarks.report.plots import figure, save
 
-# What curves are drawn against, and what they show: keys of a run's history, but for "tokens", the policy's and the
-# guide's, and "seconds", which are those since the start.
+# The horizontal and vertical axes of curves: keys of a run's history, except "tokens", the sum of the policy's and the
+# guide's, and "seconds", which are counted from the start.
 AXES = {
     "num_episodes": "episodes",
     "num_timesteps": "policy tokens",
@@ -29,8 +29,8 @@ CURVES = {
     "kl": "KL to the start, nats a text",
     "entropy": "entropy, nats a token",
 }
-POINTS = 64  # of a drawn curve; where there are more iterations, means of as many stretches
-# Colours for light and dark paper, which a reader can tell apart; where there are more rows, the next ones are dashed.
+POINTS = 64  # of a drawn curve; of more iterations, the means of so many groups of consecutive ones are drawn
+# Colours that can be told apart, for light and dark backgrounds; rows beyond these are dashed.
 COLOURS = (
     ("#6b7280", "#a3abb8"),
     ("#1f6fd1", "#6db1ff"),
@@ -50,7 +50,7 @@ class Line(NamedTuple):
         algo: The row.
         seeds: Its seeds.
         x: For each of `AXES`, float (seeds, points).
-        y: For each of `CURVES`, float (seeds, points), NaN where there is nothing.
+        y: For each of `CURVES`, float (seeds, points), NaN where a run has no value.
     """
 
     task: str
@@ -60,7 +60,7 @@ class Line(NamedTuple):
     y: dict[str, np.ndarray]
 
     def over_seeds(self, curve: str) -> list[Interval | None]:
-        """Interquartile mean over seeds at every point, None where a seed has nothing."""
+        """Interquartile mean over seeds at every point, None where a seed has no value."""
         values = self.y[curve].T
         there = np.isfinite(values).all(1)
         intervals = iter(learning_curve(values[there]) if there.any() else [])
@@ -68,7 +68,7 @@ class Line(NamedTuple):
 
 
 def lines(runs: Runs) -> list[Line]:
-    """The curves of every row that has some, iteration by iteration: seeds end where the shortest of them does."""
+    """The curves of every row that has any; seeds of different length are cut to the shortest."""
     found = []
     for task, algo, group in runs.groups():
         length = min(len(record["history"]) for record in group)
@@ -81,7 +81,7 @@ def lines(runs: Runs) -> list[Line]:
 
 
 def as_csv(runs: Runs) -> str:
-    """Every iteration of every run as CSV, a row each: task, algo, seed and the scalars of its history."""
+    """CSV with one row per iteration of every run: task, algo, seed and the scalars of its history."""
     scalars = dict.fromkeys(
         key
         for record in runs.records
@@ -103,11 +103,11 @@ def as_csv(runs: Runs) -> str:
 def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
     """Draw rewards against all tokens, guide tokens and seconds: interquartile means over seeds, intervals as bands.
 
-    Validation rewards where a task has them, else training rewards.
+    Validation rewards if a task has them, else training rewards.
 
     Args:
-        lines: What to draw.
-        algos: All rows in their order, by which each has its colour.
+        lines: The curves.
+        algos: All rows in the profile's order, which gives each its colour.
         path: The picture, PNG.
 
     Raises:
@@ -155,12 +155,12 @@ def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
 
 
 def _literal(text: str) -> str:
-    """Text in which matplotlib sees no formula."""
+    """Escape what matplotlib would read as a formula."""
     return text.replace("$", r"\$")
 
 
 def _points(record: Record, length: int) -> dict[str, np.ndarray]:
-    """A run's history in at most `POINTS` stretches: where each ended, and its means."""
+    """A run's history in at most `POINTS` groups of iterations: the last axis values and the means of each."""
     history = record["history"][:length]
     columns = {
         key: np.array([entry.get(key, np.nan) for entry in history], dtype=np.float64) for key in (*AXES, *CURVES)

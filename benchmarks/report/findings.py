@@ -1,11 +1,11 @@
 """Fill a page of Markdown from results: ``python -m benchmarks.report.findings runs/NAME --page docs/evidence.md``.
 
-A person writes the page, but for what stands between ``<!-- PASSAGE -->`` and ``<!-- / -->``, which this command
-writes, again each time. A passage is one of
+People write the page, except for the passages between ``<!-- PASSAGE -->`` and ``<!-- / -->``, which this command
+replaces. A passage is one of
 
 - ``made``: what was run, and how this page was made; ``curves``: the picture of the learning curves;
 - ``claims``: whether guided algorithms beat PPO, and PPO supervised learning; ``claims ROW BASELINE``: whether a row
-  beats another with a perplexity that is no higher;
+  beats another without a higher perplexity;
 - ``table T``: a table, T being ``results``, ``aggregate``, ``improvement``, ``comparisons``, ``metrics`` or ``costs``;
 - ``reward TASK ROW``, ``normalised ROW``, ``difference TASK ROW BASELINE``, ``improvement ROW BASELINE``,
   ``ratio METRIC TASK ROW BASELINE``: one number with its interval, for the middle of a sentence;
@@ -28,8 +28,8 @@ from benchmarks.report.analysis import Analysis
 from benchmarks.report.table import Table
 from benchmarks.report.write import PICTURE
 
-# (row, baseline, whether its perplexity must not be higher too): the row's interval of test reward lies above the
-# baseline's, on as many tasks as stand below.
+# (row, baseline, whether the row's perplexity must not be higher): the row's interval of test reward lies above the
+# baseline's on at least `TASKS_NEEDED` tasks.
 CLAIMS = (("d2lols", "ppo", True), ("ppo++", "ppo", True), ("ppo", "sl", False))
 TASKS_NEEDED = 2
 
@@ -39,7 +39,7 @@ class Findings:
 
     Args:
         folder: The benchmark folder, with its report.
-        page: Where the page is, for the paths in it.
+        page: Path of the page, to which the paths in it are relative.
     """
 
     def __init__(self, folder: Path, page: Path) -> None:
@@ -59,10 +59,10 @@ class Findings:
         }
 
     def fill(self, text: str) -> str:
-        """Write the passages of a page anew.
+        """Return a page with its passages replaced.
 
         Raises:
-            ValueError: A passage that there is not, or that the results have nothing for, or one without an end.
+            ValueError: A passage is unknown, has no end, or asks for something that the results do not have.
         """
         filled, count = re.subn(r"<!-- ([^>/][^>]*?) -->((?!<!--).)*<!-- / -->", self._passage, text, flags=re.DOTALL)
         ends = text.count("<!-- / -->")
@@ -78,7 +78,7 @@ class Findings:
             written = self.passages[name](*arguments)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"passage {match[1]!r} asks for what {self.folder} does not have: {error!r}") from error
-        # Lines of their own are Markdown only after an empty one.
+        # Markdown needs an empty line before a block.
         space = "\n\n" if "\n" in written or name in ("made", "curves") else ""
         return f"<!-- {match[1]} -->{space}{written}{space}<!-- / -->"
 
@@ -135,7 +135,7 @@ class Findings:
         return f"{fmean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
     def claims(self, *key: str) -> str:
-        """For each claim, or that of a row and a baseline, where it holds, and what speaks for and against it."""
+        """For each claim, or the one about a row and a baseline, the tasks on which it holds, and the evidence."""
         asked: Sequence[tuple[str, str, bool]] = CLAIMS
         if key:
             row, baseline = key
@@ -156,7 +156,7 @@ class Findings:
         return "\n\n".join(parts)
 
     def claim(self, task: str, row: str, baseline: str, fluent: bool) -> tuple[bool, str]:
-        """Whether a claim holds on a task, and what speaks for and against it."""
+        """Whether a claim holds on a task, and the evidence."""
         analysis = self.analysis
         if missing := [algo for algo in (row, baseline) if not analysis.runs.of(task, algo)]:
             return False, f"no run of {tables.listed(missing)}."
@@ -177,14 +177,14 @@ class Findings:
 
 
 def fill_page(folder: tyro.conf.Positional[Path], page: Path) -> None:
-    """Fill a page of Markdown from the results in a benchmark folder; where there is no page yet, begin one.
+    """Fill a page of Markdown from the results in a benchmark folder; start a page if there is none.
 
     Args:
         folder: The benchmark folder, with its report.
         page: The page.
 
     Raises:
-        ValueError: The folder holds no finished run, or the page asks for what there is not.
+        ValueError: The folder holds no finished run, or the page asks for something that the results do not have.
     """
     source = page if page.exists() else Path(__file__).with_name("templates") / "findings.md"
     filled = Findings(folder, page).fill(source.read_text(encoding="utf-8"))

@@ -1,10 +1,12 @@
-"""What runs and test prompts can and cannot tell apart, after Agarwal et al. 2021 (arXiv 2108.13264).
+"""Estimates with bootstrap intervals, after Agarwal et al. 2021 (arXiv 2108.13264).
 
-Two questions, two ways to resample. *Would other seeds say the same?* One score a run; seeds are resampled within each
-task (`interquartile_mean`, `probability_of_improvement`, `performance_profile`, `ratio`). *Would other prompts say the
-same of these very policies?* One reward a prompt; prompts are resampled (`PromptBootstrap`).
+There are two ways to resample. Over seeds, for "would other training seeds give the same result?": each run has one
+score, and seeds are resampled within each task (`interquartile_mean`, `probability_of_improvement`,
+`performance_profile`, `ratio`). Over prompts, for "would other test prompts give the same result for these policies?":
+each prompt has one reward, and prompts are resampled (`PromptBootstrap`).
 
-All intervals are percentile bootstraps (Efron and Tibshirani 1993, chapter 13); `coverage` says what they are worth.
+All intervals are percentile bootstraps (Efron and Tibshirani 1993, chapter 13); `coverage` simulates how often they
+hold the true value.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ Verdict = Literal["above", "below", "not told apart"]
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval, whose ends are NaN where there is nothing to resample."""
+    """An estimate and its confidence interval, whose ends are NaN if there is nothing to resample."""
 
     value: float
     low: float
     high: float
 
     def against(self, other: Interval | float) -> Verdict:
-        """Where the whole interval lies, seen from a number or from another whole interval."""
+        """Whether the whole interval lies above or below a number or another whole interval."""
         low, high = (other.low, other.high) if isinstance(other, Interval) else (other, other)
         return "above" if self.low > high else "below" if self.high < low else "not told apart"
 
@@ -46,13 +48,13 @@ class Interval(NamedTuple):
 def interquartile_mean(tasks: Sequence[ArrayLike]) -> Interval:
     """Mean of the middle half of all runs' scores, seeds resampled within each task (section 4.3 of the paper).
 
-    All runs count alike: from n of them the floor(n / 4) lowest and highest are left out.
+    All runs have the same weight: of n runs, the floor(n / 4) lowest and the floor(n / 4) highest are left out.
 
     Args:
         tasks: For each task, float (seeds,), comparable between tasks.
 
     Raises:
-        ValueError: No task, or one whose scores are not as above.
+        ValueError: There is no task, or a task's scores do not have this shape or are not finite.
     """
     return Interval(*_over_seeds(_samples("tasks", tasks), _iqm).tolist())
 
@@ -68,7 +70,7 @@ def probability_of_improvement(first: Sequence[ArrayLike], second: Sequence[Arra
         second: The other algorithm's scores y on the same tasks.
 
     Raises:
-        ValueError: The numbers of tasks differ, or scores are not as above.
+        ValueError: The numbers of tasks differ, or scores do not have this shape or are not finite.
     """
     samples = _samples("first", first), _samples("second", second)
     if len(samples[0]) != len(samples[1]):
@@ -94,7 +96,7 @@ def performance_profile(tasks: Sequence[ArrayLike], thresholds: ArrayLike) -> li
         thresholds: float (thresholds,).
 
     Raises:
-        ValueError: No task, or one whose scores are not as above.
+        ValueError: There is no task, or a task's scores do not have this shape or are not finite.
     """
     levels = np.asarray(thresholds, dtype=np.float64)
 
@@ -111,7 +113,7 @@ def learning_curve(scores: ArrayLike) -> list[Interval]:
         scores: float (points, seeds).
 
     Raises:
-        ValueError: Scores are not as above.
+        ValueError: Scores do not have this shape or are not finite.
     """
     array = np.asarray(scores, dtype=np.float64)
     if array.ndim != 2 or not array.size or not np.isfinite(array).all():
@@ -120,14 +122,14 @@ def learning_curve(scores: ArrayLike) -> list[Interval]:
 
 
 def ratio(first: ArrayLike, second: ArrayLike) -> Interval:
-    """Ratio of two algorithms' geometric means over seeds, of a metric that is positive, each one's seeds resampled.
+    """Ratio of two algorithms' geometric means over seeds of a positive metric; seeds of each are resampled.
 
     Args:
         first: float (seeds,), above 0.
         second: The other algorithm's, above 0.
 
     Raises:
-        ValueError: Values are not as above.
+        ValueError: Values do not have this shape, are not finite, or are not above 0.
     """
     samples = _samples("first and second", [first, second])
     if min(sample.min() for sample in samples) <= 0:
@@ -139,16 +141,16 @@ def ratio(first: ArrayLike, second: ArrayLike) -> Interval:
 class PromptBootstrap:
     """Mean rewards of runs on the same test prompts, and those means on resampled prompts.
 
-    A prompt that is easy is easy for all; resampling prompts, and the rewards of all runs with each, takes this common
-    part out of a difference between two of them. A prompt is resampled for all seeds together: what it does to a
-    difference they have in common, and one drawn for each seed anew would pass for so many more prompts.
+    An easy prompt is easy for all policies. Resampling a prompt together with the rewards of all runs on it removes
+    this common part from the difference between two runs. A prompt is resampled for all seeds together, since its
+    effect on a difference is common to them: resampled per seed, the same prompts would count several times.
 
     Args:
         rewards: float (runs, prompts), two or more prompts.
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: Another shape, fewer than two prompts, or a value that is not finite.
+        ValueError: `rewards` has another shape, fewer than two prompts, or a value that is not finite.
     """
 
     def __init__(self, rewards: ArrayLike, *, seed: int = 0) -> None:
@@ -171,11 +173,11 @@ class PromptBootstrap:
     def difference(self, first: Sequence[int], second: Sequence[int]) -> Interval:
         """Mean difference between runs of one algorithm and runs of another.
 
-        The interval speaks of these policies on other prompts, not of policies that other seeds would have given.
+        The interval is about these policies on other prompts, not about policies trained with other seeds.
 
         Args:
-            first: Rows of `rewards`.
-            second: As many: the other algorithm's runs with the same seeds, in the same order.
+            first: Rows of `rewards`, one per run of the first algorithm.
+            second: Rows of the other algorithm's runs with the same seeds, in the same order.
         """
         means = self._means[first] - self._means[second]
         resampled = (self._resampled[first] - self._resampled[second]).mean(0)
@@ -185,15 +187,15 @@ class PromptBootstrap:
 
 @lru_cache
 def coverage(seeds: int) -> float:
-    """How often `interquartile_mean` of one task's runs holds the true mean, where scores are normal: by simulation.
+    """Simulate how often the interval of `interquartile_mean` on one task holds the true mean of normal scores.
 
-    A bootstrap of few values cannot go beyond them, so that its intervals are too narrow.
+    A bootstrap never goes beyond the values it resamples, so that with few of them its intervals are too narrow.
 
     Args:
         seeds: Number of runs, at least 2.
 
     Returns:
-        A probability, to about 0.01, where 0.95 is aimed at.
+        A probability, to about 0.01; nominally it is 0.95.
     """
     rng = np.random.default_rng(0)
     result = stats.bootstrap(
@@ -210,7 +212,7 @@ def _iqm(*samples: np.ndarray, axis: int) -> np.ndarray:
 def _over_seeds(
     samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """A statistic of strata, each resampled by itself: its value and the ends of its interval, (3, ...)."""
+    """A statistic of samples, each resampled independently: its value and the ends of its interval, (3, ...)."""
     value = statistic(*samples, axis=-1)
     if min(sample.shape[-1] for sample in samples) < 2:
         return np.stack([value, np.full_like(value, np.nan), np.full_like(value, np.nan)])

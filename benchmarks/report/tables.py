@@ -12,13 +12,13 @@ from benchmarks.report.analysis import BASELINES, ONE, ZERO, Analysis, mean
 from benchmarks.report.intervals import coverage
 from benchmarks.report.table import Cell, Table
 
-# Metrics that show what a reward was bought with; keys of a run's metrics.
+# Metrics that a higher reward often costs, by their keys among a run's metrics.
 FLUENCY = {"perplexity": "perplexity", "distinct_2": "distinct-2"}
 OVER_SEEDS = "95% percentile bootstrap intervals over seeds"
 
 
 def results(analysis: Analysis) -> Table:
-    """Test reward of every row, and what it costs in fluency and diversity; who wrote the texts, where guides did."""
+    """Test reward, fluency and diversity of every row; the guide's part of the completions, if there is any."""
     runs = analysis.runs
     handed_off = any(_hands_off(record) for record in runs.records)
     normalised = bool(analysis.scales)
@@ -71,7 +71,7 @@ def results(analysis: Analysis) -> Table:
 
 
 def costs(analysis: Analysis) -> Table:
-    """What the runs of every row took, means over seeds."""
+    """The cost of the runs of every row, means over seeds."""
     rows = []
     for task, algo, group in analysis.runs.groups():
         policy, guide = (mean(record[key] for record in group) for key in ("policy_tokens", "guide_tokens"))
@@ -172,7 +172,7 @@ def comparisons(analysis: Analysis, baselines: Sequence[str] | None = None) -> T
         present = [algo for algo in runs.algos if runs.of(task, algo)]
         chosen = [algo for algo in baselines or BASELINES if algo in present] or present[:1]
         for second, first in itertools.product(chosen, present):
-            # Of two baselines one difference is enough; a reader who chooses one baseline wants all of them.
+            # Two baselines are compared once; a reader who chooses one baseline wants all differences from it.
             twice = baselines is None and first in chosen and chosen.index(first) <= chosen.index(second)
             found = analysis.differences.get((task, first, second))
             if found is None or twice:
@@ -213,7 +213,7 @@ def metrics(analysis: Analysis) -> Table:
         for task, algo, group in analysis.runs.groups()
     ]
     note = "Parts of the reward and metrics of the same test texts, means over seeds."
-    # What is missing; where, and what to do about it, is in the records.
+    # The records say what to do about it.
     left_out = dict.fromkeys(
         f"{name.replace('_', ' ')} on {record['task']} ({reason.split(':')[0]})"
         for record in analysis.runs.records
@@ -230,7 +230,7 @@ def metrics(analysis: Analysis) -> Table:
 
 
 def _worth(analysis: Analysis) -> str:
-    """What an interval over seeds is worth."""
+    """A sentence on how far intervals over seeds can be trusted."""
     counts = sorted({len(group) for _, _, group in analysis.runs.groups()} - {1})
     if not counts:
         return "no interval: one seed says nothing about others."
@@ -244,7 +244,7 @@ def _worth(analysis: Analysis) -> str:
 
 
 def number(value: float, spec: str | None = None) -> str:
-    """Three digits or so, or as `spec` says; a dash where there is no number."""
+    """About three digits, or the format `spec`; a dash for a number that is not finite."""
     if not np.isfinite(value):
         return "-"
     return f"{value:z{spec or ('.1f' if abs(value) >= 100 else '.2f' if abs(value) >= 10 else '.3f')}}"
