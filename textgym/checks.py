@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -61,3 +61,30 @@ def nearest_name(name: str, allowed: Sequence[str]) -> str | None:
 def is_int(value: Any) -> bool:
     """Whether a value is an integer, of Python or NumPy, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, least: int = 1) -> int:
+    """Return an integer that is not below `least`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    check(name, value, is_int(value) and value >= least, f"an int >= {least}")
+    return int(value)
+
+
+def check_texts(name: str, value: Any) -> tuple[str, ...]:
+    """Return a sequence of strings that are not empty, as a tuple.
+
+    Raises:
+        ValueError: It is none.
+    """
+    valid = isinstance(value, Collection) and not isinstance(value, str)
+    valid = valid and all(isinstance(text, str) and text for text in value)
+    check(name, value, valid, "a sequence of strings that are not empty")
+    return tuple(value)

@@ -158,8 +158,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             raise ValueError(f"autoreset_mode must be one of {allowed}, got {autoreset_mode!r}") from error
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.guide = load_guide(guide)
-        check_reward(reward, task)
-        self._reward = reward
+        check_reward(reward, task.rewards)
+        self._reward = task.reward if reward is None else reward
         self._reward_function: RewardFunction | None = None
 
         from textgym.tokenization import (
@@ -250,7 +250,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def reward_function(self) -> RewardFunction:
         """The reward; loaded, and trained where the task says so, on first use."""
         if self._reward_function is None:
-            self._reward_function = load_reward(self._reward, self.task, self.source)
+            self._reward_function = load_reward(self._reward, self.task.rewards, self.source)
         return self._reward_function
 
     @property

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textgym.data.sources import load_split
+from textgym.data.splits import Split, SplitName
 from textgym.rewards.trained import Trained, load_or_train
-from textgym.task import Split, SplitName
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -59,7 +59,7 @@ def features(texts: Sequence[str]) -> scipy.sparse.csr_array:
     return counts
 
 
-class Sentiment:
+class SentimentReward:
     """P(positive) of the whole text, prompt and completion, by a small linear model.
 
     Attributes:
@@ -91,7 +91,7 @@ class Sentiment:
         return expit((features(texts) @ self.weights).astype(np.float64))
 
 
-def sentiment_reward(source: str) -> Sentiment:
+def sentiment_reward(source: str) -> SentimentReward:
     """P(positive) by a model trained on the source's training reviews, in seconds, and cached.
 
     It is trained on fragments as long as the texts it will judge: of each review the one an episode would show, and a
@@ -109,7 +109,7 @@ def sentiment_reward(source: str) -> Sentiment:
         "window_words": WINDOW_WORDS,
         "data": train.fingerprint,
     }
-    return Sentiment(load_or_train("sentiment", recipe, lambda: _train_sentiment(train, source)))
+    return SentimentReward(load_or_train("sentiment", recipe, lambda: _train_sentiment(train, source)))
 
 
 def _train_sentiment(train: Split, source: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
