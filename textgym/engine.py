@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 from textgym import seeding
 from textgym.data.sources import resolve_source
 from textgym.guidance import Guidance
-from textgym.guides.base import Author, Completion, Guide, GuideRequest, load_guide
+from textgym.guides import Author, Completion, Guide, GuideRequest, load_guide
 from textgym.rewards import check_reward, load_reward, split_parts
 from textgym.rewards.base import RewardFunction
 from textgym.spec import WithSpec
