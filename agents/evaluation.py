@@ -22,7 +22,7 @@ from agents.rollout import Rollout, collect
 from textgym.decoding import Decoding
 from textgym.guidance import Guidance
 from textgym.guides.base import Author
-from textgym.metrics import NAMES, MissingRequirement, load
+from textgym.metrics import Metric, check_metrics, columns_of, measure, select
 from textgym.seeding import hash64
 from textgym.storage import new_file
 from textgym.task import SplitName
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from textgym.engine import TextVectorEnv
-    from textgym.metrics.base import Metric
 
 
 class Agent(Protocol):
@@ -169,7 +168,7 @@ def evaluate(
     decoding: Decoding | None = None,
     seed: int = 0,
     best_of: int = 1,
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str | Metric] | None = None,
     start_model: PreTrainedModel | str | os.PathLike | None = None,
     encoder: str | os.PathLike | None = None,
     accelerator: Accelerator | None = None,
@@ -196,7 +195,8 @@ def evaluate(
             that ``best_of=1`` writes. The text is chosen by the very reward that it is judged by, so the result says
             how much of that reward can be had by sampling more, as a user could who has the reward where texts are
             written; it grows with `best_of` by selection alone, whatever else becomes of the texts.
-        metrics: Names in `textgym.metrics.NAMES`; None takes the task's, less those that cannot be computed here.
+        metrics: Names in `textgym.metrics.NAMES`, or metrics (see `textgym.metrics.Metric`); None takes those of the
+            task, without those that cannot be computed here.
         start_model: The model under which "perplexity" is measured, or its hub id or folder; it must have the
             environment's tokenizer.
         encoder: Hub id or folder of the encoder of "bert_score".
@@ -212,9 +212,7 @@ def evaluate(
         raise ValueError(f"num_prompts must be None or at least 1, got {num_prompts!r}")
     if best_of < 1:
         raise ValueError(f"best_of must be at least 1, got {best_of!r}")
-    unknown = sorted(set(metrics or ()) - set(NAMES))
-    if unknown:
-        raise ValueError(f"metrics must be of {list(NAMES)}, got {unknown}")
+    check_metrics(metrics or ())
     policy: Any = agent if isinstance(agent, Actor) else agent.policy
     how = decoding or policy.decoding
     if best_of > 1 and (how.greedy or how.num_beams > 1):
@@ -230,7 +228,10 @@ def evaluate(
     elif env_arguments:
         raise ValueError(f"env_arguments need env to be an id, got {sorted(env_arguments)} and {env!r}")
     # Before anything is written, so that what is missing is said at once.
-    judges, left_out = _load_metrics(env, metrics, start_model, encoder)
+    wanted = env.task.metrics if metrics is None else metrics
+    judges, left_out = select(
+        wanted, leave_out=metrics is None, start_model=start_model, encoder=encoder, source=env.source
+    )
     started = time.perf_counter()
     indices = np.random.default_rng(0).permutation(len(env.data))[:num_prompts]
     indices.sort()
@@ -270,17 +271,21 @@ def evaluate(
         "references": rollout.references[kept].tolist(),
     }
     values: dict[str, float] = {}
+    columns = {
+        "prompts": texts["prompts"],
+        "predictions": texts["completions"],
+        "references": texts["references"],
+        "prompt_ids": prompt_ids,
+        "prediction_ids": token_ids,
+    }
     for name, judge in judges.items():
-        if metrics is None and "references" in judge.features and not any(texts["references"]):
+        if metrics is None and "references" in columns_of(judge) and not any(texts["references"]):
             left_out[name] = "no sample has a reference"
             continue
-        values |= judge.compute(
-            prompts=texts["prompts"],
-            predictions=texts["completions"],
-            references=texts["references"],
-            prompt_ids=prompt_ids,
-            prediction_ids=token_ids,
-        )
+        measured = measure(name, judge, columns)
+        if taken := values.keys() & measured.keys():
+            raise ValueError(f"metric {name!r} must return names that no other metric has, got {sorted(taken)}")
+        values |= measured
     return EvaluationResult(
         task=env.task.name,
         split=env.split,
@@ -294,7 +299,11 @@ def evaluate(
         rewards=rollout.rewards[kept].cpu().numpy().astype(np.float64),
         reward_parts={name: float(part[kept].mean()) for name, part in rollout.reward_parts.items()},
         metrics=values,
-        metric_signatures={name: judge.signature for name, judge in judges.items() if name not in left_out},
+        metric_signatures={
+            name: getattr(judge, "signature", type(judge).__qualname__)
+            for name, judge in judges.items()
+            if name not in left_out
+        },
         metrics_left_out=left_out,
         sample_ids=rollout.sample_ids[kept],
         **texts,
@@ -305,37 +314,6 @@ def evaluate(
         guide_tokens=int(rollout.guide_tokens.view(best_of, -1)[:, :count].sum()),
         seconds=time.perf_counter() - started,
     )
-
-
-def _load_metrics(
-    env: TextVectorEnv,
-    names: Sequence[str] | None,
-    start_model: PreTrainedModel | str | os.PathLike | None,
-    encoder: str | os.PathLike | None,
-) -> tuple[dict[str, Metric], dict[str, str]]:
-    """Load metrics by name, or those of the task where names are None, and say which of these cannot be and why."""
-    settings: dict[str, dict[str, Any]] = {
-        "perplexity": {"model": start_model},
-        "bert_score": {"encoder": encoder},
-        "sentiment": {"source": env.source},
-        "preference": {"source": env.source},
-    }
-    not_given = {"perplexity": "start_model"} if start_model is None else {}
-    not_given |= {"bert_score": "encoder"} if encoder is None else {}
-    judges, left_out = {}, {}
-    for name in env.task.metrics if names is None else names:
-        if name in not_given:
-            if names is not None:
-                raise ValueError(f"metrics can hold {name!r} only where {not_given[name]} is given")
-            left_out[name] = f"{not_given[name]} was not given"
-            continue
-        try:
-            judges[name] = load(name, **settings.get(name, {}))
-        except MissingRequirement as error:
-            if names is not None:
-                raise
-            left_out[name] = str(error)
-    return judges, left_out
 
 
 def main(

@@ -22,14 +22,13 @@ from textgym.rewards.classifier import ModelReward, fragment, sentiment_reward
 from textgym.rewards.overlap import (
     CIDER_WEIGHT,
     COVERAGE_WEIGHT,
-    CiderD,
+    CiderDScorer,
     cider_coverage_reward,
     coverage,
     rouge_l_reward,
     words_of,
 )
 from textgym.rewards.preference import CORRUPTIONS, preference_reward
-from textgym.task import Task
 
 WORDS = ["a", "the", "dog", "man", "runs", "throws", "ball", "to", "on", "in", "park"]
 SENTENCE = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
@@ -72,7 +71,7 @@ def test_cider_d_equals_pycocoevalcap_per_item(documents, data):
     for candidate, references in zip(candidates, documents, strict=True):
         scorer += (candidate, references)
     _, expected = scorer.compute_score()
-    np.testing.assert_allclose(CiderD(documents)(candidates, documents), expected, atol=1e-6)
+    np.testing.assert_allclose(CiderDScorer(documents)(candidates, documents), expected, atol=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
@@ -90,11 +89,11 @@ def test_cider_d_keeps_the_training_document_frequencies(documents, data):
     for candidate, references in zip(candidates, held_out, strict=True):
         scorer += (candidate, references)
     scorer.document_frequency = frozen.document_frequency
-    np.testing.assert_allclose(CiderD(documents)(candidates, held_out), scorer.compute_cider(), atol=1e-6)
+    np.testing.assert_allclose(CiderDScorer(documents)(candidates, held_out), scorer.compute_cider(), atol=1e-6)
 
 
 def test_cider_d_words_and_missing_references():
-    cider = CiderD([["the dog runs"], ["a man throws a ball"]])
+    cider = CiderDScorer([["the dog runs"], ["a man throws a ball"]])
     assert words_of("The man's DOG, runs!") == ["the", "man's", "dog", "runs"]
     assert cider([" The dog, RUNS."], [["the dog runs"]]) == cider(["the dog runs"], [["the dog runs"]])
     assert cider(["the dog runs"], [()]) == 0
@@ -304,14 +303,13 @@ def test_load_reward_by_name_function_folder_or_not_at_all(classifier_folder):
     def own(**_):
         return [0.0]
 
-    task = Task("t", [], "p", "r", 4, 4, reward="first", rewards={"first": lambda source: ("first", source)})
-    assert load_reward(None, task, "mini") == ("first", "mini")
-    assert load_reward("first", task, "folder") == ("first", "folder")
-    assert load_reward(own, task, "mini") is own
-    assert isinstance(load_reward(str(classifier_folder), task, "mini"), ModelReward)
+    named = {"first": lambda source: ("first", source)}
+    assert load_reward("first", named, "folder") == ("first", "folder")
+    assert load_reward(own, named, "mini") is own
+    assert isinstance(load_reward(str(classifier_folder), named, "mini"), ModelReward)
     for wrong in ("second", 3):
         with pytest.raises(ValueError, match=r"reward must be None, one of \['first'\].*got"):
-            load_reward(wrong, task, "mini")
+            load_reward(wrong, named, "mini")
 
 
 def test_split_parts_sums_parts_and_refuses_what_is_no_reward():

@@ -21,7 +21,7 @@ from textgym.completions import complete
 from textgym.data.sources import resolve_source
 from textgym.draws import EpisodeDraws, Purpose
 from textgym.guidance import Guidance
-from textgym.guides.base import Author, Guide, GuideRequest, load_guide
+from textgym.guides import Author, Guide, GuideRequest, load_guide
 from textgym.options import ResetOptions
 from textgym.prompts import PromptEncoder
 from textgym.rendering import coloured
@@ -183,8 +183,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.guide = load_guide(guide)
-        check_reward(reward, task)
-        self._reward = reward
+        check_reward(reward, task.rewards)
+        self._reward = task.reward if reward is None else reward
         self._reward_function: RewardFunction | None = None
 
         self.source = resolve_source(source)
@@ -251,7 +251,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def reward_function(self) -> RewardFunction:
         """The reward; loaded, and trained where the task says so, on first use."""
         if self._reward_function is None:
-            self._reward_function = load_reward(self._reward, self.task, self.source)
+            self._reward_function = load_reward(self._reward, self.task.rewards, self.source)
         return self._reward_function
 
     @property

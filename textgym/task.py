@@ -1,49 +1,21 @@
-"""A task is data: what is asked, what would be a good answer, how long it may be, what it is worth."""
+"""A task is data: prompts, references, limits on lengths, and a reward."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
-from textgym.metrics import NAMES
+from textgym.checks import check, check_one_of
+from textgym.data.splits import SPLITS, Row, Split, SplitName
+from textgym.metrics import Metric, check_metrics
 from textgym.rewards.base import RewardFunction
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
-
-Row = Mapping[str, Any]
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split of a task's data.
-
-    Attributes:
-        rows: The samples; ``rows[i]`` is a mapping of column to value.
-        fingerprint: 16 hex digits that change when any sample does.
-    """
-
-    rows: Sequence[Row] | datasets.Dataset
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @classmethod
-    def of(cls, rows: Sequence[Row] | datasets.Dataset) -> Split:
-        """Wrap rows, with a fingerprint of their content."""
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        return cls(rows, digest.hexdigest()[:16])
 
 
 @dataclass(frozen=True)
@@ -52,7 +24,7 @@ class Task:
 
     Attributes:
         name: Short name, used in file names and tables.
-        data: A function ``(split, source) -> Split`` or rows for it; or a mapping from split name to rows (a
+        data: A function ``(split, source) -> Split`` or rows; or a mapping from split name to rows (a
             `datasets.Dataset` or a list of mappings); or rows alone, which serve as every split.
         prompt: The prompt of a row: a format string over its columns ("Q: {question} A:"), or a function of the row
             that returns a string, or a triple (before, body, after) of which only the body may be truncated (a plain
@@ -64,12 +36,13 @@ class Task:
         truncation_side: Which end of the body is dropped when the prompt is too long.
         reward: The reward, or the name of one in `rewards`.
         rewards: Rewards by name: functions of the data source, called when the environment first needs the reward.
-        metrics: Names in `textgym.metrics.NAMES`, of what stands beside the reward in an evaluation.
+        metrics: What an evaluation measures beside the reward: names in `textgym.metrics.NAMES`, or metrics (see
+            `textgym.metrics.Metric`).
         demonstration: Which rows supervised learning imitates (None: all).
-        tokenizer: The tokenizer, made on first use; None: a byte-level BPE trained on the train split.
+        tokenizer: Returns the tokenizer, called on first use; None: a byte-level BPE trained on the train split.
 
     Raises:
-        ValueError: There is no such metric.
+        ValueError: An entry of `metrics` is neither a known name nor a metric.
     """
 
     name: str
@@ -81,14 +54,12 @@ class Task:
     reward: str | RewardFunction
     rewards: Mapping[str, Callable[[str], RewardFunction]] = field(default_factory=dict)
     truncation_side: Literal["left", "right"] = "right"
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str | Metric, ...] = ()
     demonstration: Callable[[Row], bool] | None = None
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.metrics) - set(NAMES))
-        if unknown:
-            raise ValueError(f"metrics must be of {list(NAMES)}, got {unknown}")
+        check_metrics(self.metrics)
 
     def split(self, name: SplitName, source: str) -> Split:
         """Load a split.
@@ -100,23 +71,20 @@ class Task:
         Raises:
             ValueError: The split's name is not one of these, or the task has no such split.
         """
-        if name not in SPLITS:
-            raise ValueError(f"split must be one of {list(SPLITS)}, got {name!r}")
-        if callable(self.data):
-            rows = self.data(name, source)
-        elif isinstance(self.data, Mapping):
-            if name not in self.data:
-                raise ValueError(f"split must be one of {sorted(self.data)} for task {self.name!r}, got {name!r}")
-            rows = self.data[name]
-        else:
-            rows = self.data
+        check_one_of("split", name, SPLITS)
+        rows: Any = self.data
+        if callable(rows):
+            rows = rows(name, source)
+        elif isinstance(rows, Mapping):
+            check("split", name, name in rows, f"one of {sorted(rows)} for task {self.name!r}")
+            rows = rows[name]
         return rows if isinstance(rows, Split) else Split.of(rows)
 
     def prompt_of(self, row: Row) -> tuple[str, str, str]:
-        """The prompt of a row as (before, body, after).
+        """Return the prompt of a row as (before, body, after).
 
         Raises:
-            ValueError: A column that the format string names is null, or what a function returns is no prompt.
+            ValueError: A column that the format string names is null, or a function returns no prompt.
         """
         if isinstance(self.prompt, str):
             columns = [re.split(r"[.[]", name)[0] for _, name, _, _ in Formatter().parse(self.prompt) if name]
@@ -124,23 +92,23 @@ class Task:
             if missing:
                 raise ValueError(f"prompt of task {self.name!r} needs text in column {missing[0]!r}, got null in {row}")
         prompt: Any = self.prompt.format(**row) if isinstance(self.prompt, str) else self.prompt(row)
-        if not isinstance(prompt, str) and not (
-            isinstance(prompt, tuple) and len(prompt) == 3 and all(isinstance(part, str) for part in prompt)
-        ):
+        if isinstance(prompt, str):
+            return "", prompt, ""
+        if not (isinstance(prompt, tuple) and len(prompt) == 3 and all(isinstance(part, str) for part in prompt)):
             raise ValueError(
                 f"prompt of task {self.name!r} must be a string or a triple of strings, got {prompt!r} for {row}"
             )
-        return ("", prompt, "") if isinstance(prompt, str) else prompt
+        return prompt
 
     def imitates(self, row: Row) -> bool:
-        """Whether the references of a row are worth imitating."""
+        """Return whether supervised learning imitates the references of a row."""
         return self.demonstration is None or self.demonstration(row)
 
     def references_of(self, row: Row) -> tuple[str, ...]:
-        """The reference texts of a row; null is no reference.
+        """Return the reference texts of a row, without nulls.
 
         Raises:
-            ValueError: Something else than text.
+            ValueError: A reference is not text.
         """
         value = row[self.references] if isinstance(self.references, str) else self.references(row)
         if value is None or isinstance(value, str):

@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from textgym.hub import file_beside
-from textgym.storage import cache_dir
+from textgym.storage import cache_dir, new_folder
 from textgym.task import Task
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 8192
-# Enough text for stable merges; more only makes the first start slower.
+# Enough text for stable merges; more would only slow the first start.
 TRAINING_ROWS = 20_000
 
 
@@ -37,13 +35,13 @@ def load_tokenizer(
     """Load the tokenizer of an environment.
 
     Args:
-        tokenizer: A tokenizer, its hub id or path, or None for the task's own; where it has none, a byte-level BPE of
-            at most 8,192 tokens trained on the task's train split and kept in the cache folder.
+        tokenizer: A tokenizer, its hub id or path, or None for the one of the task; where it has none, a byte-level BPE
+            of at most 8,192 tokens is trained on the task's train split and cached.
         task: The task.
         source: The data source ("mini", "hub" or a folder) to train on.
 
     Raises:
-        ValueError: Not one of these, or a tokenizer without an end-of-sequence token.
+        ValueError: `tokenizer` is none of these, or has no end-of-sequence token.
     """
     if tokenizer is None:
         loaded = _trained_tokenizer(task, source) if task.tokenizer is None else task.tokenizer()
@@ -66,10 +64,10 @@ def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) 
 
     Args:
         path: Hub id or folder.
-        gguf_file: The GGUF file there that holds the model and its tokenizer, where it is one.
+        gguf_file: The GGUF file there with model and tokenizer, if it is one.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no tokenizer.
     """
     from transformers import AutoTokenizer  # imports torch
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -77,7 +75,7 @@ def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) 
     kind: Any = AutoTokenizer
     try:
         if gguf_file is None:
-            # One that says it is no more than its file: AutoTokenizer would make it one of the model's family.
+            # These classes are what the tokenizer file says; AutoTokenizer would use the class of the model's family.
             declared = get_tokenizer_config(str(path)).get("tokenizer_class")
             if declared in ("PreTrainedTokenizerFast", "TokenizersBackend"):
                 kind = PreTrainedTokenizerFast
@@ -88,7 +86,7 @@ def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) 
         raise ValueError(
             f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}"
         ) from error
-    # Where only a model lies, transformers makes a tokenizer of nothing but the special tokens of its architecture.
+    # For a model without tokenizer, transformers makes one of nothing but the special tokens of its architecture.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}, which has none")
     return tokenizer
@@ -104,19 +102,15 @@ def _trained_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
             written += [prompt, *(as_continuation(prompt, reference) for reference in task.references_of(row))]
         return written
 
-    # The same data can be laid out in other ways, which a few rows show.
+    # Tasks can write the same data as different texts, which a few rows show.
     layout = hashlib.sha256("\n".join(texts(8)).encode()).hexdigest()[:8]
     folder = cache_dir() / "tokenizers" / f"{task.name}-{split.fingerprint}-{layout}-{VOCAB_SIZE}"
     if folder.is_dir():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer = train_tokenizer(texts(TRAINING_ROWS))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    tokenizer.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was quicker; what it wrote is the same
-        shutil.rmtree(temporary)
+    # Where another process finishes first, its tokenizer is the same.
+    with new_folder(folder, keep_existing=True) as temporary:
+        tokenizer.save_pretrained(temporary)
     return tokenizer
 
 
@@ -124,24 +118,16 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     """Train a byte-level BPE tokenizer with ``<|endoftext|>`` (0) as EOS and ``<|pad|>`` (1) as padding.
 
     Args:
-        texts: The text to learn merges from.
-        vocab_size: Most tokens; merges seen only once are never made.
+        texts: The texts to train on.
+        vocab_size: Most tokens; pairs that occur only once are not merged.
     """
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, pad_token=PAD)
+    empty = Tokenizer(models.BPE())
+    empty.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    empty.decoder = decoders.ByteLevel()
+    untrained = PreTrainedTokenizerFast(tokenizer_object=empty, bos_token=EOS, eos_token=EOS, pad_token=PAD)
+    return untrained.train_new_from_iterator(texts, vocab_size, min_frequency=2, show_progress=False)
 
 
 class _Vocabulary(NamedTuple):

@@ -1,6 +1,6 @@
-"""Where a task's samples come from: the mini edition, the Hugging Face hub, or a folder of Parquet files.
+"""The sources of a task's samples: the mini edition, the Hugging Face hub, or a folder of Parquet files.
 
-`datasets` is imported when real data is asked for, never for "mini".
+`datasets` is imported for real data only.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textgym.checks import check_one_of
 from textgym.data.mini import mini_rows
-from textgym.task import SPLITS, Row, Split, SplitName
+from textgym.data.splits import SPLITS, Row, Split, SplitName
 
 if TYPE_CHECKING:
     import datasets
@@ -30,18 +31,18 @@ _FOLDER_COLUMNS = _HUB_COLUMNS | {"tldr": ["subreddit", "title", "post", "summar
 _HUB_POST = re.compile(
     r"SUBREDDIT: r/(?P<subreddit>.*?)\n+TITLE: (?P<title>.*?)\n+POST: (?P<post>.*?)\s*TL;DR:\s*", re.DOTALL
 )
-# One review in this many of the train files is the validation split: about 5%.
+# One of so many reviews of the train file belongs to the validation split: about 5%.
 _IMDB_VALIDATION_EVERY = 20
 
 
 def resolve_source(source: str | os.PathLike | None) -> str:
-    """Turn the environment's `source` argument into "mini", "hub" or the path of a folder that exists.
+    """Return the environment's argument `source` as "mini", "hub" or the path of a folder.
 
     Args:
-        source: One of these; None reads the environment variable TEXTGYM_SOURCE, and without it is "mini".
+        source: One of these; None reads the environment variable TEXTGYM_SOURCE, and is "mini" where it is not set.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: `source` is neither, or the folder does not exist.
     """
     argument = "source"
     if source is None:
@@ -60,39 +61,37 @@ def resolve_source(source: str | os.PathLike | None) -> str:
 def load_split(task_name: str, split: SplitName, source: str | os.PathLike | None = None) -> Split:
     """Load one split of one of the three tasks.
 
-    Rows are read-only: calls may share them. The fingerprint is of the rows' content, so that a folder and its hub twin
-    have the same one where they hold the same samples.
+    Rows are read-only: calls may share them. The fingerprint depends on the rows alone, so the hub and a folder with
+    the same samples have the same one.
 
     Args:
-        task_name: "imdb" (columns text, label), "commongen" (concepts, targets: one row a concept set) or "tldr"
+        task_name: "imdb" (columns text, label), "commongen" (concepts, targets: one row per concept set) or "tldr"
             (subreddit, title, post, summary).
-        split: "train", "validation" or "test". IMDB has no validation file: about 5% of its train reviews, chosen by a
-            hash of their text, are the validation split. Reviews of the test file are dropped from both.
+        split: "train", "validation" or "test". IMDB has no validation file: its validation split is about 5% of the
+            train file, chosen by a hash of the text. Reviews of the test file are dropped from both.
         source: See `resolve_source`.
 
     Raises:
-        ValueError: An unknown task, split or source, data that is not there, or columns that are missing.
+        ValueError: An unknown task, split or source, missing data, or missing columns.
 
     Warns:
         UserWarning: Rows without a reference text (the test split of ``allenai/common_gen``).
     """
-    if task_name not in _READERS:
-        raise ValueError(f"task_name must be one of {sorted(_READERS)}, got {task_name!r}")
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
+    check_one_of("task_name", task_name, sorted(_READERS))
+    check_one_of("split", split, SPLITS)
     source = resolve_source(source)
     files = sorted(Path(source, task_name).glob("*.parquet"))
     return _load_split(task_name, split, source, tuple(file.stat().st_mtime_ns for file in files))
 
 
-# An environment, its tokenizer, its reward and an algorithm all ask for the same split.
+# An environment, its tokenizer, its reward and an algorithm all load the same split.
 @functools.cache
 def _load_split(task_name: str, split: SplitName, source: str, modified: tuple[int, ...]) -> Split:
     return Split.of(mini_rows(task_name, split) if source == "mini" else _READERS[task_name](split, source))
 
 
 def _read(task_name: str, file: SplitName, source: str) -> datasets.Dataset:
-    """Load a file of the hub or of a folder, with the columns we use."""
+    """Load the columns that we use from a file of the hub or of a folder."""
     import datasets
 
     if source == "hub":
@@ -133,7 +132,7 @@ def _read_imdb(split: SplitName, source: str) -> list[Row]:
 
 
 def _reviews(file: SplitName, source: str) -> list[Row]:
-    """The reviews of a file as single paragraphs, without the line-break tags."""
+    """Return the reviews of a file as single paragraphs, without line-break tags."""
     reviews = _read("imdb", file, source)
     return [
         {"text": " ".join(text.replace("<br />", " ").split()), "label": label}
@@ -146,7 +145,7 @@ def _is_validation(review: str) -> bool:
 
 
 def _read_commongen(split: SplitName, source: str) -> list[Row]:
-    """One row a concept set, in the order of the file."""
+    """Return one row per concept set, in the order of the file."""
     sentences = _read("commongen", split, source)
     sets: dict[int, dict[str, list[str]]] = {}
     for index, concepts, target in zip(*(sentences[column][:] for column in sentences.column_names), strict=True):
@@ -170,8 +169,13 @@ def _read_tldr(split: SplitName, source: str) -> datasets.Dataset:
     return posts.with_transform(_parse_posts) if source == "hub" else posts
 
 
+def post_prompt(row: Row) -> tuple[str, str, str]:
+    """Return TL;DR's prompt, as (before, post, after), in the layout of Stiennon et al. 2020 (arXiv 2009.01325)."""
+    return f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", row["post"], "\n\nTL;DR:"
+
+
 def _parse_posts(batch: dict[str, list]) -> dict[str, list]:
-    """Take the hub's laid-out prompts apart again."""
+    """Split the hub's prompts, which have the layout of `post_prompt`, into columns."""
     matches = [_HUB_POST.fullmatch(prompt) for prompt in batch["prompt"]]
     for prompt, match in zip(batch["prompt"], matches, strict=True):
         if match is None:

@@ -1,5 +1,36 @@
-"""Guides: whoever can start or finish an episode's text."""
+"""Guides, which start or finish the text of an episode."""
 
-from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest, load_guide
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest
+from textgym.guides.local import LocalGuide
+from textgym.guides.references import ReferenceGuide
 
 __all__ = ["Author", "CallableGuide", "Completion", "Guide", "GuideRequest", "load_guide"]
+
+
+def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | None:
+    """Return the environment's argument `guide` as a guide.
+
+    Args:
+        guide: None; "references" for the dataset's own reference texts; any other string is the hub id or path of a
+            language model; a `Guide`; or a function on a list of `GuideRequest`.
+
+    Raises:
+        ValueError: `guide` is none of these.
+    """
+    if guide is None or isinstance(guide, Guide):
+        return guide
+    if guide == "references":
+        return ReferenceGuide()
+    if isinstance(guide, str | os.PathLike):
+        return LocalGuide(guide)
+    if callable(guide):
+        return CallableGuide(guide)
+    raise ValueError(
+        "guide must be None, 'references', the hub id or path of a language model, a Guide "
+        f"or a function on a list of GuideRequest, got {type(guide).__name__}: {guide!r}"
+    )

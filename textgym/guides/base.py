@@ -1,8 +1,7 @@
-"""The one protocol between an environment and whatever helps it write."""
+"""The protocol of guides, and its requests and completions."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Author(IntEnum):
-    """Who wrote a token; the code used in ``info["authors"]``."""
+    """The author of a token, as in ``info["authors"]``."""
 
     NONE = -1
     POLICY = 0
@@ -28,11 +27,11 @@ class GuideRequest:
 
     Attributes:
         prompt: The task's prompt after truncation, without the template of the environment.
-        prompt_ids: What the policy reads, in the environment's vocabulary, without padding: the prompt in the template.
-        prefix: Text of the tokens already written after the prompt.
-        prefix_ids: Their ids in the environment's vocabulary.
-        max_new_tokens: Most tokens to write, EOS included, counted in the environment's vocabulary.
-        seed: Seed of everything random in this completion, whatever else is in the batch.
+        prompt_ids: The prompt in the template, as the policy reads it: ids of the environment's vocabulary, unpadded.
+        prefix: The text after the prompt so far.
+        prefix_ids: Its ids in the environment's vocabulary.
+        max_new_tokens: Most tokens of the completion, EOS included, counted in the environment's vocabulary.
+        seed: Seed of all random choices in this completion; it does not depend on the batch.
         references: The sample's reference texts.
     """
 
@@ -47,13 +46,13 @@ class GuideRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a guide wrote, as text or as token ids of the environment's vocabulary (ids win where both are given).
+    """A completion, as text or as token ids of the environment's vocabulary (ids are used where both are given).
 
     Attributes:
-        text: The continuation's text. It is encoded as a continuation of the prompt (a leading space is added where
-            neither side has one).
-        token_ids: The continuation's ids. They may end with EOS.
-        finished: Whether the guide ended the text. An EOS is then appended where there is room for it.
+        text: The text, which is encoded as a continuation of the prompt (with a space between them where neither has
+            one).
+        token_ids: The ids, which may end with EOS.
+        finished: Whether the guide ended the text. EOS is then appended where there is room for it.
     """
 
     text: str | None = None
@@ -63,14 +62,14 @@ class Completion:
 
 @runtime_checkable
 class Guide(Protocol):
-    """Anything that completes text.
+    """Completes texts.
 
-    A guide must give the same completion for the same request, alone or in any batch, and must survive
+    A guide must return the same completion for the same request, alone or in any batch, and must support
     `copy.deepcopy` and `pickle`.
 
     Attributes:
-        author: Code written into ``info["authors"]`` for its tokens.
-        can_hand_off: Whether it can complete a text that somebody else began.
+        author: The author of its tokens in ``info["authors"]``.
+        can_hand_off: Whether it can complete a text that another author began.
     """
 
     author: Author
@@ -79,15 +78,15 @@ class Guide(Protocol):
     def complete(
         self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase
     ) -> Sequence[Completion | str | Sequence[int]]:
-        """Continue every request.
+        """Complete every request.
 
         Args:
             requests: N requests.
             tokenizer: The environment's tokenizer.
 
         Returns:
-            N completions, in order. A plain string is a finished text, a plain sequence of ints is token ids, finished
-            if it ends with EOS.
+            N completions, in order. A string is a finished text; a sequence of ints is token ids, finished if the last
+            is EOS.
         """
         ...
 
@@ -96,7 +95,7 @@ class CallableGuide:
     """A function on batches as a guide.
 
     Args:
-        function: Takes a list of `GuideRequest`, returns one `Completion`, string or sequence of token ids for each.
+        function: Takes a list of `GuideRequest` and returns a `Completion`, string or sequence of token ids for each.
     """
 
     author = Author.GUIDE
@@ -110,31 +109,3 @@ class CallableGuide:
     ) -> Sequence[Completion | str | Sequence[int]]:
         """Call the function."""
         return self.function(requests)
-
-
-def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | None:
-    """Turn the environment's `guide` argument into a guide.
-
-    Args:
-        guide: None; "references" for the dataset's own reference texts; any other string is the hub id or path of a
-            language model; a `Guide`; or a function on a list of `GuideRequest`.
-
-    Raises:
-        ValueError: Anything else.
-    """
-    if guide is None or isinstance(guide, Guide):
-        return guide
-    if guide == "references":
-        from textgym.guides.references import ReferenceGuide
-
-        return ReferenceGuide()
-    if isinstance(guide, str | os.PathLike):
-        from textgym.guides.local import LocalGuide
-
-        return LocalGuide(guide)
-    if callable(guide):
-        return CallableGuide(guide)
-    raise ValueError(
-        "guide must be None, 'references', the hub id or path of a language model, a Guide "
-        f"or a function on a list of GuideRequest, got {type(guide).__name__}: {guide!r}"
-    )

@@ -12,10 +12,10 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from textgym.checks import check_int, check_texts
 from textgym.guides.base import Author, Completion, GuideRequest
 
-# torch and everything that needs it are imported when the first text is completed: a guide can be named at
-# `gym.make`, which must be quick.
+# torch is imported for the first completion, so that `gym.make` with a guide is quick.
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,48 +23,49 @@ if TYPE_CHECKING:
     from textgym.decoding import Decoding
     from textgym.tokenization import StopCriteria
 
-# Most tokens of a guide that stand for one of the environment's.
+# Most tokens of the guide per token of the environment.
 _MOST_TOKENS_FOR_ONE = 16
-# Models by where they came from, while any guide holds them. Their weights never change, so guides share them.
+# Loaded models by path and settings, while a guide uses them. Their weights never change, so guides share them.
 _LOADED: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 
 
 class LocalGuide:
     """Continues texts with a language model whose weights never change.
 
-    Where the guide's tokenizer has the vocabulary of the environment's, token ids go in and come out untouched: the
-    guide reads what the policy reads. Where it has another one, or a template of its own, it reads and writes text, and
-    of the environment's template nothing.
+    With the vocabulary of the environment, the guide reads the token ids that the policy reads and returns token ids.
+    With another vocabulary, or with a template of its own, it reads prompt and prefix as text, without the template of
+    the environment, and returns text.
 
     Args:
         model: Hub id or folder of a language model, causal or sequence-to-sequence, with safetensors weights, loaded
-            when the first text is completed; or a model, of which the guide takes a copy (but shares what is frozen in
-            it, such as the base of adapters).
-        tokenizer: The guide's tokenizer, or where to find it. None: the one beside the model at a hub id or folder,
+            for the first completion; or a model, which the guide copies (frozen weights, such as the base of adapters,
+            are shared).
+        tokenizer: The guide's tokenizer, or its hub id or folder. None: the one of the hub id or folder of the model;
             the environment's for a model given as an object.
-        decoding: How its tokens are chosen. None is the guide decoding that Chang et al. 2023 publish for IMDB, top-p
-            0.92 inside the top 50 tokens.
+        decoding: How tokens are chosen. None is the guide decoding that Chang et al. 2023 publish for IMDB, top-p 0.92
+            of the top 50 tokens.
         device: "auto" is CUDA where there is one, else CPU.
         batch_size: Most texts in one pass.
-        dtype: What products of matrices are computed in; "auto" is bfloat16 where the device computes fast in it, None
-            the type of the weights.
-        template: What the model reads, with ``{prompt}`` for the prompt: an instruction, or examples before it.
-        chat: Whether that is what a user says to a chat model, by the chat template of its tokenizer; the text is then
-            the answer, which a prefix begins.
-        stop: Strings before which a text ends, beside EOS and the other tokens that the model's generation config lists
-            and, with `chat`, the one that closes an answer. The name of a special token means that token.
+        dtype: Data type of matrix products; "auto" is bfloat16 where the device is fast in it, None the type of the
+            weights.
+        template: The text that the model reads, with ``{prompt}`` for the prompt: an instruction, or examples before
+            it.
+        chat: Whether that is a user's message to a chat model, in the chat template of its tokenizer. The completion is
+            then the answer, of which the prefix is the start.
+        stop: Strings before which a text ends. It also ends at EOS, at the tokens in the model's generation config and,
+            with `chat`, at the token that closes an answer. The name of a special token means that token.
         quantization: As for `textgym.models.load_model`, where a model is loaded.
         gguf_file: As for `textgym.models.load_model`, where a model is loaded.
 
     Attributes:
         author: `Author.GUIDE`.
         can_hand_off: True.
-        fingerprint: 16 hex digits that change when a weight, the decoding or the template does; the first access loads
+        fingerprint: 16 hex digits that change with the weights, the decoding and the template; the first access loads
             the model.
 
     Raises:
-        ValueError: An argument of another kind; when it is loaded, a model or tokenizer that is not there or that does
-            not fit.
+        ValueError: An argument is not allowed, or, when they are loaded, model or tokenizer cannot be found or do not
+            belong together.
     """
 
     author = Author.GUIDE
@@ -87,18 +88,15 @@ class LocalGuide:
     ) -> None:
         if "{prompt}" not in template:
             raise ValueError(f"template must hold {{prompt}}, got {template!r}")
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
         if dtype is not None:
             from textgym.precision import check_autocast
 
             check_autocast("dtype", dtype)
         self.path = str(model) if isinstance(model, str | os.PathLike) else None
-        self.tokenizer, self.decoding, self.device, self.batch_size = tokenizer, decoding, device, batch_size
+        self.tokenizer, self.decoding, self.device = tokenizer, decoding, device
+        self.batch_size = check_int("batch_size", batch_size)
         self.dtype, self.quantization, self.gguf_file = dtype, quantization, gguf_file
-        self.template, self.chat, self.stop = template, chat, tuple(stop)
+        self.template, self.chat, self.stop = template, chat, check_texts("stop", stop)
         self._model: Any = None if self.path is not None else _frozen_copy(model, device)
         self._own_tokenizer: Any = None
         self._compared: tuple[Any, bool] = (None, False)
@@ -106,14 +104,14 @@ class LocalGuide:
         self._fingerprint: str | None = None
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-        """Continue every request.
+        """Complete every request.
 
         Args:
             requests: N requests.
             tokenizer: The environment's tokenizer.
 
         Returns:
-            N completions: ids where the vocabularies are the same, else text.
+            N completions: ids where the vocabularies are the same, else texts.
 
         Raises:
             ValueError: The model or its tokenizer cannot be loaded, or a text is too long for the model.
@@ -138,7 +136,7 @@ class LocalGuide:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change when a weight, the decoding or the template does."""
+        """16 hex digits that change with the weights, the decoding and the template."""
         self._load()
         if self._fingerprint is None:
             more = [*([] if self.dtype is None else [self.dtype]), *([self._asks] if self._asks else [])]
@@ -147,7 +145,7 @@ class LocalGuide:
 
     @property
     def _asks(self) -> tuple[Any, ...]:
-        """What the guide does to prompts and texts; nothing where ids can go in and out."""
+        """The arguments that make the guide read and write text; empty where it can read and write token ids."""
         plain = self.template == "{prompt}" and not self.chat and not self.stop
         return () if plain else (self.template, self.chat, self.stop)
 
@@ -159,7 +157,7 @@ class LocalGuide:
         completions = []
         for ids in self._write(contexts, requests, [request.max_new_tokens for request in requests], own):
             finished = bool(ids) and bool(ends[ids[-1]])
-            if finished:  # its EOS is the environment's, by whatever name; of another end the environment has its own
+            if finished:  # EOS becomes the environment's, which appends its own in the place of another end token
                 ids = [*ids[:-1], *([tokenizer.eos_token_id] if ids[-1] == own.eos_token_id else [])]
             completions.append(Completion(token_ids=ids, finished=finished))
         return completions
@@ -182,7 +180,7 @@ class LocalGuide:
             contexts = list(zip(prompts, begun, strict=True))
             positions -= len(decoder_start(self._model))
         else:
-            # As one text: the prefix is part of what the model reads.
+            # Prompt and prefix are read as one text.
             begun = [
                 _encode_answer(own, text, request.prefix) if self.chat else _encode_context(own, text + request.prefix)
                 for text, request in zip(asked, requests, strict=True)
@@ -192,13 +190,13 @@ class LocalGuide:
             Context([*prompt, *written], text + request.prefix)
             for (prompt, written), text, request in zip(contexts, asked, requests, strict=True)
         ]
-        # A model without an end of positions can also go on without end to write what is no text, such as padding.
+        # Bounded, because a model without a maximum of positions can write padding or other non-text for ever.
         room = [
             min(positions - len(ids), _MOST_TOKENS_FOR_ONE * request.max_new_tokens)
             for ids, request in zip(begun, requests, strict=True)
         ]
-        # One token of the environment may be several of the guide's. A text that turns out too short is written again
-        # with twice the tokens; it begins with the same ones, since they hang on the request's seed alone.
+        # A token of the environment can be several of the guide. A text that is too short is generated again with twice
+        # as many tokens; it begins with the same ones, since they depend only on the seed of the request.
         limits = [int(min(max(1, request.max_new_tokens), left)) for request, left in zip(requests, room, strict=True)]
         completions: list[Completion] = [Completion(text="", finished=False)] * len(requests)
         waiting = [index for index, request in enumerate(requests) if request.max_new_tokens > 0]
@@ -229,7 +227,7 @@ class LocalGuide:
         limits: Sequence[int],
         own: PreTrainedTokenizerBase,
     ) -> list[list[int]]:
-        """Continue contexts, pairs of a prompt and a prefix in the guide's tokens, by at most `limits` tokens each."""
+        """Generate at most `limits` tokens after each context, a pair of prompt and prefix in the guide's tokens."""
         from textgym.decoding import Decoding
         from textgym.generation import generate
         from textgym.precision import fast_dtype
@@ -242,7 +240,7 @@ class LocalGuide:
         check_embedded(own, self._model, input_ids, mask)
         if self._model.config.is_encoder_decoder:
             prefix_lengths = np.array([len(prefix) for _, prefix in contexts])
-        else:  # which can be part of a text in other tokens
+        else:  # the length in tokens of the environment, since the prefix is part of the prompt here
             prefix_lengths = np.array([len(request.prefix_ids) for request in requests])
         return generate(
             self._model,
@@ -306,13 +304,13 @@ class LocalGuide:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what can be loaded again."""
+        """Leave out everything that can be loaded again."""
         state = {**self.__dict__, "_own_tokenizer": None, "_compared": (None, False), "_ends": (None, None)}
         return state if self.path is None else {**state, "_model": None}
 
 
 def fingerprint_of(model: PreTrainedModel, *more: Any) -> str:
-    """16 hex digits that change when a weight of `model` does, or the `repr` of anything `more`."""
+    """Return 16 hex digits that change with the weights of `model` and the `repr` of `more`."""
     import torch
 
     digest = hashlib.sha256(repr(more).encode())
@@ -345,13 +343,13 @@ def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
 
 
 def _modified(path: str) -> tuple[int, ...]:
-    """When the weights of a folder were written: a folder that was written over holds another model."""
+    """Return the modification times of the weights in a folder, which change when another model is saved there."""
     files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.gguf")]
     return tuple(sorted(file.stat().st_mtime_ns for file in files))
 
 
 def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode a text to be continued, with the special tokens that the model expects at its start."""
+    """Encode a text to be continued, with the special tokens that the model expects before it."""
     from textgym.tokenization import has_bos_twice
 
     ids = tokenizer(text, verbose=False)["input_ids"]
@@ -363,7 +361,7 @@ def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str) -> list[int]:
-    """Encode what a user says to a chat model, and what the answer begins with."""
+    """Encode a user's message to a chat model and the beginning of the answer."""
     from textgym.tokenization import as_chat
 
     asked = as_chat(tokenizer, text) + prefix.lstrip()

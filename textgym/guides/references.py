@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from textgym.guides.base import Author, Completion, GuideRequest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class ReferenceGuide:
-    """Continues a prompt with one of its sample's references, chosen by the request's seed.
+    """Completes a prompt with one of the references of its sample, chosen by the seed of the request.
 
-    It cannot hand off: a reference does not continue what somebody else began.
+    It cannot hand off: a reference does not continue a text that another author began.
     """
 
     author = Author.REFERENCE
     can_hand_off = False
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-        """Return one reference a request.
+        """Return one reference per request.
 
         Raises:
-            ValueError: A request without references, or one that already has a prefix.
+            ValueError: A request has no references, or has a prefix.
         """
         for request in requests:
             if not request.references:

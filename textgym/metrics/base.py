@@ -1,4 +1,4 @@
-"""What all metrics share: what they read, and that they leave nothing on disk."""
+"""The base class of the metrics of this package."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import evaluate
 from datasets import Features, List, Value
 
-#: What a metric can read, each N long: its feature, and what it is.
+#: The columns that a metric can read, each N long: its feature, and its description.
 INPUTS: Mapping[str, tuple[Any, str]] = {
     "prompts": (Value("string"), "N prompts."),
-    "predictions": (Value("string"), "N texts that were written after the prompts."),
+    "predictions": (Value("string"), "N texts written after the prompts."),
     "references": (
         List(Value("string")),
         "For each text its references, any number of them; a string is one. Texts without any are left out.",
@@ -22,16 +22,18 @@ INPUTS: Mapping[str, tuple[Any, str]] = {
 }
 
 
-class Metric(evaluate.Metric):
-    """A metric of N texts.
+class TextMetric(evaluate.Metric):
+    """A metric of N texts that needs no network and leaves no files.
 
     Attributes:
-        inputs: What it reads, of `INPUTS`.
+        inputs: The columns that it reads, of `INPUTS`; it ignores the others.
+        needs: Arguments of the class that an evaluation gives, and from what (see `textgym.metrics.register`).
         paper: Its source.
-        signature: What the numbers hang on beside the texts; those of two metrics with equal ones compare.
+        signature: What its numbers depend on beside the texts; numbers of equal signatures are comparable.
     """
 
     inputs: ClassVar[tuple[str, ...]]
+    needs: ClassVar[Mapping[str, str]] = {}
     paper: ClassVar[str]
     signature: str
 
@@ -47,7 +49,7 @@ class Metric(evaluate.Metric):
         )
 
     def _build_data_dir(self) -> str:
-        # The folder would be made, and as data is kept in memory it would stay, empty.
+        # evaluate would make this folder and, since data is kept in memory, leave it empty.
         return self._data_dir_root
 
     def add(
@@ -80,7 +82,7 @@ class Metric(evaluate.Metric):
         super()._finalize()
 
     def _compute(self, **columns: Any) -> dict[str, float]:
-        # evaluate hands on whatever is not a feature.
+        # evaluate passes on every column that is not a feature.
         unknown = sorted(columns.keys() - INPUTS.keys())
         if unknown:
             raise ValueError(f"{self.name} reads {list(self.inputs)}, got {unknown}")
@@ -95,5 +97,5 @@ class Metric(evaluate.Metric):
         return {name: float(value) for name, value in self._scores(**columns).items()}
 
     def _scores(self, *args: Any, **columns: Any) -> Mapping[str, float]:
-        """The numbers by name, of N > 0 texts, which all have references where these are read."""
+        """Return numbers by name for N > 0 texts, each with references where `inputs` has them."""
         raise NotImplementedError

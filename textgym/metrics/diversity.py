@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from textgym.metrics.base import Metric
+from textgym.metrics.base import TextMetric
 from textgym.rewards.overlap import words_of
 
 Ngram = tuple[str, ...]
@@ -20,7 +20,7 @@ def _ngrams(words: Sequence[str], n: int) -> list[Ngram]:
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-class Distinct(Metric):
+class Distinct(TextMetric):
     """Distinct-1 and distinct-2: different word n-grams over all word n-grams, pooled over all texts.
 
     (The paper divides by the number of words; n-grams keep the measure within [0, 1] for every n.) It falls as texts
@@ -43,7 +43,7 @@ class Distinct(Metric):
         return scores
 
 
-class SelfBleu(Metric):
+class SelfBleu(TextMetric):
     """Self-BLEU: the mean BLEU-4 of every text with all other texts as its references; high where texts are alike.
 
     The BLEU is that of single texts with n-grams that never match counted as 0.1 (Chen and Cherry 2014, method 1), as

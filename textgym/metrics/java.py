@@ -20,12 +20,12 @@ from threading import Lock
 from typing import Any
 
 from textgym.metrics import MissingRequirement
-from textgym.metrics.base import Metric
+from textgym.metrics.base import TextMetric
 
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
-class Meteor(Metric):
+class Meteor(TextMetric):
     """METEOR 1.5 by its authors' program, which normalises texts itself (``-l en -norm``).
 
     The score is that of the whole set, from the sums of all its matches, and not a mean over texts. Punctuation stays,
@@ -52,7 +52,7 @@ class Meteor(Metric):
         return {"meteor": _meteor(os.getpid()).score(predictions, references)}
 
 
-class Spice(Metric):
+class Spice(TextMetric):
     """SPICE 1.0 by its authors' program: F1 of the scene graphs of a text and of its references together.
 
     The program needs Java, up to 8 GiB of memory, and Stanford CoreNLP 3.6.0, which no package carries: ``python -m

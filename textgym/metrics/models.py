@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from textgym.metrics.base import Metric
+from textgym.metrics.base import TextMetric
 from textgym.models import load_model, resolve_device
 from textgym.positions import with_positions_alike
 
@@ -29,7 +30,7 @@ _BEST_LAYERS = {
 }
 
 
-class Perplexity(Metric):
+class Perplexity(TextMetric):
     """Perplexity of texts under a causal language model: exp of the mean negative log-likelihood of a token.
 
     It reads token ids and not texts, so that it judges the very tokens that were written. The mean is over all tokens
@@ -48,6 +49,7 @@ class Perplexity(Metric):
     """
 
     inputs = ("prompt_ids", "prediction_ids")
+    needs: ClassVar = {"model": "start_model"}
     paper = "Jelinek et al. Perplexity: A Measure of the Difficulty of Speech Recognition Tasks. JASA 62, 1977."
 
     def __init__(self, model: PreTrainedModel | str | os.PathLike[str], *, batch_size: int = 16) -> None:
@@ -104,7 +106,7 @@ class Perplexity(Metric):
         return float((losses * written).sum(dtype=torch.float64)), int(written.sum())
 
 
-class BertScore(Metric):
+class BertScore(TextMetric):
     """BERTScore: tokens matched greedily by the cosine of their contextual embeddings, without idf or rescaling.
 
     The precision of a text is the mean over its tokens of the largest cosine with a token of the reference, recall the
@@ -128,6 +130,7 @@ class BertScore(Metric):
     """
 
     inputs = ("predictions", "references")
+    needs: ClassVar = {"encoder": "encoder"}
     paper = "Zhang, Kishore, Wu, Weinberger, Artzi. BERTScore: Evaluating Text Generation with BERT. ICLR 2020."
 
     def __init__(

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from textgym.metrics import MissingRequirement
-from textgym.metrics.base import Metric
+from textgym.metrics.base import TextMetric
 from textgym.rewards import overlap
 
 
-class Rouge(Metric):
+class Rouge(TextMetric):
     """ROUGE-1, ROUGE-2 and ROUGE-L: means of F1 by the `rouge-score` package, Porter stems, the best over references.
 
     Returns:
@@ -29,7 +29,7 @@ class Rouge(Metric):
         return {name: scores[kind].mean() for name, kind in kinds.items()}
 
 
-class Bleu(Metric):
+class Bleu(TextMetric):
     """Corpus BLEU-4 by sacrebleu: its default tokenisation (13a) and smoothing, case kept.
 
     Returns:
@@ -56,11 +56,11 @@ class Bleu(Metric):
         return {"bleu": self.bleu.corpus_score([text.strip() for text in predictions], streams).score}
 
 
-class CiderD(Metric):
+class CiderD(TextMetric):
     """CIDEr-D with the document frequencies of these very references, as captions are evaluated.
 
-    The computation is that of `pycocoevalcap` (see `textgym.rewards.overlap.CiderD`); words are found by a regular
-    expression, lower case, without punctuation, where coco-caption runs the Penn Treebank tokenizer in Java, which
+    The computation is that of `pycocoevalcap` (see `textgym.rewards.overlap.CiderDScorer`). Words are found by a
+    regular expression, lower case, without punctuation; coco-caption runs the Penn Treebank tokenizer in Java, which
     differs in clitics ("don't" is two words there), numbers with points and the like. CommonGen's reward takes the
     document frequencies of the training references instead, so that it does not depend on the batch.
 
@@ -73,10 +73,10 @@ class CiderD(Metric):
     signature = "document frequencies of the judged references, words by regular expression"
 
     def _scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        return {"cider_d": overlap.CiderD(references)(predictions, references).mean()}
+        return {"cider_d": overlap.CiderDScorer(references)(predictions, references).mean()}
 
 
-class Coverage(Metric):
+class Coverage(TextMetric):
     """Concept coverage: the fraction of a prompt's concepts that its text uses, in any inflected form.
 
     See `textgym.rewards.overlap.coverage`.

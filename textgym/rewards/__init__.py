@@ -1,76 +1,74 @@
-"""Rewards: what a finished text is worth."""
+"""Rewards of finished texts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 
 from textgym.rewards.base import RewardFunction, Rewards
 
-if TYPE_CHECKING:
-    from textgym.task import Task
-
 __all__ = ["RewardFunction", "Rewards", "check_reward", "load_reward", "split_parts"]
 
 
-def check_reward(reward: str | os.PathLike[str] | RewardFunction | None, task: Task) -> None:
+def check_reward(reward: str | os.PathLike[str] | RewardFunction | None, named: Collection[str]) -> None:
     """Check the environment's argument `reward` without loading or training anything.
 
     Args:
-        reward: None for the task's own; a name in ``task.rewards``; a hub id ("owner/name") or a folder of a
+        reward: None for the task's own; a name in `named`; a hub id ("owner/name") or a folder of a
             sequence-classification model; or a function on batches.
-        task: The task.
+        named: The names of the task's rewards.
 
     Raises:
         ValueError: `reward` is none of these.
     """
     if reward is None or callable(reward) or isinstance(reward, os.PathLike):
         return
-    if not isinstance(reward, str) or not (reward in task.rewards or "/" in reward or os.path.isdir(reward)):
+    if not isinstance(reward, str) or not (reward in named or "/" in reward or os.path.isdir(reward)):
         raise ValueError(
-            f"reward must be None, one of {sorted(task.rewards)}, a hub id 'owner/name' or a folder of a "
+            f"reward must be None, one of {sorted(named)}, a hub id 'owner/name' or a folder of a "
             f"sequence-classification model, or a function on batches, got {reward!r}"
         )
 
 
-def load_reward(reward: str | os.PathLike[str] | RewardFunction | None, task: Task, source: str) -> RewardFunction:
-    """Turn the environment's argument `reward` into a function.
+def load_reward(
+    reward: str | os.PathLike[str] | RewardFunction, named: Mapping[str, Callable[[str], RewardFunction]], source: str
+) -> RewardFunction:
+    """Return a reward as a function.
 
     Args:
-        reward: As for `check_reward`.
-        task: The task.
-        source: The data source, which the task's named rewards are built for.
+        reward: As for `check_reward`, but not None.
+        named: The task's rewards by name: functions of the data source.
+        source: The data source.
 
     Raises:
         ValueError: As for `check_reward`.
     """
-    reward = task.reward if reward is None else reward
-    check_reward(reward, task)
+    check_reward(reward, named)
     if not isinstance(reward, str | os.PathLike):
         return reward
-    if isinstance(reward, str) and reward in task.rewards:
-        return task.rewards[reward](source)
+    if isinstance(reward, str) and reward in named:
+        return named[reward](source)
     from textgym.rewards.classifier import ModelReward
 
     return ModelReward(os.fspath(reward))
 
 
 def split_parts(values: Rewards, n: int, name: str = "reward") -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Check what a reward function returned and split it into total and parts.
+    """Check the values of a reward function and return their total and parts.
 
     Args:
         values: N floats, or a mapping from part names to N floats.
         n: The number of texts that were scored.
-        name: What to call the reward in an error.
+        name: The name of the reward in errors.
 
     Returns:
         The sum of the parts, float64 (n,), and each part, float64 (n,); without parts, one part "reward".
 
     Raises:
-        ValueError: Not numbers, not n of them, not all finite, or no part at all.
+        ValueError: A value is not a finite number, there are not n of them, or there is no part.
     """
     named: Mapping[Any, Any] = values if isinstance(values, Mapping) else {"reward": values}
     if not named:

@@ -1,4 +1,4 @@
-"""What a text is worth: the protocol every reward follows."""
+"""The protocol of rewards."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Rewards = Sequence[float] | np.ndarray | Mapping[str, Sequence[float] | np.ndarr
 class RewardFunction(Protocol):
     """A function on batches of finished texts (keyword arguments as in TRL's reward functions).
 
-    It may also carry a ``fingerprint`` attribute (str) that says what it was trained on; results record it. And it may
-    have a method ``allowed_tokens(*, prompts, completions, references, tokenizer)`` that says which tokens can still
-    lead to a good text: bool (N, tokens) for the N texts so far, which environments add to their action masks.
+    It may have an attribute ``fingerprint`` (str) that identifies the data and settings it depends on; results record
+    it. It may have a method ``allowed_tokens(*, prompts, completions, references, tokenizer)`` that returns the tokens
+    with which the N texts so far can still become good, bool (N, tokens); environments add it to their action masks.
     """
 
     def __call__(
@@ -26,7 +26,7 @@ class RewardFunction(Protocol):
         Args:
             prompts: N prompt texts, as the policy saw them.
             completions: N texts written after them, without special tokens, leading space included.
-            references: For each text its sample's reference texts (maybe none).
+            references: For each text the reference texts of its sample, which may be none.
 
         Returns:
             N floats, or a mapping from the name of a part to N floats; the reward is then the sum of the parts, and

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textgym.checks import check_int, check_one_of
 from textgym.data.sources import load_split
+from textgym.data.splits import Split, SplitName
 from textgym.rewards.trained import Trained, load_or_train
-from textgym.task import Split, SplitName
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -59,7 +60,7 @@ def features(texts: Sequence[str]) -> scipy.sparse.csr_array:
     return counts
 
 
-class Sentiment:
+class SentimentReward:
     """P(positive) of the whole text, prompt and completion, by a small linear model.
 
     Attributes:
@@ -91,7 +92,7 @@ class Sentiment:
         return expit((features(texts) @ self.weights).astype(np.float64))
 
 
-def sentiment_reward(source: str) -> Sentiment:
+def sentiment_reward(source: str) -> SentimentReward:
     """P(positive) by a model trained on the source's training reviews, in seconds, and cached.
 
     It is trained on fragments as long as the texts it will judge: of each review the one an episode would show, and a
@@ -109,7 +110,7 @@ def sentiment_reward(source: str) -> Sentiment:
         "window_words": WINDOW_WORDS,
         "data": train.fingerprint,
     }
-    return Sentiment(load_or_train("sentiment", recipe, lambda: _train_sentiment(train, source)))
+    return SentimentReward(load_or_train("sentiment", recipe, lambda: _train_sentiment(train, source)))
 
 
 def _train_sentiment(train: Split, source: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -157,7 +158,7 @@ class ModelReward:
         model: Hub id or folder of a model in safetensors.
         label: The class whose probability is the reward: its name in the model's ``id2label`` or its index. None: the
             class called "positive" or "pos" where there is one, else the last.
-        device: "auto" (CUDA, else MPS, else CPU) or a torch device.
+        device: "auto" (CUDA, else CPU) or a torch device.
         batch_size: Texts scored at once.
         truncation_side: Which end of a text longer than the model's limit is dropped; "left" keeps what was written
             last.
@@ -172,18 +173,14 @@ class ModelReward:
         batch_size: int = 32,
         truncation_side: str = "left",
     ):
-        if truncation_side not in ("left", "right"):
-            raise ValueError(f"truncation_side must be 'left' or 'right', got {truncation_side!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-        import torch
+        check_one_of("truncation_side", truncation_side, ("left", "right"))
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+        from textgym.decoding import resolve_device
+
         self.fingerprint = os.fspath(model)
-        self.batch_size = batch_size
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.batch_size = check_int("batch_size", batch_size)
+        self.device = resolve_device(device)
         self.label = _label_index(AutoConfig.from_pretrained(model).id2label, label)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, truncation_side=truncation_side)
         self.model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True)

@@ -57,7 +57,7 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-class CiderD:
+class CiderDScorer:
     """CIDEr-D with frozen document frequencies (Vedantam, Zitnick, Parikh 2015, section 5, equations 1 to 4).
 
     n-grams of 1 to 4 words weighted by tf-idf, clipped cosine to each reference, a Gaussian penalty (sigma 6) on the
@@ -81,7 +81,7 @@ class CiderD:
         # An n-gram of one document weighs as much as one of none: only the others need to be kept.
         self._idf = {ngram: self._default_idf - math.log(n) for ngram, n in frequency.items() if n > 1}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CiderD:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CiderDScorer:
         # Nothing changes after construction, and the table is large.
         return self
 
@@ -204,7 +204,7 @@ def rouge(
     return best
 
 
-class CiderCoverage:
+class CiderCoverageReward:
     """CommonGen's reward: ``CIDER_WEIGHT * CIDEr-D / 10 + COVERAGE_WEIGHT * coverage``, shown as two parts.
 
     Args:
@@ -212,7 +212,7 @@ class CiderCoverage:
         fingerprint: Says what these came from.
     """
 
-    def __init__(self, cider: CiderD, fingerprint: str):
+    def __init__(self, cider: CiderDScorer, fingerprint: str):
         self.cider = cider
         self.fingerprint = fingerprint
 
@@ -226,7 +226,7 @@ class CiderCoverage:
         }
 
 
-def cider_coverage_reward(source: str) -> CiderCoverage:
+def cider_coverage_reward(source: str) -> CiderCoverageReward:
     """CommonGen's reward with the document frequencies of the source's training references.
 
     Args:
@@ -234,10 +234,12 @@ def cider_coverage_reward(source: str) -> CiderCoverage:
     """
     train = load_split("commongen", "train", source)
     recipe = f"cider-d {CIDER_WEIGHT} coverage {COVERAGE_WEIGHT} {train.fingerprint}"
-    return CiderCoverage(CiderD(row["targets"] for row in train.rows), hashlib.sha256(recipe.encode()).hexdigest()[:16])
+    return CiderCoverageReward(
+        CiderDScorer(row["targets"] for row in train.rows), hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    )
 
 
-class RougeL:
+class RougeLReward:
     """ROUGE-L F1 (see `rouge`) as a reward."""
 
     fingerprint = "rouge-score rougeL F1 stemmed max"
@@ -249,6 +251,6 @@ class RougeL:
         return rouge(["rougeL"], completions, references)["rougeL"]
 
 
-def rouge_l_reward(source: str) -> RougeL:
+def rouge_l_reward(source: str) -> RougeLReward:
     """ROUGE-L against the references; it learns nothing from the source."""
-    return RougeL()
+    return RougeLReward()

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.data.sources import load_split
+from textgym.data.sources import load_split, post_prompt
+from textgym.data.splits import Split, SplitName
 from textgym.rewards.trained import Trained, load_or_train
-from textgym.task import Split, SplitName
-from textgym.tasks.tldr import TASK
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -183,7 +182,7 @@ def _share(ngrams: list[str], held: set[str]) -> float:
     return sum(ngram in held for ngram in ngrams) / len(ngrams) if ngrams else 0.0
 
 
-class Preference:
+class PreferenceReward:
     """How much a summary looks like the author's own: a Bradley-Terry score, shifted to 0 on authors' summaries.
 
     The difference of two texts' scores is the log-odds that the first is preferred.
@@ -213,7 +212,7 @@ class Preference:
         return self.features.of_groups(documents, texts) @ self.weights - self.offset
 
 
-def preference_reward(source: str) -> Preference:
+def preference_reward(source: str) -> PreferenceReward:
     """The learned TL;DR reward, trained on the source's training posts and cached.
 
     Args:
@@ -229,7 +228,7 @@ def preference_reward(source: str) -> Preference:
         "corruptions": list(CORRUPTIONS),
         "data": train.fingerprint,
     }
-    return Preference(load_or_train("preference", recipe, lambda: _train_preference(train, source)))
+    return PreferenceReward(load_or_train("preference", recipe, lambda: _train_preference(train, source)))
 
 
 def _variants(split: Split) -> tuple[list[list[str]], list[list[list[str]]]]:
@@ -239,7 +238,7 @@ def _variants(split: Split) -> tuple[list[list[str]], list[list[list[str]]]]:
     others = (np.arange(len(rows)) + rng.integers(1, max(len(rows), 2))) % len(rows)
     documents, variants = [], []
     for row, other in zip(rows, others, strict=True):
-        before, body, after = TASK.prompt_of(row)
+        before, body, after = post_prompt(row)
         post, words, others_words = body.split()[:POST_WORDS], row["summary"].split(), rows[other]["summary"].split()
         documents.append(_tokens(before + " ".join(post) + after))
         corrupted = [corrupt(words, post, others_words, rng) for corrupt in CORRUPTIONS.values()]

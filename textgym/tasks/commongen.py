@@ -7,19 +7,13 @@ import functools
 from textgym.data.sources import load_split
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
-from textgym.rewards.base import RewardFunction
+from textgym.rewards.overlap import cider_coverage_reward
 from textgym.task import Row, Task
 
 
 def _prompt(row: Row) -> tuple[str, str, str]:
     # No part may be truncated: a sentence cannot use a concept that the prompt lost.
     return "generate a sentence with: " + " ".join(row["concepts"]), "", ""
-
-
-def _cider_coverage(source: str) -> RewardFunction:
-    from textgym.rewards.overlap import cider_coverage_reward
-
-    return cider_coverage_reward(source)
 
 
 TASK = Task(
@@ -32,18 +26,8 @@ TASK = Task(
     max_prompt_tokens=24,
     max_new_tokens=20,
     reward="cider_coverage",
-    rewards={"cider_coverage": _cider_coverage},
-    metrics=(
-        "perplexity",
-        "distinct",
-        "bleu",
-        "rouge",
-        "meteor",
-        "cider_d",
-        "spice",
-        "bert_score",
-        "coverage",
-    ),
+    rewards={"cider_coverage": cider_coverage_reward},
+    metrics=("perplexity", "distinct", "bleu", "rouge", "meteor", "cider_d", "spice", "bert_score", "coverage"),
 )
 
 

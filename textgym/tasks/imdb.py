@@ -7,7 +7,7 @@ import functools
 from textgym.data.sources import load_split
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
-from textgym.rewards.base import RewardFunction
+from textgym.rewards.classifier import sentiment_reward
 from textgym.task import Row, Task
 
 
@@ -30,12 +30,6 @@ def _is_positive(row: Row) -> bool:
     return row["label"] == 1
 
 
-def _sentiment(source: str) -> RewardFunction:
-    from textgym.rewards.classifier import sentiment_reward
-
-    return sentiment_reward(source)
-
-
 TASK = Task(
     name="imdb",
     data=functools.partial(load_split, "imdb"),
@@ -46,7 +40,7 @@ TASK = Task(
     # The end of a long first half is kept, so that the reference goes on where the prompt stops.
     truncation_side="left",
     reward="sentiment",
-    rewards={"sentiment": _sentiment},
+    rewards={"sentiment": sentiment_reward},
     metrics=("perplexity", "distinct", "self_bleu"),
     demonstration=_is_positive,
 )

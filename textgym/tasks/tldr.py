@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import functools
 
-from textgym.data.sources import load_split
+from textgym.data.sources import load_split, post_prompt
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
-from textgym.rewards.base import RewardFunction
-from textgym.task import Row, Task
-
-
-def _prompt(row: Row) -> tuple[str, str, str]:
-    return f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", row["post"], "\n\nTL;DR:"
-
-
-def _rouge_l(source: str) -> RewardFunction:
-    from textgym.rewards.overlap import rouge_l_reward
-
-    return rouge_l_reward(source)
-
-
-def _preference(source: str) -> RewardFunction:
-    from textgym.rewards.preference import preference_reward
-
-    return preference_reward(source)
-
+from textgym.rewards.overlap import rouge_l_reward
+from textgym.rewards.preference import preference_reward
+from textgym.task import Task
 
 TASK = Task(
     name="tldr",
     data=functools.partial(load_split, "tldr"),
-    prompt=_prompt,
+    prompt=post_prompt,
     references="summary",
     # As published. A model with fewer than 550 positions needs a smaller max_prompt_tokens.
     max_prompt_tokens=500,
     max_new_tokens=50,
     truncation_side="right",
     reward="rouge_l",
-    rewards={"rouge_l": _rouge_l, "preference": _preference},
+    rewards={"rouge_l": rouge_l_reward, "preference": preference_reward},
     metrics=("perplexity", "distinct", "preference", "rouge", "bleu", "meteor", "bert_score"),
 )
 

@@ -1,0 +1,40 @@
+"""A split of a task's data: rows, and a fingerprint of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import datasets
+
+Row = Mapping[str, Any]
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a task's data.
+
+    Attributes:
+        rows: The samples; ``rows[i]`` is a mapping from column to value.
+        fingerprint: 16 hex digits that change when any sample does.
+    """
+
+    rows: Sequence[Row] | datasets.Dataset
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of(cls, rows: Sequence[Row] | datasets.Dataset) -> Split:
+        """Return rows with a fingerprint of their content."""
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return cls(rows, digest.hexdigest()[:16])
