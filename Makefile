@@ -11,6 +11,11 @@ test: .venv/installed-test lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
 	$(BIN)/python -m pytest -m llm
 
+# Strong tests that take half a minute together: chosen by what they prove and by `pytest --durations=0`.
+FAST := engine groups guided lock_env positions ppo tabular tasks wrappers
+test-fast: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not llm" $(FAST:%=tests/test_%.py)
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

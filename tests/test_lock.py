@@ -187,6 +187,6 @@ def test_curves_are_drawn_or_the_missing_extra_is_named(tmp_path, monkeypatch):
     draw(curves, tmp_path / "docs" / "lock.png")
     assert [path.name for path in (tmp_path / "docs").iterdir()] == ["lock.png"]
     assert (tmp_path / "docs" / "lock.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"textgym\[plots\]"):
         draw(curves, tmp_path / "other.png")
