@@ -1,7 +1,7 @@
 """Gymnasium environments for token-level text generation with a guide language model.
 
-Importing this package registers ``textgym/IMDB-v0``, ``textgym/CommonGen-v0`` and ``textgym/TLDR-v0``, and
-``textgym/CombinationLock-v0``, a proving ground with closed forms.
+Importing this package registers ``textgym/IMDB-v0``, ``textgym/CommonGen-v0``, ``textgym/TLDR-v0``, and
+``textgym/CombinationLock-v0``, a test task with closed forms.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""Files that lie beside a model, in a folder or on the Hugging Face hub."""
+"""Files in the folder of a model or in its repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers.utils import cached_file
 
 
 def file_beside(path: str | os.PathLike, name: str) -> str | None:
-    """Where a file that may lie beside a model is, if it is there.
+    """Return the path of a file of a model's folder or repository; None where there is no such file.
 
     Args:
         path: Hub id or folder of the model.
@@ -22,5 +22,5 @@ def file_beside(path: str | os.PathLike, name: str) -> str | None:
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:  # what is wrong with the path is said when the model is loaded
+    except OSError:  # a wrong path is an error when the model is loaded
         return None

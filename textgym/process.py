@@ -1,4 +1,4 @@
-"""Settings of the whole process that make it faster, for programs to choose; importing textgym changes none."""
+"""Settings of the whole process that make it faster; programs choose them, importing textgym changes none."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep the memory that tensors on the CPU free, instead of giving it back to the system.
+    """Let the C library keep the memory of freed CPU tensors, instead of returning it to the system.
 
-    A large tensor is otherwise new memory each time, whose pages the system clears as they are touched
-    (docs/performance.md has what that costs). Memory that was used once stays with the process. The commands of this
-    project call this; a program of yours may, once, before it works with tensors.
+    Otherwise each large tensor gets new memory, whose pages the system clears when they are first used (see
+    docs/performance.md for the cost). The process keeps memory that it has used once. The commands of this project call
+    this function; your program can, once, before it works with tensors.
 
     Returns:
-        Whether it was done: only glibc (Linux) can.
+        Whether it was done; only glibc (Linux) can do it.
     """
     if not sys.platform.startswith("linux"):
         return False

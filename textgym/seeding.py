@@ -1,7 +1,7 @@
 """Counter-based random numbers: every draw is a pure function of (seed, counters).
 
-An environment row, a guide request and a sampled token each need randomness that does not depend on what stands
-beside them in a batch. A hash of counters gives that without a generator object per row, in one array operation.
+The random numbers of an environment row, a guide request and a sampled token must not depend on the rest of the batch.
+A hash of counters provides that without one generator object per row, in one array operation.
 The hash is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 

@@ -36,8 +36,8 @@ class Task:
         truncation_side: Which end of the body is dropped when the prompt is too long.
         reward: The reward, or the name of one in `rewards`.
         rewards: Rewards by name: functions of the data source, called when the environment first needs the reward.
-        metrics: What an evaluation measures beside the reward: names in `textgym.metrics.NAMES`, or metrics (see
-            `textgym.metrics.Metric`).
+        metrics: What an evaluation measures in addition to the reward: names in `textgym.metrics.NAMES`, or metrics
+            (see `textgym.metrics.Metric`).
         demonstration: Which rows supervised learning imitates (None: all).
         tokenizer: Returns the tokenizer, called on first use; None: a byte-level BPE trained on the train split.
 

@@ -1,4 +1,4 @@
-"""Metrics of a set of generated texts, beside the reward.
+"""Metrics of a set of generated texts, in addition to the reward.
 
 Those of this package are each an `evaluate.Metric` that needs no network. `load(name)` makes one:
 
@@ -50,7 +50,7 @@ class Metric(Protocol):
     """A measure of a set of texts: an `evaluate.Metric`, or an object with this method.
 
     Its ``name`` (else its class) names it in results; its ``signature``, a string, says what its numbers depend on
-    beside the texts.
+    apart from the texts.
     """
 
     def compute(self, **columns: Any) -> Mapping[str, Any] | None:

@@ -15,7 +15,7 @@ INPUTS: Mapping[str, tuple[Any, str]] = {
     "predictions": (Value("string"), "N texts written after the prompts."),
     "references": (
         List(Value("string")),
-        "For each text its references, any number of them; a string is one. Texts without any are left out.",
+        "For each text its references, any number of them; a string is one. Texts without references are left out.",
     ),
     "prompt_ids": (List(Value("int64")), "N sequences of token ids without padding."),
     "prediction_ids": (List(Value("int64")), "N sequences of token ids without padding, which may be empty."),
@@ -29,7 +29,7 @@ class TextMetric(evaluate.Metric):
         inputs: The columns that it reads, of `INPUTS`; it ignores the others.
         needs: Arguments of the class that an evaluation gives, and from what (see `textgym.metrics.register`).
         paper: Its source.
-        signature: What its numbers depend on beside the texts; numbers of equal signatures are comparable.
+        signature: What its numbers depend on apart from the texts; numbers of equal signatures are comparable.
     """
 
     inputs: ClassVar[tuple[str, ...]]

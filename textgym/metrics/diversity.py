@@ -1,4 +1,4 @@
-"""Metrics of how much the texts of a set repeat themselves and each other."""
+"""Metrics of diversity within and between texts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def _ngrams(words: Sequence[str], n: int) -> list[Ngram]:
 
 
 class Distinct(TextMetric):
-    """Distinct-1 and distinct-2: different word n-grams over all word n-grams, pooled over all texts.
+    """Distinct-1 and distinct-2: the number of different word n-grams divided by that of all, over all texts together.
 
     (The paper divides by the number of words; n-grams keep the measure within [0, 1] for every n.) It falls as texts
-    are added, so only equal numbers of texts of like length compare. Words are lower case, without punctuation.
+    are added, so only equal numbers of texts of similar lengths are comparable. Words are in lower case, without
+    punctuation.
 
     Returns:
         ``distinct_1``, ``distinct_2``; 0 where the texts are too short to have an n-gram.
@@ -44,13 +45,13 @@ class Distinct(TextMetric):
 
 
 class SelfBleu(TextMetric):
-    """Self-BLEU: the mean BLEU-4 of every text with all other texts as its references; high where texts are alike.
+    """Self-BLEU: the mean BLEU-4 of every text with all other texts as references; high for similar texts.
 
-    The BLEU is that of single texts with n-grams that never match counted as 0.1 (Chen and Cherry 2014, method 1), as
-    in Texygen's code, which takes it from nltk. No texts are sampled: the count of an n-gram is clipped at the most
-    that another text has of it, and the two highest counts of each n-gram give that for every text, so that the time
-    grows with the size of the set and not with its square. Self-BLEU rises as texts are added, so only equal numbers of
-    texts compare. Words are lower case, without punctuation.
+    BLEU of single texts, where zero matches count as 0.1 (Chen and Cherry 2014, method 1), as in Texygen's code, which
+    uses nltk. No texts are sampled: the count of an n-gram is clipped at the highest count in another text, which the
+    two highest counts of each n-gram give for every text, so that the time is linear in the size of the set. Self-BLEU
+    rises as texts are added, so only equal numbers of texts are comparable. Words are in lower case, without
+    punctuation.
 
     Returns:
         ``self_bleu`` in [0, 1]; 0 for a single text.
@@ -84,14 +85,14 @@ class SelfBleu(TextMetric):
 
 
 class _Most(NamedTuple):
-    """The text that has the most of an n-gram, how many that are, and the most of any other text."""
+    """The text with the highest count of an n-gram, that count, and the highest count in any other text."""
 
     owner: int
     first: int
     second: int
 
     def besides(self, row: int) -> int:
-        """The most that a text other than this one has."""
+        """Return the highest count in the texts other than this one."""
         return self.second if row == self.owner else self.first
 
 
@@ -105,7 +106,7 @@ def _most(counts: Sequence[Counter[Ngram]]) -> dict[Ngram, _Most]:
 
 
 def _closest_other(lengths: Sequence[int], length: int) -> int:
-    """The length nearest to one of the sorted `lengths` among the others, the shorter of two equally near."""
+    """Return the nearest to one of the sorted `lengths` among the others, the shorter of two equally near."""
     start, stop = bisect_left(lengths, length), bisect_right(lengths, length)
     if stop - start > 1:
         return length

@@ -1,6 +1,6 @@
-"""METEOR and SPICE, Java programs that the `pycocoevalcap` package carries.
+"""METEOR and SPICE, Java programs of the `pycocoevalcap` package.
 
-They are run as they are, without that package's wrappers, which download, write into the package's folder, and take the
+They run without the wrappers of that package, which download files, write into the folder of the package, and take the
 end of a program for an answer.
 """
 
@@ -26,17 +26,17 @@ CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
 class Meteor(TextMetric):
-    """METEOR 1.5 by its authors' program, which normalises texts itself (``-l en -norm``).
+    """METEOR 1.5 by its authors' program, which normalises texts (``-l en -norm``).
 
-    The score is that of the whole set, from the sums of all its matches, and not a mean over texts. Punctuation stays,
-    as in CommonGen's evaluation; coco-caption's numbers for images are of texts without it. The program needs Java and
-    about 1.5 GiB of memory. It starts at the first computation of a process and stays until that process ends.
+    The score is that of the whole set, from the sums of all matches, and not a mean over texts. Punctuation is kept, as
+    in CommonGen's evaluation; coco-caption removes it. The program needs Java and about 1.5 GiB of memory. It starts
+    with the first computation of a process and runs until that process ends.
 
     Returns:
         ``meteor`` in [0, 1].
 
     Raises:
-        MissingRequirement: There is no Java, or no `pycocoevalcap`.
+        MissingRequirement: Java or `pycocoevalcap` is missing.
     """
 
     inputs = ("predictions", "references")
@@ -55,18 +55,18 @@ class Meteor(TextMetric):
 class Spice(TextMetric):
     """SPICE 1.0 by its authors' program: F1 of the scene graphs of a text and of its references together.
 
-    The program needs Java, up to 8 GiB of memory, and Stanford CoreNLP 3.6.0, which no package carries: ``python -m
-    pycocoevalcap.spice.get_stanford_models`` downloads it (400 MB) to where it is looked for. The score is read from
-    what the program prints, three decimals: to write it to a file, as other wrappers have it do, it needs the
-    JavaScript that Java lost with version 15.
+    The program needs Java, up to 8 GiB of memory, and Stanford CoreNLP 3.6.0, which is in no package: ``python -m
+    pycocoevalcap.spice.get_stanford_models`` downloads it (400 MB) to the right folder. The score is read from the
+    output of the program, with three decimals: to write it to a file, the program needs the JavaScript that Java
+    removed in version 15.
 
-    What this project has not run, for want of CoreNLP, is the parser; its tests run the rest of the program.
+    The tests of this project run the program without its parser, for want of CoreNLP.
 
     Returns:
         ``spice``, the mean, in [0, 1].
 
     Raises:
-        MissingRequirement: There is no Java, no `pycocoevalcap`, or no CoreNLP.
+        MissingRequirement: Java, `pycocoevalcap` or CoreNLP is missing.
     """
 
     inputs = ("predictions", "references")
@@ -92,7 +92,7 @@ class Spice(TextMetric):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "texts.json"
             path.write_text(json.dumps(texts), encoding="ascii")
-            # Other languages write the score with a comma.
+            # In other languages the program writes the score with a comma.
             options = ["-Xmx8G", "-Duser.language=en", "-jar", str(_package() / "spice" / "spice-1.0.jar")]
             done = subprocess.run(
                 [_java(), *options, str(path)], cwd=folder, capture_output=True, encoding="utf-8", errors="replace"
@@ -104,7 +104,7 @@ class Spice(TextMetric):
 
 
 class _MeteorProcess:
-    """METEOR reading requests from its standard input, a line each; it ends with the process that writes them."""
+    """A METEOR program that reads requests from its standard input, one per line, and ends with this process."""
 
     def __init__(self) -> None:
         jar = _package() / "meteor" / "meteor-1.5.jar"
@@ -121,7 +121,7 @@ class _MeteorProcess:
         self.lock = Lock()
 
     def score(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        """The score of a set of texts, each with its references."""
+        """Return the score of a set of texts, each with its references."""
         with self.lock:
             try:
                 statistics = []
@@ -150,17 +150,17 @@ class _MeteorProcess:
 
 @cache
 def _meteor(process_id: int) -> _MeteorProcess:
-    """The METEOR of this process: a forked one must not talk into its parent's."""
+    """Return the METEOR of this process: a forked process must not use that of its parent."""
     return _MeteorProcess()
 
 
 def _line(text: str) -> str:
-    """A text without line ends and without what METEOR separates texts by."""
+    """Return a text without line ends and without the separator of METEOR's protocol."""
     return " ".join(text.replace("|||", " ").split())
 
 
 def _package() -> Path:
-    """The folder of `pycocoevalcap`."""
+    """Return the folder of `pycocoevalcap`."""
     spec = find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
         raise MissingRequirement('METEOR and SPICE need pycocoevalcap: pip install "textgym[metrics]"')
@@ -169,7 +169,7 @@ def _package() -> Path:
 
 def _java() -> str:
     java = shutil.which("java")
-    # On macOS there is always a `java`, which without Java only says so.
+    # macOS has a `java` that only says that Java is not installed.
     if java is None or subprocess.run([java, "-version"], capture_output=True).returncode:
         raise MissingRequirement(
             "METEOR and SPICE need Java, version 8 or later: there is no `java` on the PATH that runs"

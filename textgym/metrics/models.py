@@ -1,4 +1,4 @@
-"""Metrics that run a model: perplexity under a language model, BERTScore under an encoder."""
+"""Metrics by models: perplexity under a language model, BERTScore under an encoder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from textgym.metrics.base import TextMetric
 from textgym.models import load_model, resolve_device
 from textgym.positions import with_positions_alike
 
-# The layer whose output correlates best with human judgement, as bert-score's authors chose it on WMT16. Their table
-# goes by the model's name, which a folder does not have; this one by its type and number of layers.
+# The layer whose output correlates best with human judgement, as chosen by bert-score's authors on WMT16. Their table
+# has model names, which folders do not have; this one has model types and numbers of layers.
 _BEST_LAYERS = {
     ("bert", 6): 5,
     ("bert", 12): 9,
@@ -33,19 +33,19 @@ _BEST_LAYERS = {
 class Perplexity(TextMetric):
     """Perplexity of texts under a causal language model: exp of the mean negative log-likelihood of a token.
 
-    It reads token ids and not texts, so that it judges the very tokens that were written. The mean is over all tokens
-    of all predictions, each given its prompt and the tokens before it; a final EOS is a token like any other and counts
-    where the ids hold it. Prompt tokens are conditioned on and not counted.
+    It reads token ids and not texts, so that it measures the very tokens that were written. The mean is over all tokens
+    of all predictions, each given its prompt and the tokens before it; EOS at the end of the ids counts, too. Prompt
+    tokens do not count.
 
     Args:
-        model: The judge, on any device; or its hub id or folder. It reads the ids with its own vocabulary.
-        batch_size: Texts at once.
+        model: The language model, on any device, or its hub id or folder. The ids must be of its vocabulary.
+        batch_size: Texts per batch.
 
     Returns:
         ``perplexity``, at least 1.
 
     Raises:
-        ValueError: The model is not a causal one.
+        ValueError: The model is not causal.
     """
 
     inputs = ("prompt_ids", "prediction_ids")
@@ -80,8 +80,8 @@ class Perplexity(TextMetric):
         return {"perplexity": math.exp(total / count)}
 
     def _batch(self, prompt_ids: Sequence[Sequence[int]], prediction_ids: Sequence[Sequence[int]]) -> tuple[float, int]:
-        """Negative log-likelihood of a batch of predictions, and their tokens."""
-        # Prompts end and predictions begin at one column, so that logits are needed from there on only.
+        """Return the negative log-likelihood of a batch of predictions and their number of tokens."""
+        # Prompts end at the same column, so that logits are needed only from there on.
         before = max(map(len, prompt_ids))
         after = max(map(len, prediction_ids))
         if not after:
@@ -107,26 +107,26 @@ class Perplexity(TextMetric):
 
 
 class BertScore(TextMetric):
-    """BERTScore: tokens matched greedily by the cosine of their contextual embeddings, without idf or rescaling.
+    """BERTScore: greedy matching of tokens by the cosine of their contextual embeddings, without idf or rescaling.
 
     The precision of a text is the mean over its tokens of the largest cosine with a token of the reference, recall the
-    other way round, F1 their harmonic mean, and all are 0 where one of the two is empty; start and end tokens can be
-    matched but do not count. Of several references the best counts, for each of the three. These are the numbers of the
-    package `bert-score`. They compare under one encoder and layer only; published ones are mostly of roberta-large,
-    layer 17.
+    same for the tokens of the reference, F1 their harmonic mean; all are 0 where text or reference is empty. Start and
+    end tokens can be matched but do not count. Each of the three is the best over several references. The numbers are
+    those of the package `bert-score`. Only numbers of the same encoder and layer are comparable; most published ones
+    are of roberta-large, layer 17.
 
     Args:
         encoder: Hub id or folder of an encoder with safetensors weights.
-        layer: The layer whose output is the embedding, counted from 1. None: the one that bert-score's authors chose
-            for BERT, RoBERTa, XLM-RoBERTa and DistilBERT of that depth, else the last.
+        layer: The layer whose output is the embedding, counted from 1. None is the choice of bert-score's authors for
+            BERT, RoBERTa, XLM-RoBERTa and DistilBERT of that depth, else the last.
         device: "auto" is CUDA where there is one, else CPU.
-        batch_size: Texts at once.
+        batch_size: Texts per batch.
 
     Returns:
         ``bert_score_precision``, ``bert_score_recall``, ``bert_score_f1``, means in [-1, 1].
 
     Raises:
-        ValueError: There is no such encoder, or no such layer.
+        ValueError: The encoder cannot be loaded, or has no such layer.
     """
 
     inputs = ("predictions", "references")
@@ -145,8 +145,8 @@ class BertScore(TextMetric):
         name = os.fspath(encoder)
         try:
             model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-            # bert-score gives RoBERTa the first word as one inside of a text: with slow tokenizers, its default. (With
-            # transformers 5, which has none of these, it no longer does.)
+            # bert-score's slow tokenizers put a space before the first word for RoBERTa. (Transformers 5 has only fast
+            # ones, with which it does not.)
             prefix = {"add_prefix_space": True} if model.config.model_type == "roberta" else {}
             self.tokenizer = AutoTokenizer.from_pretrained(name, **prefix)
         except (OSError, ValueError) as error:
@@ -178,10 +178,10 @@ class BertScore(TextMetric):
         return {"bert_score_precision": precision, "bert_score_recall": recall, "bert_score_f1": f1}
 
     def _embed(self, texts: Collection[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """For every text the unit embeddings (L, D) of its tokens, and which of them count, bool (L,)."""
+        """Return for every text the unit embeddings (L, D) of its tokens, and which of them count, bool (L,)."""
         embedded = {}
         ends = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id} - {None}
-        # Texts of like lengths together, the longest first.
+        # Texts of similar lengths in a batch, the longest first.
         order = sorted(texts, key=lambda text: (-len(text), text))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -202,7 +202,7 @@ class BertScore(TextMetric):
 
 
 def _match(text: tuple[torch.Tensor, torch.Tensor], target: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Precision, recall and F1 (3,) of a text against one reference; 0 where one of them is empty."""
+    """Return precision, recall and F1 (3,) of a text against one reference; 0 where one of them is empty."""
     (written, of_text), (wanted, of_target) = text, target
     if not (of_text.any() and of_target.any()):
         return torch.zeros(3)

@@ -1,4 +1,4 @@
-"""Metrics that compare words with those of references, or of the prompt."""
+"""Metrics of word overlap with references, or with the prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from textgym.rewards import overlap
 
 
 class Rouge(TextMetric):
-    """ROUGE-1, ROUGE-2 and ROUGE-L: means of F1 by the `rouge-score` package, Porter stems, the best over references.
+    """ROUGE-1, ROUGE-2 and ROUGE-L: means of F1 by the `rouge-score` package, with Porter stems, best over references.
 
     Returns:
         ``rouge_1``, ``rouge_2``, ``rouge_l`` in [0, 1].
@@ -30,7 +30,7 @@ class Rouge(TextMetric):
 
 
 class Bleu(TextMetric):
-    """Corpus BLEU-4 by sacrebleu: its default tokenisation (13a) and smoothing, case kept.
+    """Corpus BLEU-4 by sacrebleu, with its default tokenisation (13a) and smoothing, case-sensitive.
 
     Returns:
         ``bleu`` in [0, 100]. (CommonGen's papers use coco-caption's BLEU: lower case, other tokens, no smoothing.)
@@ -49,7 +49,7 @@ class Bleu(TextMetric):
         self.signature = f"sacrebleu case:mixed|eff:no|tok:13a|smooth:exp|version:{version('sacrebleu')}"
 
     def _scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        # sacrebleu wants as many references of every text; those that are not there are None.
+        # sacrebleu needs the same number of references for every text; missing ones are None.
         streams: Any = [
             [texts[k] if k < len(texts) else None for texts in references] for k in range(max(map(len, references)))
         ]
@@ -57,11 +57,11 @@ class Bleu(TextMetric):
 
 
 class CiderD(TextMetric):
-    """CIDEr-D with the document frequencies of these very references, as captions are evaluated.
+    """CIDEr-D with the document frequencies of the references themselves, as in the evaluation of captions.
 
     The computation is that of `pycocoevalcap` (see `textgym.rewards.overlap.CiderDScorer`). Words are found by a
     regular expression, lower case, without punctuation; coco-caption runs the Penn Treebank tokenizer in Java, which
-    differs in clitics ("don't" is two words there), numbers with points and the like. CommonGen's reward takes the
+    differs in clitics ("don't" is two words there), numbers with points and the like. CommonGen's reward has the
     document frequencies of the training references instead, so that it does not depend on the batch.
 
     Returns:

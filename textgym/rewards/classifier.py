@@ -1,4 +1,4 @@
-"""Rewards from a classifier of texts: a small sentiment model trained here, and any sequence-classification model."""
+"""Rewards by classifiers: a small sentiment model that is trained here, and any sequence-classification model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The texts to be judged are a prompt of at most 64 tokens, the first half of a review, and 48 new tokens. A word is
-# about 1.25 tokens.
+# A text has a prompt of at most 64 tokens, from the first half of a review, and 48 new tokens. A word has about 1.25.
 PROMPT_WORDS = 50
 NEW_WORDS = 40
 # Training adds a random window of each review, this many words.
@@ -31,17 +30,17 @@ INVERSE_REGULARISATION = 5.0
 
 
 def fragment(review: str) -> str:
-    """The words of a review that an episode would show: the prompt and as much again as the policy writes."""
+    """Return as many words of a review as an episode has: the prompt, and as many as the policy writes."""
     words = review.split()
     return " ".join(words[: min(len(words) // 2, PROMPT_WORDS) + NEW_WORDS])
 
 
 def features(texts: Sequence[str]) -> scipy.sparse.csr_array:
-    """Hashed word 1- and 2-grams of texts, float32 (N, features).
+    """Return hashed word 1- and 2-grams of texts, float32 (N, features).
 
-    An n-gram counts once however often it is repeated, but every repetition adds to the length the row is divided by
-    (the root of the number of n-grams). So saying a text k times over divides its log-odds by the root of k, where the
-    usual count or l2 norm would raise or leave them.
+    An n-gram counts once however often it is repeated, but each row is divided by the root of its number of n-grams,
+    repetitions included. A text repeated k times thus has its log-odds divided by the root of k; counts would raise
+    them, an l2 norm would not change them.
     """
     from scipy.sparse import csr_array
     from sklearn.feature_extraction.text import HashingVectorizer
@@ -64,9 +63,9 @@ class SentimentReward:
     """P(positive) of the whole text, prompt and completion, by a small linear model.
 
     Attributes:
-        fingerprint: What the model was trained on.
+        fingerprint: Identifies the training data and settings.
         accuracy: Held-out accuracy on fragments of test reviews (see `fragment`).
-        report: All that was measured when it was trained.
+        report: The evaluation after training.
     """
 
     def __init__(self, trained: Trained):
@@ -78,13 +77,13 @@ class SentimentReward:
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> np.ndarray:
-        """P(positive) of N texts, float64 (N,); the references play no part (see `RewardFunction`)."""
+        """Return P(positive) of N texts, float64 (N,), without use of references (see `RewardFunction`)."""
         return self.probabilities(
             [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         )
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """P(positive) of N whole texts, float64 (N,)."""
+        """Return P(positive) of N whole texts, float64 (N,)."""
         from scipy.special import expit
 
         if not len(texts):
@@ -93,10 +92,9 @@ class SentimentReward:
 
 
 def sentiment_reward(source: str) -> SentimentReward:
-    """P(positive) by a model trained on the source's training reviews, in seconds, and cached.
+    """Return IMDB's reward, a model that is trained on the source's training reviews in seconds and cached.
 
-    It is trained on fragments as long as the texts it will judge: of each review the one an episode would show, and a
-    random window.
+    The training texts are as long as those of episodes: the `fragment` of each review, and a random window of it.
 
     Args:
         source: "mini", "hub" or a folder.
@@ -126,7 +124,7 @@ def _train_sentiment(train: Split, source: str) -> tuple[dict[str, np.ndarray], 
         start = int(rng.integers(max(len(words) - length, 0), endpoint=True))
         texts += [fragment(row["text"]), " ".join(words[start : start + length])]
         labels += [row["label"]] * 2
-    # No intercept: a text that says nothing, or the same again and again, has P(positive) one half.
+    # Without an intercept, an empty text has P(positive) one half, and a repetitive one nearly.
     model = LogisticRegression(C=INVERSE_REGULARISATION, solver="liblinear", fit_intercept=False)
     weights = model.fit(features(texts), labels).coef_[0].astype(np.float32)
     report: dict[str, Any] = {"seconds": time.perf_counter() - started, "training_texts": len(texts)}
@@ -139,7 +137,7 @@ def _train_sentiment(train: Split, source: str) -> tuple[dict[str, np.ndarray], 
         report[name] = {
             "accuracy": float(np.mean((p > 0.5) == held_out)),
             "log_loss": float(-np.mean(np.log(np.where(held_out == 1, p, 1 - p).clip(1e-7)))),
-            # Calibration: for each fifth of the texts, by P(positive), its mean and the share that is positive.
+            # For each fifth of the texts, in order of P(positive): its mean and the share of positive reviews.
             "reliability": [
                 [float(p[fifth].mean()), float(held_out[fifth].mean())] for fifth in np.array_split(np.argsort(p), 5)
             ],
@@ -150,18 +148,17 @@ def _train_sentiment(train: Split, source: str) -> tuple[dict[str, np.ndarray], 
 
 
 class ModelReward:
-    """A class's probability by any sequence-classification model, of the whole text (prompt and completion).
+    """The probability of a class of the whole text (prompt and completion) by a sequence-classification model.
 
-    A model with one output is a scorer (a reward model): its raw score is the reward.
+    A model with one output is a reward model: its raw score is the reward.
 
     Args:
         model: Hub id or folder of a model in safetensors.
-        label: The class whose probability is the reward: its name in the model's ``id2label`` or its index. None: the
-            class called "positive" or "pos" where there is one, else the last.
+        label: The class whose probability is the reward: its name in the model's ``id2label`` or its index. None is
+            the class named "positive" or "pos", else the last.
         device: "auto" (CUDA, else CPU) or a torch device.
         batch_size: Texts scored at once.
-        truncation_side: Which end of a text longer than the model's limit is dropped; "left" keeps what was written
-            last.
+        truncation_side: Which end of a text is dropped where it is longer than the model's limit; "left" keeps the end.
     """
 
     def __init__(
@@ -187,7 +184,7 @@ class ModelReward:
         self.model.eval().to(self.device)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Decoder classifiers read the score at the last token that is not padding, which they find by this id.
+        # Decoder classifiers read the score at the last token that is not padding, found by this id.
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -196,7 +193,7 @@ class ModelReward:
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> np.ndarray:
-        """Score N texts, float64 (N,); the references play no part (see `RewardFunction`)."""
+        """Score N texts, float64 (N,), without use of references (see `RewardFunction`)."""
         import torch
 
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -204,7 +201,7 @@ class ModelReward:
         if not texts:
             return scores
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
-        # Longest first: batches of like lengths, and one that is too large for the device fails at once.
+        # Longest first, for batches of similar lengths, of which one that is too large for the device fails at once.
         order = sorted(range(len(texts)), key=lambda i: -len(encoded["input_ids"][i]))
         with torch.inference_mode():
             for start in range(0, len(order), self.batch_size):

@@ -1,7 +1,7 @@
-"""Rewards that compare a text with its sample's references: CIDEr-D, concept coverage, ROUGE-L.
+"""Rewards by overlap with references or concepts: CIDEr-D, concept coverage, ROUGE-L.
 
-CommonGen was published with a SPICE term; SPICE needs a Java scene-graph parser, so this project has none in a reward
-(`textgym.metrics` can judge by it).
+CommonGen was published with a SPICE term, which needs a Java scene-graph parser; here SPICE is a metric only
+(`textgym.metrics`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from textgym.data.sources import load_split
 if TYPE_CHECKING:
     from nltk.stem.snowball import SnowballStemmer
 
-# A human sentence reaches about 0.14 by CIDEr-D / 10 against the other references of its set, and 1 by coverage: a
-# quarter keeps both terms of one order, and a bare list of the concepts well below a sentence.
+# A human sentence has about 0.14 by CIDEr-D / 10 against the other references of its set, and 1 by coverage: with a
+# quarter, both terms have one order of magnitude, and a bare list of the concepts scores well below a sentence.
 CIDER_WEIGHT = 1.0
 COVERAGE_WEIGHT = 0.25
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
 
-# Forms that a suffix stemmer cannot join: "<lemma> <form> ...", verbs and nouns that everyday sentences use.
+# Forms with another stem than their lemma, of common verbs and nouns: "<lemma> <form> ...".
 _IRREGULAR = """
 be am is are was were been being; bear bore borne born; beat beaten; become became; begin began begun; bend bent; bind
 bound; bite bit bitten; bleed bled; blow blew blown; break broke broken; breed bred; bring brought; build built; burn
@@ -53,19 +53,19 @@ wind wound; wolf wolves; woman women; write wrote written
 
 
 def words_of(text: str) -> list[str]:
-    """Split a text for the overlap measures of this module: lower case, words only, punctuation dropped."""
+    """Return the words of a text in lower case, without punctuation."""
     return _WORD.findall(text.lower())
 
 
 class CiderDScorer:
     """CIDEr-D with frozen document frequencies (Vedantam, Zitnick, Parikh 2015, section 5, equations 1 to 4).
 
-    n-grams of 1 to 4 words weighted by tf-idf, clipped cosine to each reference, a Gaussian penalty (sigma 6) on the
-    difference of lengths, mean over n and over references, times 10. As in the authors' code (`pycocoevalcap`), a
-    length is the number of bigrams. The words are those of `words_of`; there is no stemming.
+    The clipped cosine of tf-idf weighted n-grams, n from 1 to 4, to each reference, with a Gaussian penalty (sigma 6)
+    on the difference of lengths; the mean over n and references, times 10. As in the authors' code (`pycocoevalcap`), a
+    length is the number of bigrams. Words are those of `words_of`, without stemming.
 
     Args:
-        documents: The references that the document frequencies come from; a document is one sample's references.
+        documents: For each sample its references, from which the document frequencies are counted.
     """
 
     orders = 4
@@ -78,11 +78,11 @@ class CiderDScorer:
             frequency.update({ngram for text in references for ngram in self._counts(text)})
             size += 1
         self._default_idf = math.log(max(size, 1))
-        # An n-gram of one document weighs as much as one of none: only the others need to be kept.
+        # An n-gram of one document weighs as much as an unknown one, so it is not stored.
         self._idf = {ngram: self._default_idf - math.log(n) for ngram, n in frequency.items() if n > 1}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CiderDScorer:
-        # Nothing changes after construction, and the table is large.
+        # The table is large and never changes.
         return self
 
     def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
@@ -90,7 +90,7 @@ class CiderDScorer:
 
         Args:
             candidates: N texts.
-            references: For each its reference texts; a candidate without any scores 0.
+            references: For each its reference texts; a candidate without references scores 0.
 
         Returns:
             float64 (N,), each in [0, 10].
@@ -108,7 +108,7 @@ class CiderDScorer:
         return Counter(" ".join(words[i : i + n]) for n in range(1, self.orders + 1) for i in range(len(words) - n + 1))
 
     def _vector(self, text: str) -> tuple[dict[str, float], np.ndarray, int]:
-        """The tf-idf weights of a text's n-grams, their norm for each n, and the number of bigrams."""
+        """Return the tf-idf weights of a text's n-grams, their norm for each n, and the number of bigrams."""
         weights, squares, length = {}, np.zeros(self.orders), 0
         for ngram, count in self._counts(text).items():
             n = ngram.count(" ")
@@ -149,28 +149,28 @@ def _stemmer() -> tuple[SnowballStemmer, dict[str, frozenset[str]]]:
 
 @lru_cache(maxsize=2**16)
 def _stems(word: str) -> frozenset[str]:
-    """The stems a word may belong to ("leaves": of leaf and of leave)."""
+    """Return the possible stems of a word ("leaves": of leaf and of leave)."""
     stemmer, lemmas = _stemmer()
     return lemmas.get(word, frozenset()) | {stemmer.stem(word.removesuffix("'s"))}
 
 
 def concepts_of(prompt: str) -> list[str]:
-    """The concepts a prompt asks for: its words after the last "with:", or all its words where it has none."""
+    """Return the concepts of a prompt: its words after the last "with:", else all its words."""
     return words_of(prompt.rpartition("with:")[2])
 
 
 def coverage(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-    """Fraction of the concepts that a text uses, in any inflected form.
+    """Return the fraction of concepts that each text uses, in any inflected form.
 
-    Two words are forms of one another when the English Snowball stemmer gives them one stem, or when a table of
-    irregular verbs and nouns says so.
+    Two words are forms of one lemma where the English Snowball stemmer gives them the same stem, or by a table of
+    irregular verbs and nouns.
 
     Args:
-        prompts: N prompts, "generate a sentence with: c1 c2 c3" or just the concepts.
+        prompts: N prompts, "generate a sentence with: c1 c2 c3" or the concepts alone.
         completions: N texts.
 
     Returns:
-        float64 (N,) in [0, 1]; 0 where the prompt has no concept.
+        float64 (N,) in [0, 1]; 0 for a prompt without concepts.
     """
     fractions = np.zeros(len(prompts))
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -183,10 +183,10 @@ def coverage(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
 def rouge(
     kinds: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, np.ndarray]:
-    """F1 of ROUGE with Porter stemming by the `rouge-score` package (Lin 2004), the best over a text's references.
+    """Return F1 of ROUGE (Lin 2004) with Porter stemming by the `rouge-score` package, the best over references.
 
     Args:
-        kinds: As the package calls them: "rouge1", "rouge2", "rougeL".
+        kinds: Names of the package: "rouge1", "rouge2", "rougeL".
         completions: N texts.
         references: For each its reference texts.
 
@@ -209,7 +209,7 @@ class CiderCoverageReward:
 
     Args:
         cider: CIDEr-D with the document frequencies to use.
-        fingerprint: Says what these came from.
+        fingerprint: Identifies their data.
     """
 
     def __init__(self, cider: CiderDScorer, fingerprint: str):
@@ -227,7 +227,7 @@ class CiderCoverageReward:
 
 
 def cider_coverage_reward(source: str) -> CiderCoverageReward:
-    """CommonGen's reward with the document frequencies of the source's training references.
+    """Return CommonGen's reward with the document frequencies of the source's training references.
 
     Args:
         source: "mini", "hub" or a folder.
@@ -252,5 +252,5 @@ class RougeLReward:
 
 
 def rouge_l_reward(source: str) -> RougeLReward:
-    """ROUGE-L against the references; it learns nothing from the source."""
+    """Return ROUGE-L against the references, which does not depend on the source."""
     return RougeLReward()

@@ -1,4 +1,4 @@
-"""TL;DR's learned reward: a small Bradley-Terry model of which of two summaries of a post is the author's."""
+"""TL;DR's learned reward: a small Bradley-Terry model that tells the author's summary of a post from others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from textgym.rewards.trained import Trained, load_or_train
 if TYPE_CHECKING:
     import scipy.sparse
 
-# Words of a post that an environment shows (500 tokens at about 1.3 a word), and of a summary it lets a policy write.
+# Words of a post in a prompt (500 tokens of about 1.3 per word), and of a summary that a policy can write.
 POST_WORDS = 380
 SUMMARY_WORDS = 40
 
@@ -42,7 +42,7 @@ def _shuffled(words: list[str], post: list[str], other: list[str], rng: np.rando
 
 
 def _repeated(words: list[str], post: list[str], other: list[str], rng: np.random.Generator) -> list[str]:
-    """A phrase of two to six of the author's words, again and again, at least as long as the summary."""
+    """A phrase of two to six of the author's words, repeated to at least the length of the summary."""
     start, length = int(rng.integers(max(len(words) - 2, 1))), int(rng.integers(2, 6, endpoint=True))
     phrase = words[start : start + length]
     total = int(rng.integers(max(len(words), 2 * len(phrase)), SUMMARY_WORDS + len(words), endpoint=True))
@@ -65,7 +65,7 @@ def _keywords(words: list[str], post: list[str], other: list[str], rng: np.rando
     return [post[i] for i in rng.integers(len(post), size=len(words))]
 
 
-#: What the author's summary is preferred to.
+#: Texts that are worse than the author's summary.
 CORRUPTIONS: Mapping[str, Callable[[list[str], list[str], list[str], np.random.Generator], list[str]]] = {
     "other": _other,
     "shuffled": _shuffled,
@@ -77,7 +77,7 @@ CORRUPTIONS: Mapping[str, Callable[[list[str], list[str], list[str], np.random.G
 
 
 def _slot(ngram: str, size: int) -> int:
-    """Where a hashed table of a power-of-two size keeps an n-gram."""
+    """Return the index of an n-gram in a hashed table of a power-of-two size."""
     return zlib.crc32(ngram.encode()) & (size - 1)
 
 
@@ -86,17 +86,17 @@ def _tokens(text: str) -> list[str]:
 
 
 class _Features:
-    """Features of a summary given its post, every one bounded, so that no text has a score without limit.
+    """Features of a summary given its post, each bounded, so that scores are bounded.
 
-    Dense: how much of the summary's information the post holds (words weighted by idf), how much is copied (2- and
-    4-grams found in the post), how much it repeats itself, whether neighbours go together (bigram log-ratio and
-    share of known bigrams), its length, and how it ends; and the products of these. Hashed: its distinct 1- and
-    2-grams with begin and end marks, over the root of their number.
+    Dense: the share of the summary's words that the post has (weighted by idf and not), the share that is copied (2-
+    and 4-grams of the post), repetition, association of neighbours (log-ratio of bigrams and share of known bigrams),
+    length, and a full stop at the end; and the products of these. Hashed: distinct 1- and 2-grams with begin and end
+    marks, divided by the root of their number.
 
     Attributes:
-        counts: How often the training texts hold each hashed 1- and 2-gram, float32 (table,).
-        documents: How many training posts hold each hashed word, float32 (hashed_features,).
-        size: Number of words, and of posts, that these were counted on, float32 (2,).
+        counts: Occurrences of each hashed 1- and 2-gram in the training texts, float32 (table,).
+        documents: Number of training posts with each hashed word, float32 (hashed_features,).
+        size: Number of words and of posts in these counts, float32 (2,).
     """
 
     def __init__(self, counts: np.ndarray, documents: np.ndarray, size: np.ndarray):
@@ -119,14 +119,14 @@ class _Features:
     def of_groups(
         self, documents: Sequence[list[str]], groups: Sequence[Sequence[list[str]]]
     ) -> scipy.sparse.csr_array:
-        """Features of texts about documents.
+        """Return the features of several summaries per document.
 
         Args:
-            documents: N documents (prompts with their posts), each its tokens.
-            groups: For each its texts, each its tokens.
+            documents: N documents (prompts with their posts), as tokens.
+            groups: For each its summaries, as tokens.
 
         Returns:
-            float64 (M, dense + hashed), a row for each of the M texts, in order.
+            float64 (M, dense + hashed), one row for each of the M summaries, in order.
         """
         from scipy.sparse import csr_array, hstack
 
@@ -183,14 +183,14 @@ def _share(ngrams: list[str], held: set[str]) -> float:
 
 
 class PreferenceReward:
-    """How much a summary looks like the author's own: a Bradley-Terry score, shifted to 0 on authors' summaries.
+    """A Bradley-Terry score of how much a summary looks like the author's, with mean 0 on authors' summaries.
 
-    The difference of two texts' scores is the log-odds that the first is preferred.
+    The difference of two scores is the log-odds that the first text is preferred.
 
     Attributes:
-        fingerprint: What the model was trained on.
-        accuracy: Held-out share of test pairs ordered right, over all corruptions.
-        report: All that was measured when it was trained; ``report["test"]`` has the accuracy against each corruption.
+        fingerprint: Identifies the training data and settings.
+        accuracy: Share of held-out test pairs in the right order, over all corruptions.
+        report: The evaluation after training; ``report["test"]`` has the accuracy against each corruption.
     """
 
     def __init__(self, trained: Trained):
@@ -205,7 +205,7 @@ class PreferenceReward:
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> np.ndarray:
-        """Score N texts, float64 (N,); the references play no part (see `RewardFunction`)."""
+        """Score N texts, float64 (N,), without use of references (see `RewardFunction`)."""
         if not len(prompts):
             return np.zeros(0)
         documents, texts = [_tokens(prompt) for prompt in prompts], [[_tokens(text)] for text in completions]
@@ -213,7 +213,7 @@ class PreferenceReward:
 
 
 def preference_reward(source: str) -> PreferenceReward:
-    """The learned TL;DR reward, trained on the source's training posts and cached.
+    """Return TL;DR's learned reward, which is trained on the source's training posts and cached.
 
     Args:
         source: "mini", "hub" or a folder.
@@ -232,7 +232,7 @@ def preference_reward(source: str) -> PreferenceReward:
 
 
 def _variants(split: Split) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Tokens of each row's prompt, its post cut as an environment would, and of its texts: author's, corrupted."""
+    """Return the tokens of each row's prompt, with a truncated post, and of its summaries: author's and corrupted."""
     rng = np.random.default_rng(0)
     rows = list(split.rows)
     others = (np.arange(len(rows)) + rng.integers(1, max(len(rows), 2))) % len(rows)
@@ -257,8 +257,8 @@ def _train_preference(train: Split, source: str) -> tuple[dict[str, np.ndarray],
     kinds = 1 + len(CORRUPTIONS)
     authors = rows[::kinds]
     differences = vstack([authors - rows[kind::kinds] for kind in range(1, kinds)], format="csr")
-    # Logistic regression without intercept on differences is the Bradley-Terry likelihood, whichever text of a pair is
-    # called the first; every other pair is turned round because a classifier wants to see both classes.
+    # Logistic regression without intercept on differences is the Bradley-Terry likelihood for either order of a pair;
+    # every other pair is turned round because the classifier needs both classes.
     first = np.arange(differences.shape[0]) % 2
     differences.data *= (2.0 * first - 1).repeat(np.diff(differences.indptr))
     model = LogisticRegression(C=INVERSE_REGULARISATION, solver="liblinear", fit_intercept=False)

@@ -22,7 +22,7 @@ TASK = Task(
     prompt=_prompt,
     references="targets",
     # The longest prompt of CommonGen v1.1 has 23 tokens with a byte-level BPE of 8,192 tokens (tests/test_tasks.py
-    # counts them); one more for a tokenizer that puts a start token first. The published 15 lose concepts.
+    # counts them), and some tokenizers add a start token. The published 15 would cut concepts off.
     max_prompt_tokens=24,
     max_new_tokens=20,
     reward="cider_coverage",
@@ -44,21 +44,21 @@ class CommonGenEnv(TextEnv):
 
     Observation Space
         ``Dict`` of ``input_ids``, int64 (P+T,), and ``attention_mask``, int8 (P+T,). The prompt is left-padded into the
-        first P columns; token h of the text stands in column P+h; what follows is padding, mask 0.
+        first P columns; token h of the text is in column P+h; the columns after the text are padding, mask 0.
 
     Rewards
         Zero until the episode ends, then a weighted sum of CIDEr-D against the references and of the share of concepts
-        that the sentence mentions (the weights stand in `textgym.rewards.overlap`); ``info["reward_parts"]`` has both.
+        that the sentence mentions (the weights are in `textgym.rewards.overlap`); ``info["reward_parts"]`` has both.
         Every token of a guide's completion costs ``handoff_cost``.
 
     Starting State
-        The prompt of a sample. With probability ``guidance.restart_prob`` a prefix that the guide wrote follows it. The
-        options of ``reset`` choose the sample (``index``), or give a ``prompt`` with ``references``, a ``prefix``, or
-        new ``guidance``.
+        The prompt of a sample, with probability ``guidance.restart_prob`` followed by a prefix that the guide wrote.
+        The options of ``reset`` choose the sample (``index``), or give a ``prompt`` with ``references``, a ``prefix``,
+        or new ``guidance``.
 
     Episode End
         The episode terminates at the end-of-sequence token or a string of ``stop`` ("stop"), after T tokens ("length"),
-        or when the guide completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
+        or when the guide has completed the text ("handoff"). It is never truncated: the horizon is part of the task.
 
     Arguments
         ``split``: "train" (default), "validation" or "test".
@@ -67,18 +67,18 @@ class CommonGenEnv(TextEnv):
         ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
         ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 24 and 20.
         ``truncation_side``: which end of the truncatable text is dropped, by default "right".
-        ``template``: what the policy reads in the place of a prompt, such as "Q: {prompt} A:". ``chat``: True makes
-        that what a user says to a chat model. ``stop``: strings, or names of special tokens, that end the text; the
-        reward reads it up to there.
-        ``reward``: "cider_coverage" (None for the first); the hub id or path of a sequence-classification
+        ``template``: a text with ``{prompt}`` that the policy reads instead of the prompt, such as "Q: {prompt} A:".
+        ``chat``: True makes it a user's message in the chat template. ``stop``: strings, or names of special tokens,
+        that end the text; the reward reads the text before them.
+        ``reward``: "cider_coverage" (None is the first); the hub id or path of a sequence-classification
         model; or a callable ``(prompts, completions, references) -> floats or named parts``.
         ``guide``: "references", the hub id or path of a language model, a `textgym.guides.Guide`, or a function
         on a list of `textgym.guides.GuideRequest`.
-        ``guidance``: a `textgym.Guidance`, or a mapping of its fields: when the guide takes part.
-        ``handoff``: True adds the hand-off action. ``handoff_cost``: what each token of a guide's completion costs.
-        ``min_new_tokens``, ``banned_tokens``: what `action_masks` leaves out: the end before so many tokens, and these
+        ``guidance``: a `textgym.Guidance`, or a mapping of its fields, which says when the guide takes part.
+        ``handoff``: True adds the hand-off action. ``handoff_cost``: the cost of each token of a guide's completion.
+        ``min_new_tokens``, ``banned_tokens``: `action_masks` does not allow an end before so many tokens, nor these
         token ids.
-        ``order``: "random" (default) or "sequential", one visit to each sample of the split.
+        ``order``: "random" (default) or "sequential", which visits each sample of the split once.
         ``render_mode``: "ansi", "human" or None.
 
         The vector environment also takes ``num_envs``, ``parking``, ``autoreset_mode`` and ``copy``

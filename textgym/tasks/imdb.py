@@ -12,7 +12,7 @@ from textgym.task import Row, Task
 
 
 def _halves(row: Row) -> tuple[str, str]:
-    """A review's first and second half by words, the middle word in the second; the second starts with a space."""
+    """Return the first and second half of a review's words; the second starts with a space."""
     words = row["text"].split()
     middle = len(words) // 2
     return " ".join(words[:middle]), " " + " ".join(words[middle:])
@@ -37,7 +37,7 @@ TASK = Task(
     references=_references,
     max_prompt_tokens=64,
     max_new_tokens=48,
-    # The end of a long first half is kept, so that the reference goes on where the prompt stops.
+    # The end of a long first half is kept, so that the reference continues the prompt.
     truncation_side="left",
     reward="sentiment",
     rewards={"sentiment": sentiment_reward},
@@ -59,7 +59,7 @@ class IMDBEnv(TextEnv):
 
     Observation Space
         ``Dict`` of ``input_ids``, int64 (P+T,), and ``attention_mask``, int8 (P+T,). The prompt is left-padded into the
-        first P columns; token h of the text stands in column P+h; what follows is padding, mask 0.
+        first P columns; token h of the text is in column P+h; the columns after the text are padding, mask 0.
 
     Rewards
         Zero until the episode ends, then P(positive) of prompt and text together, in [0, 1], by a small classifier
@@ -67,13 +67,13 @@ class IMDBEnv(TextEnv):
         Every token of a guide's completion costs ``handoff_cost``.
 
     Starting State
-        The prompt of a sample. With probability ``guidance.restart_prob`` a prefix that the guide wrote follows it. The
-        options of ``reset`` choose the sample (``index``), or give a ``prompt`` with ``references``, a ``prefix``, or
-        new ``guidance``.
+        The prompt of a sample, with probability ``guidance.restart_prob`` followed by a prefix that the guide wrote.
+        The options of ``reset`` choose the sample (``index``), or give a ``prompt`` with ``references``, a ``prefix``,
+        or new ``guidance``.
 
     Episode End
         The episode terminates at the end-of-sequence token or a string of ``stop`` ("stop"), after T tokens ("length"),
-        or when the guide completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
+        or when the guide has completed the text ("handoff"). It is never truncated: the horizon is part of the task.
 
     Arguments
         ``split``: "train" (default), "validation" or "test".
@@ -82,18 +82,18 @@ class IMDBEnv(TextEnv):
         ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
         ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 64 and 48.
         ``truncation_side``: which end of the truncatable text is dropped, by default "left".
-        ``template``: what the policy reads in the place of a prompt, such as "Q: {prompt} A:". ``chat``: True makes
-        that what a user says to a chat model. ``stop``: strings, or names of special tokens, that end the text; the
-        reward reads it up to there.
-        ``reward``: "sentiment" (None for the first); the hub id or path of a sequence-classification
+        ``template``: a text with ``{prompt}`` that the policy reads instead of the prompt, such as "Q: {prompt} A:".
+        ``chat``: True makes it a user's message in the chat template. ``stop``: strings, or names of special tokens,
+        that end the text; the reward reads the text before them.
+        ``reward``: None or "sentiment"; the hub id or path of a sequence-classification
         model; or a callable ``(prompts, completions, references) -> floats or named parts``.
         ``guide``: "references" (which restarts from positive reviews only), the hub id or path of a causal language
         model, a `textgym.guides.Guide`, or a function on a list of `textgym.guides.GuideRequest`.
-        ``guidance``: a `textgym.Guidance`, or a mapping of its fields: when the guide takes part.
-        ``handoff``: True adds the hand-off action. ``handoff_cost``: what each token of a guide's completion costs.
-        ``min_new_tokens``, ``banned_tokens``: what `action_masks` leaves out: the end before so many tokens, and these
+        ``guidance``: a `textgym.Guidance`, or a mapping of its fields, which says when the guide takes part.
+        ``handoff``: True adds the hand-off action. ``handoff_cost``: the cost of each token of a guide's completion.
+        ``min_new_tokens``, ``banned_tokens``: `action_masks` does not allow an end before so many tokens, nor these
         token ids.
-        ``order``: "random" (default) or "sequential", one visit to each sample of the split.
+        ``order``: "random" (default) or "sequential", which visits each sample of the split once.
         ``render_mode``: "ansi", "human" or None.
 
         The vector environment also takes ``num_envs``, ``parking``, ``autoreset_mode`` and ``copy``

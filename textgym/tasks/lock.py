@@ -1,4 +1,4 @@
-"""The combination lock: a proving ground in which every value is known in closed form."""
+"""The combination lock: a test task in which every value is known in closed form."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textgym import seeding
+from textgym.checks import check, is_int, is_number
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
 from textgym.guides.base import Author, Completion, Guide, GuideRequest
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EOS_ID = 0
-# The one prompt stands in the data so often, since an evaluation visits every sample once.
+# Copies of the one prompt in the data: an evaluation visits every sample once.
 EPISODES = 256
 SAFE_WORTH, BETTER_WORTH = 0.5, 1.0
 # At the fork the guide takes the safe or the better path with these probabilities, and then follows it with those.
@@ -32,7 +33,7 @@ Prefix = Sequence[int]
 
 @dataclass(frozen=True)
 class CombinationLock:
-    """A hidden combination of symbols that opens a lock, or a fork with two of them, and a guide who half knows it.
+    """A hidden combination of symbols that opens a lock, or a fork with two of them, and a guide that half knows it.
 
     Token 0 is EOS, tokens 1 to K-1 are symbols. A text is worth something only if it is exactly an ending: H symbols
     in the right order. Everything is undiscounted.
@@ -49,12 +50,12 @@ class CombinationLock:
     Attributes:
         vocab_size: K, the number of tokens; at least 3, with `fork` at least 4.
         length: H, symbols of an ending and the horizon of an episode; at least 1, with `fork` at least 2.
-        guide_accuracy: p, in [0, 1]. The guide of a fork is what it is, and this keeps its default.
+        guide_accuracy: p, in [0, 1]. It has no effect on the guide of a fork, and must keep its default there.
         fork: Whether there are two endings.
         combination_seed: The endings are a hash of it.
 
     Raises:
-        ValueError: A value outside of its range.
+        ValueError: A value is outside of its range.
     """
 
     vocab_size: int = 20
@@ -64,25 +65,21 @@ class CombinationLock:
     combination_seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fork, bool):
-            raise ValueError(f"fork must be True or False, got {self.fork!r}")
+        check("fork", self.fork, isinstance(self.fork, bool), "True or False")
         for name, least in (("vocab_size", 4 if self.fork else 3), ("length", 2 if self.fork else 1)):
             value = getattr(self, name)
-            if not _is_int(value) or value < least:
-                raise ValueError(f"{name} must be an int >= {least} with fork={self.fork}, got {value!r}")
-        if not _is_int(self.combination_seed):
-            raise ValueError(f"combination_seed must be an int, got {self.combination_seed!r}")
+            check(name, value, is_int(value) and value >= least, f"an int >= {least} with fork={self.fork}")
+        check("combination_seed", self.combination_seed, is_int(self.combination_seed), "an int")
         accuracy = self.guide_accuracy
-        if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
-            raise ValueError(f"guide_accuracy must be a number in [0, 1], got {accuracy!r}")
+        check("guide_accuracy", accuracy, is_number(accuracy) and 0 <= accuracy <= 1, "a number in [0, 1]")
         if self.fork and accuracy != type(self).guide_accuracy:
             raise ValueError(f"guide_accuracy has no effect with fork=True and must be left out, got {accuracy!r}")
 
-    # What is worth something
+    # Worth
 
     @functools.cached_property
     def endings(self) -> tuple[tuple[tuple[int, ...], float], ...]:
-        """The token ids (H of them) and the worth of every ending; the best one is last."""
+        """The H token ids and the worth of every ending; the best is last."""
 
         def symbols(path: int) -> np.ndarray:
             draws = seeding.uniform(self.combination_seed, path, np.arange(self.length))
@@ -100,14 +97,14 @@ class CombinationLock:
     def reward(
         self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> list[float]:
-        """The worth of the ending that each text is, else 0 (see `textgym.rewards.base.RewardFunction`)."""
+        """Return the worth of each text, 0 where it is no ending (see `textgym.rewards.base.RewardFunction`)."""
         worths = {_text(ending): worth for ending, worth in self.endings}
         return [worths.get(text.strip(), 0.0) for text in completions]
 
     # Closed forms
 
     def guide_probs(self, prefix: Prefix = ()) -> np.ndarray:
-        """What the guide writes next.
+        """Return the guide's distribution of the next token.
 
         Args:
             prefix: Token ids of the text so far.
@@ -116,12 +113,12 @@ class CombinationLock:
             Probabilities of the tokens, float64 (K,).
 
         Raises:
-            ValueError: A token id outside of [0, K).
+            ValueError: A token id is outside of [0, K).
         """
         return self._guide_table[self._state(prefix)].copy()
 
     def value(self, probs: Callable[[tuple[int, ...]], Any], prefix: Prefix = ()) -> float:
-        """The expected worth of the whole text when a policy goes on.
+        """Return the expected worth of the whole text when a policy continues it.
 
         Args:
             probs: The policy: a function from the token ids so far to the probabilities (K,) of the next.
@@ -136,30 +133,30 @@ class CombinationLock:
         return total
 
     def guide_value(self, prefix: Prefix = ()) -> float:
-        """V of the guide: the expected worth of the whole text when the guide goes on."""
+        """Return V of the guide: the expected worth of the whole text when the guide continues it."""
         return self.value(self.guide_probs, prefix)
 
     def guide_q(self, prefix: Prefix = ()) -> np.ndarray:
-        """Q of the guide: its value after each token, float64 (K,); EOS ends the text before it is worth anything."""
+        """Return Q of the guide: its value after each token, float64 (K,), 0 for EOS, which ends the text early."""
         return np.array([self.guide_value((*prefix, token)) for token in range(self.vocab_size)])
 
     # States: 0 is the empty text, eH + d the first d symbols of ending e (from 0), the last any text off the endings
 
     @property
     def num_states(self) -> int:
-        """The number of states that values and the guide tell apart."""
+        """The number of states that values and the guide distinguish."""
         return len(self.endings) * self.length + 2
 
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The states that texts run through.
+        """Return the states of texts before and after each token.
 
         Args:
-            tokens: int64 (n, S) on any device, the tokens after the prompt. What stands after a row's end may be
-                anything; so are then the states after it.
+            tokens: int64 (n, S) on any device, the tokens after the prompt. After the end of a row's text, tokens and
+                states are arbitrary.
 
         Returns:
             int64 (n, S+1) in [0, `num_states`): the state before each token, and the one after the last. State 0 is the
-            empty text; all texts that no ending begins with share the last state.
+            empty text; all texts with which no ending begins share the last state.
         """
         import torch
 
@@ -201,7 +198,7 @@ class CombinationLock:
 
     @functools.cached_property
     def _guide_table(self) -> np.ndarray:
-        """What the guide writes in each state, float64 (states, K)."""
+        """The guide's distribution of the next token in each state, float64 (states, K)."""
         symbols = self.vocab_size - 1
         table = np.full((self.num_states, self.vocab_size), 1 / symbols)
         follows = (FOLLOWS_SAFE, FOLLOWS_BETTER) if self.fork else (self.guide_accuracy,)
@@ -217,13 +214,13 @@ class CombinationLock:
     @functools.cached_property
     def _guide_cumulative(self) -> np.ndarray:
         cumulative = self._guide_table.cumsum(1)
-        # Rounding must not leave a gap below 1, into which a draw could fall.
+        # Rounding must leave no gap below 1, where a draw would select no token.
         return cumulative / cumulative[:, -1:]
 
-    # What an environment is made of
+    # Tokenizer and task
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """A tokenizer with EOS and the symbols "s1", "s2", ..., set apart by white space."""
+        """Return a tokenizer with EOS and the symbols "s1", "s2", ..., separated by white space."""
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -250,7 +247,7 @@ class CombinationLock:
 
 @dataclass(frozen=True)
 class LockGuide:
-    """The guide of a lock, who samples from `CombinationLock.guide_probs`.
+    """The guide of a lock, which samples from `CombinationLock.guide_probs`.
 
     Attributes:
         lock: The lock.
@@ -261,7 +258,7 @@ class LockGuide:
     can_hand_off = True
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-        """Continue every request; token h of a text hangs on the request's seed, the text before it and h alone."""
+        """Complete every request; token h depends only on the seed of the request, the text before it, and h."""
         if not requests:
             return []
         lock = self.lock
@@ -295,8 +292,7 @@ class _WithLock:
     ) -> None:
         self.lock = CombinationLock(vocab_size, length, guide_accuracy, fork, combination_seed)
         horizon = arguments.get("max_new_tokens")
-        if horizon is not None and horizon != length:
-            raise ValueError(f"max_new_tokens must be None or length={length}, the lock's horizon, got {horizon!r}")
+        check("max_new_tokens", horizon, horizon in (None, length), f"None or length={length}, the lock's horizon")
         if isinstance(guide, str) and guide == "scripted":
             guide = LockGuide(self.lock)
         super().__init__(*num_envs, task=self.lock.task, guide=guide, **arguments)  # type: ignore[call-arg]
@@ -314,20 +310,20 @@ class CombinationLockEnv(_WithLock, TextEnv):
 
     Description
         A text is worth something only if it is exactly the hidden combination of H symbols; chance finds it once in
-        (K-1)^H texts. A scripted guide knows each next symbol with probability p. A proving ground for algorithms
-        that learn from a guide: what any policy is worth is known in closed form
+        (K-1)^H texts. A scripted guide knows each next symbol with probability p. It tests algorithms that learn from
+        a guide, because the value of any policy is known in closed form
         (`textgym.tasks.lock.CombinationLock`, the attribute ``lock``).
 
-        With ``fork=True`` there are two combinations, and the guide knows the one that is worth less far better: who
-        only improves on the guide a step at a time ends on the safe path.
+        With ``fork=True`` there are two combinations, and the guide knows the one that is worth less far better: an
+        algorithm that only improves on the guide one step at a time ends on the safe path.
 
     Action Space
         ``Discrete(K)``: the next token; 0 ends the text, 1 to K-1 are the symbols. With ``handoff=True``,
         ``Discrete(K + 1)``: the last action asks the guide to finish the text.
 
     Observation Space
-        ``Dict`` of ``input_ids``, int64 (P+T,), and ``attention_mask``, int8 (P+T,), with T = H. The prompt stands in
-        the first P columns; token h of the text stands in column P+h; what follows is padding, mask 0.
+        ``Dict`` of ``input_ids``, int64 (P+T,), and ``attention_mask``, int8 (P+T,), with T = H. The prompt is in
+        the first P columns; token h of the text is in column P+h; the columns after the text are padding, mask 0.
 
     Rewards
         Zero until the episode ends, then 1 for the combination and 0 for any other text. With ``fork=True``, 0.5 for
@@ -341,7 +337,7 @@ class CombinationLockEnv(_WithLock, TextEnv):
 
     Episode End
         The episode terminates at the end-of-sequence token or a string of ``stop`` ("stop"), after T tokens ("length"),
-        or when the guide completed the text ("handoff"). It is never truncated: the horizon belongs to the task.
+        or when the guide has completed the text ("handoff"). It is never truncated: the horizon is part of the task.
 
     Arguments
         ``vocab_size``: K, by default 20. ``length``: H, by default 10.
@@ -351,18 +347,18 @@ class CombinationLockEnv(_WithLock, TextEnv):
         ``split``: "train" (default), "validation" or "test", which are the same here. ``source`` changes nothing.
         ``tokenizer``: one with the lock's vocabulary; None makes it.
         ``max_prompt_tokens``: P, by default 1. ``max_new_tokens``: None or H.
-        ``template``: what the policy reads in the place of a prompt, such as "Q: {prompt} A:". ``chat``: True makes
-        that what a user says to a chat model. ``stop``: strings, or names of special tokens, that end the text; the
-        reward reads it up to there.
+        ``template``: a text with ``{prompt}`` that the policy reads instead of the prompt, such as "Q: {prompt} A:".
+        ``chat``: True makes it a user's message in the chat template. ``stop``: strings, or names of special tokens,
+        that end the text; the reward reads the text before them.
         ``reward``: None for the worth of the text; or as for every task, the hub id or path of a
         sequence-classification model; or a callable ``(prompts, completions, references) -> floats or named parts``.
         ``guide``: "scripted" (default), None, "references", the hub id or path of a language model, a
         `textgym.guides.Guide`, or a function on a list of `textgym.guides.GuideRequest`.
-        ``guidance``: a `textgym.Guidance`, or a mapping of its fields: when the guide takes part.
-        ``handoff``: True adds the hand-off action. ``handoff_cost``: what each token of a guide's completion costs.
-        ``min_new_tokens``, ``banned_tokens``: what `action_masks` leaves out: the end before so many tokens, and these
+        ``guidance``: a `textgym.Guidance`, or a mapping of its fields, which says when the guide takes part.
+        ``handoff``: True adds the hand-off action. ``handoff_cost``: the cost of each token of a guide's completion.
+        ``min_new_tokens``, ``banned_tokens``: `action_masks` does not allow an end before so many tokens, nor these
         token ids.
-        ``order``: "random" (default) or "sequential", one visit to each sample of the split.
+        ``order``: "random" (default) or "sequential", which visits each sample of the split once.
         ``render_mode``: "ansi", "human" or None.
 
         The vector environment also takes ``num_envs``, ``parking``, ``autoreset_mode`` and ``copy``
@@ -380,10 +376,6 @@ class CombinationLockEnv(_WithLock, TextEnv):
 
 class CombinationLockVectorEnv(_WithLock, TextVectorEnv):
     """`CombinationLockEnv` for N rows at once (see `textgym.engine.TextVectorEnv`)."""
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _text(tokens: Sequence[int]) -> str:
