@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from agents import ALGORITHMS, CausalLMPolicy
+from agents.checkpoint import write_checkpoint
 from textgym.guides import CallableGuide, Completion
 from textgym.seeding import hash64
 from textgym.tokenization import train_tokenizer
@@ -169,9 +170,12 @@ def resume(folder):
     """Whether an agent goes on from a checkpoint as if nothing had been, and who wrote what."""
     notebook, written = Notebook(), []
     agent = make("d2lols", {"tau": 1, "output_dir": folder, "track": [notebook], "eval_every": 2, "eval_prompts": 9})
-    usual = agent._write
-    agent._write = lambda path, state: (written.append(path.name), usual(path, state))
-    agent.learn(total_episodes=2 * EPISODES, progress_bar=True)
+    spy = patch(
+        "agents.algorithm.write_checkpoint",
+        lambda path, *rest, **more: (written.append(path.name), write_checkpoint(path, *rest, **more)),
+    )
+    with spy:
+        agent.learn(total_episodes=2 * EPISODES, progress_bar=True)
     agent.output_dir = None
     agent.learn(total_episodes=EPISODES)
     resumed = type(agent).load(folder / "best", agent.env, output_dir=None).learn(total_episodes=EPISODES)
