@@ -15,7 +15,7 @@ from plugins import MICRO
 from agents import ALGORITHMS, CausalLMPolicy
 from agents.evaluation import make_env
 from benchmarks import run_all
-from benchmarks.comparison import schedule
+from benchmarks.comparison import schedule, warm_start
 from benchmarks.comparison.jobs import Run
 from benchmarks.comparison.results import read_results
 from benchmarks.comparison.runner import Benchmark, spread
@@ -222,3 +222,16 @@ def test_seeds_of_runs_are_far_apart():
     seeds = [seed for number in range(100) for seed in spread(number)]
     assert np.diff(np.sort(seeds)).min() > 512  # more than a vector environment has rows
     assert spread(3) == spread(3)
+
+
+def test_warm_starts_depend_on_code_and_not_on_what_it_says_about_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm_start.textgym, "__path__", [str(tmp_path)])
+    seen = []
+    for source in (
+        'def rate():\n    """Return the rate."""\n    return 0.1\n',
+        '"""Rates."""\n\n\ndef rate():\n    return 0.1  # a tenth\n',
+        "def rate():\n    return 0.2\n",
+    ):
+        (tmp_path / "rates.py").write_text(source)
+        seen.append(warm_start.code_fingerprint.__wrapped__())
+    assert seen[0] == seen[1] != seen[2]
