@@ -16,9 +16,14 @@ def test_a_file_appears_when_the_block_ends_and_not_if_it_fails(tmp_path):
     with new_file(path) as file:
         file.write_text("old")
         assert not path.exists()
-    with pytest.raises(KeyError), new_file(path) as file:
-        file.write_text("half")
-        raise KeyError
+
+    def fail():
+        with new_file(path) as file:
+            file.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
 
