@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from string import Formatter
 from typing import Any
+
+from textgym.checks import check
 
 COMPLETIONS_TEMPLATE = "{prompt}{prefix}"
 CHAT_TEMPLATE = (
@@ -16,20 +19,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def _fields(template: Any) -> set[str]:
-    """Return the names in braces in a template.
-
-    Raises:
-        ValueError: It is no string, or has other fields than prompt and prefix.
-    """
-    if not isinstance(template, str):
-        raise ValueError("not a string")
-    parsed = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(template) if name is not None]
-    if any(name not in ("prompt", "prefix") or spec or conversion for name, spec, conversion in parsed):
-        raise ValueError("other fields")
-    return {name for name, _, _ in parsed}
-
-
 def completions_template(template: Any) -> str:
     """Return the template of a base model, `COMPLETIONS_TEMPLATE` for None.
 
@@ -37,15 +26,8 @@ def completions_template(template: Any) -> str:
         ValueError: It is no string with the fields prompt and prefix that ends in the prefix.
     """
     template = COMPLETIONS_TEMPLATE if template is None else template
-    try:
-        fine = _fields(template) == {"prompt", "prefix"} and template.endswith("{prefix}")
-    except ValueError:
-        fine = False
-    if not fine:
-        raise ValueError(
-            "template must be a string with {prompt} that ends in {prefix}, other braces doubled, "
-            f"for api='completions', got {template!r}"
-        )
+    allowed = "a string with {prompt} that ends in {prefix}, other braces doubled, for api='completions'"
+    check("template", template, _has_fields([template]) and template.endswith("{prefix}"), allowed)
     return template
 
 
@@ -55,21 +37,29 @@ def chat_messages(template: Any) -> tuple[dict[str, str], ...]:
     Raises:
         ValueError: They are no messages with the fields prompt and prefix.
     """
-    if template is None:
-        template = CHAT_TEMPLATE
-    elif isinstance(template, str):
-        template = [{"role": "user", "content": template}]
+    template = CHAT_TEMPLATE if template is None else template
+    given = [{"role": "user", "content": template}] if isinstance(template, str) else template
     try:
-        messages = tuple({"role": str(message["role"]), "content": message["content"]} for message in template)
-        fine = set().union(*(_fields(message["content"]) for message in messages)) == {"prompt", "prefix"}
-    except (LookupError, TypeError, ValueError):
-        fine = False
-    if not fine:
-        raise ValueError(
-            "template must be a string or a sequence of messages with 'role' and 'content', with {prompt} and {prefix} "
-            f"in it and other braces doubled, for api='chat', got {template!r}"
-        )
+        messages = tuple({"role": str(message["role"]), "content": message["content"]} for message in given)
+    except (LookupError, TypeError):
+        messages = ()
+    allowed = (
+        "a string or a sequence of messages with 'role' and 'content', with {prompt} and {prefix} in it and other "
+        "braces doubled, for api='chat'"
+    )
+    check("template", template, _has_fields([message["content"] for message in messages]), allowed)
     return messages
+
+
+def _has_fields(texts: Iterable[Any]) -> bool:
+    """Return whether texts have the fields prompt and prefix, both and no others."""
+    try:
+        parsed = [field for text in texts for field in Formatter().parse(text) if field[1] is not None]
+    except (TypeError, ValueError):
+        return False
+    return {name for _, name, *_ in parsed} == {"prompt", "prefix"} and not any(
+        spec or conversion for *_, spec, conversion in parsed
+    )
 
 
 def without_echo(answer: str, *befores: str) -> str | None:

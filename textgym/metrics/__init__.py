@@ -19,7 +19,18 @@ from typing import Any, Protocol, runtime_checkable
 
 from textgym.checks import check, check_one_of
 
-__all__ = ["COLUMNS", "NAMES", "Metric", "MissingRequirement", "columns_of", "load", "measure", "register", "select"]
+__all__ = [
+    "COLUMNS",
+    "NAMES",
+    "Metric",
+    "MissingRequirement",
+    "check_metrics",
+    "columns_of",
+    "load",
+    "measure",
+    "register",
+    "select",
+]
 
 #: What a metric can read of N texts: prompts, texts written after them, for each text its references (any number of
 #: them), and the token ids of prompts and texts.
