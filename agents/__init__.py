@@ -37,7 +37,7 @@ _ALGORITHMS = {
     "RLOO": "rloo",
     "GRPO": "grpo",
 }
-_HOMES = _ALGORITHMS | {
+_MODULES = _ALGORITHMS | {
     "CausalLMPolicy": "policy",
     "EvaluationResult": "evaluation",
     "LanguageModelPolicy": "policy",
@@ -75,17 +75,17 @@ _registered: dict[str, type] = {}
 
 
 def register(algorithm: type) -> type:
-    """Add an algorithm of your own to `ALGORITHMS`, under its `name`; benchmarks can then run it. Also a decorator.
+    """Add an algorithm to `ALGORITHMS` under its `name`, so that benchmarks can run it. Also usable as a decorator.
 
     Args:
-        algorithm: A class with the attribute `name` that can be imported where its module says, and is made and used as
-            those here are (a subclass of `agents.algorithm.Algorithm` is).
+        algorithm: A class with the attribute `name`, importable from its module, with the interface of
+            `agents.algorithm.Algorithm` (subclasses have it).
 
     Returns:
         The class.
 
     Raises:
-        ValueError: It has no name, or that of another.
+        ValueError: The class has no name, or the name of another algorithm.
     """
     name = getattr(algorithm, "name", None)
     if not isinstance(name, str):
@@ -100,9 +100,9 @@ def __getattr__(name: str) -> Any:
     if name == "ALGORITHMS":
         classes = [__getattr__(algorithm) for algorithm in _ALGORITHMS]
         return {algorithm.name: algorithm for algorithm in classes} | _registered
-    if name not in _HOMES:
+    if name not in _MODULES:
         message = f"module {__name__!r} has no attribute {name!r}"
         if not name.startswith("_") and (owners := other_owners(__name__)):
             message += f"; it is textgym's, and {' and '.join(owners)} has one too, in the same place"
         raise AttributeError(message)
-    return getattr(import_module(f"agents.{_HOMES[name]}"), name)
+    return getattr(import_module(f"agents.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Advantages and returns of the tokens of ragged texts, and means over some of their entries."""
+"""Advantages and returns of the tokens of texts of different lengths, and masked statistics."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def policy_advantages(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages of decisions that the policy's own follow: `gae` over `steps` (an `agents.phase.Estimator`)."""
+    """Advantages where the policy continues after each decision: `gae` over `steps` (an `agents.phase.Estimator`)."""
     return gae(rewards, values, steps, gamma, gae_lambda)
 
 
 def last_of(mask: torch.Tensor) -> torch.Tensor:
-    """The last True of each row of a bool (N, T), alone."""
+    """Bool (N, T): True only at the last True entry of each row of `mask`."""
     return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
 
 
@@ -71,7 +71,7 @@ def kl_estimate(log_probs: torch.Tensor, reference_log_probs: torch.Tensor, mask
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the entries where `mask` is True (zero where there is none); the rest is never read."""
+    """Mean over the entries where `mask` is True (zero if there is none); other entries are never read."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""AggreVaTeD: imitate a guide by what it would make of each decision."""
+"""AggreVaTeD: imitation of a guide by its cost-to-go."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from textgym.guidance import Guidance
 
 
 def imitate(beta: float) -> Phase:
-    """The guide completes every text: with probability beta after t policy tokens, t uniform on {1..T}, else alone."""
+    """The guide completes every text: with prob. beta after t policy tokens, t uniform on {1..T}, else all of it."""
     guidance = Guidance(handoff_prob=1.0, handoff_length=None, no_body_prob=1 - beta)
     return Phase(guidance, continuation="guide", advantages=guide_advantages)
 
@@ -26,11 +26,11 @@ def guide_advantages(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The guide's Q minus its V of the policy's decisions (an `agents.phase.Estimator`).
+    """The guide's Q minus V at the policy's decisions (an `agents.phase.Estimator`).
 
-    The Q of the last decision is seen: the guide completed the text, and the GAE trace runs over the completion. The Q
-    of an earlier decision is what the value function says of the next state,
-    ``A_h = r_h + gamma V_g(s_{h+1}) - V_g(s_h)``, since a longer trace would mix in the policy's own mistakes.
+    The Q of the last decision is observed: the guide completed the text, and the GAE trace runs over the completion.
+    An earlier decision is credited by the value of the next state, ``A_h = r_h + gamma V_g(s_{h+1}) - V_g(s_h)``,
+    because a longer trace would include the policy's later mistakes.
     """
     trace, returns = gae(rewards, values, steps, gamma, gae_lambda)
     one_step, _ = gae(rewards, values, steps, gamma, 0.0)
@@ -45,8 +45,8 @@ class AggreVaTeD(PPO):
     | none | with prob. beta, t policy tokens, else none | guide to the end | body | V of the guide, on completion |
 
     t is uniform on {1..T}. Where the policy ends the text before it has written t tokens there is no completion. The
-    advantage of a decision is the guide's Q minus V: the policy learns to choose what serves the guide best in states
-    of its own, and does at best one step of improvement on the guide in each of them.
+    advantage of a decision is the guide's Q minus V: in the states that it visits, the policy learns the tokens from
+    which the guide continues best, which is at most one step of improvement on the guide in each state.
 
     Differs from the paper: gradient steps are PPO's, and earlier decisions are credited by one-step differences of V.
 
@@ -58,7 +58,7 @@ class AggreVaTeD(PPO):
     name = "aggrevated"
 
     beta: float = 0.8
-    """Probability that the policy writes at all, above 0."""
+    """Probability that the policy begins the text, above 0."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments, and that the guide can complete texts."""

@@ -39,15 +39,15 @@ Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 class Algorithm(ABC):
     """A policy, an environment, and a loop of iterations that improve the policy on the environment.
 
-    Algorithms are dataclasses, subclasses without being decorated: an annotated attribute of the class is a keyword
-    argument, with its default and its documentation where it stands. `check_hyperparameters` checks the arguments,
-    `__post_init__` makes what training needs, `iterate` runs one iteration.
+    Algorithms are dataclasses (subclasses need no decorator): an annotated attribute of the class is a keyword
+    argument, with its default, and its documentation below. `check_hyperparameters` checks the arguments,
+    `__post_init__` prepares training, `iterate` runs one iteration.
 
-    Started as several processes (``torchrun``, ``accelerate launch``) they train one policy together; all of them make
-    the same calls. Numbers of episodes are those of all processes, the rows of `env` those of each (docs/processes.md).
+    Several processes (``torchrun``, ``accelerate launch``) train one policy together; all of them make the same calls.
+    Numbers of episodes are those of all processes, the rows of `env` are those of each (docs/processes.md).
 
     Attributes:
-        hyperparameters: The arguments as they were given, but for objects (`policy`, `env`, `eval_env`, `track`).
+        hyperparameters: The arguments, except the objects `policy`, `env`, `eval_env` and `track`.
         history: One record per iteration: metric name to number.
         num_timesteps: Policy tokens so far.
         num_guide_tokens: Guide tokens so far.
@@ -56,33 +56,33 @@ class Algorithm(ABC):
         optimizer: The optimiser, whose state a checkpoint holds.
 
     Raises:
-        TypeError: An argument that the algorithm does not have.
-        ValueError: A value outside of what is allowed; the message names the argument.
+        TypeError: An unknown argument.
+        ValueError: An argument has a value that is not allowed; the message names it.
     """
 
     name: ClassVar[str]
     plays_episodes: ClassVar[bool] = True
 
-    # `Any`, because names are taken too: `__post_init__` loads what they name.
+    # `Any`, because names are accepted too; `__post_init__` loads them.
     policy: Policy | Any = field(kw_only=False)
     """A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence."""
     env: TextVectorEnv | Any = field(kw_only=False)
     """The id of an environment, or a `TextVectorEnv` made with ``parking=True``."""
     episodes_per_iteration: int = 64
-    """Episodes an iteration, a multiple of the rows of `env` in all processes."""
+    """Number of episodes per iteration, a multiple of the rows of `env` in all processes."""
     seed: int = 0
-    """Seed of everything random, in the environment too."""
+    """Seed of all randomness, including the environment's."""
     device: str | torch.device = "auto"
-    """"auto" (an accelerator where there is one, in several processes each its own) or a torch device."""
+    """"auto" (an accelerator if there is one, a different one for each process) or a torch device."""
     eval_every: int = 0
     """Iterations between two evaluations on validation prompts; 0 never evaluates."""
     eval_prompts: int = 256
-    """Validation prompts of such an evaluation, the same ones each time."""
+    """Number of validation prompts per evaluation, always the same ones."""
     eval_env: TextVectorEnv | None = None
-    """What to evaluate on; None: the validation split of `env`, with a guide only for hand-offs."""
+    """Environment of evaluations; None: the validation split of `env`, with a guide only for hand-offs."""
     output_dir: str | os.PathLike | None = None
-    """Where checkpoints go: ``last`` and, by `score`, ``best``, model folders from which `load` continues, written at
-    every evaluation and when `learn` returns."""
+    """Folder of the checkpoints ``last`` and ``best`` (by `score`), from which `load` continues; written at every
+    evaluation and, ``last``, when `learn` returns."""
     track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None
     """Names of Accelerate's trackers ("tensorboard", "wandb", ...), or tracker objects."""
 
@@ -93,7 +93,7 @@ class Algorithm(ABC):
         document_arguments(cls)
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
-        """Refuse arguments that the class does not have by the name of the one that was probably meant."""
+        """Refuse unknown arguments, and suggest the nearest name."""
         parameters = inspect.signature(cls.__init__).parameters
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
             check_arguments(cls.__name__, options, list(parameters)[1:])
@@ -135,10 +135,10 @@ class Algorithm(ABC):
         self.best_score = -math.inf
 
     def check_hyperparameters(self) -> None:
-        """Check the arguments, before anything is loaded; subclasses check theirs and those of their base.
+        """Check the arguments, before anything is loaded; subclasses extend this method.
 
         Raises:
-            ValueError: A value outside of what is allowed.
+            ValueError: An argument has a value that is not allowed.
         """
         check("episodes_per_iteration", self.episodes_per_iteration, self.episodes_per_iteration >= 1, "at least 1")
         check("eval_every", self.eval_every, self.eval_every >= 0, "at least 0")
@@ -161,7 +161,7 @@ class Algorithm(ABC):
             raise ValueError("env must be made with the policy's tokenizer: make_vec(..., tokenizer=policy.tokenizer)")
 
     def twin_of(self, policy: Policy) -> Policy:
-        """What `policy`'s gradient steps are taken on: itself, or with FSDP a twin whose weights are sharded."""
+        """The module on which gradient steps are taken: `policy` itself, or with FSDP a twin with sharded weights."""
         twin = shard(self.accelerator, policy)
         if twin is not policy:
             self._twins.append((policy, twin))
@@ -169,9 +169,9 @@ class Algorithm(ABC):
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Around gradient steps on twins: they start with the policies' weights, and the policies end with theirs.
+        """Copy the policies' weights to their twins, and back after the gradient steps in this block.
 
-        Where a step fails, the policies are as they were before all of them.
+        If a step fails, the policies keep their weights.
         """
         for policy, twin in self._twins:
             scatter(policy, twin)
@@ -181,15 +181,15 @@ class Algorithm(ABC):
 
     @abstractmethod
     def iterate(self) -> dict[str, Any]:
-        """Run one iteration, move the counters of tokens and episodes, and return its record."""
+        """Run one iteration, advance the counters of tokens and episodes, and return its record."""
 
     def score(self, record: Mapping[str, Any]) -> float | None:
-        """How good the policy is by an iteration's record, higher is better; None where it was not evaluated."""
+        """The policy's score in an iteration's record, higher is better; None if it was not evaluated."""
         return record.get("eval/reward")
 
     @property
     def finished(self) -> bool:
-        """Whether further iterations would be pointless."""
+        """Whether training is complete, so that `learn` stops early."""
         return False
 
     def learn(
@@ -199,18 +199,18 @@ class Algorithm(ABC):
         callback: Callback | None = None,
         progress_bar: bool = False,
     ) -> Self:
-        """Run iterations until so many more timesteps or episodes are done.
+        """Run iterations until a number of further timesteps or episodes is reached.
 
         Args:
             total_timesteps: Policy tokens, counted from now.
             total_episodes: Episodes, counted from now. Exactly one of the two totals is given.
             callback: Called after each iteration as ``callback(locals(), globals())``, as in Stable-Baselines3;
-                ``locals["self"]`` is the algorithm, ``locals["record"]`` the iteration's record. Returning False stops;
-                of several processes each calls its own, and one that returns False stops all.
+                ``locals["self"]`` is the algorithm, ``locals["record"]`` the iteration's record. Returning False stops
+                training. Every process calls its callback, and one that returns False stops all.
             progress_bar: Whether to draw a progress bar.
 
         Raises:
-            ValueError: None or both of the totals, or one that is not positive.
+            ValueError: Not exactly one total is given, or it is not positive.
             FloatingPointError: A reward, loss or gradient is not finite. The policy is as it was before that update,
                 and no checkpoint is written.
         """
@@ -256,7 +256,7 @@ class Algorithm(ABC):
                         break
         if self.output_dir is not None:
             self.save(Path(self.output_dir) / "last")
-        while self.accelerator.trackers:  # `end_training` would take leave of the other processes too
+        while self.accelerator.trackers:  # `end_training` would also destroy the process group
             self.accelerator.trackers.pop().finish()
         return self
 
@@ -279,7 +279,7 @@ class Algorithm(ABC):
         if score is not None:
             better, self.best_score = score > self.best_score, max(score, self.best_score)
             if self.output_dir is not None:
-                # The best first: what goes on from "last" plays this iteration again if it ends between the two.
+                # Best first: if the run ends between the two, resuming from the older "last" repeats this iteration.
                 for folder in ("best", "last") if better else ("last",):
                     self.save(Path(self.output_dir) / folder)
         if self.track is not None:
@@ -298,10 +298,10 @@ class Algorithm(ABC):
         )
 
     def check_finite(self, what: str, values: torch.Tensor) -> None:
-        """Stop where a number is not finite.
+        """Check that numbers are finite.
 
         Raises:
-            FloatingPointError: It names the iteration and what was not finite.
+            FloatingPointError: Some are not; the message names the iteration and `what`.
         """
         wrong = int((~torch.isfinite(values)).sum())
         if wrong:
@@ -321,7 +321,7 @@ class Algorithm(ABC):
         return self.policy.generate(prompts, **{"max_new_tokens": self.env.max_new_tokens, **arguments})
 
     def training_state(self) -> dict[str, Any]:
-        """What an algorithm must remember beside the policy; nested dicts and lists of arrays, tensors and numbers."""
+        """The state of the training, except models: nested dicts and lists of arrays, tensors and numbers."""
         counters = ("iteration", "num_timesteps", "num_guide_tokens", "num_episodes", "best_score")
         return {
             "counters": {name: getattr(self, name) for name in counters},
@@ -339,19 +339,19 @@ class Algorithm(ABC):
         self.env.set_state(own_state(self.accelerator, state["env"]))
 
     def models(self) -> dict[str, nn.Module]:
-        """Models beside the policy that a checkpoint holds, by the name of their file."""
+        """The models of a checkpoint other than the policy, by file name without suffix."""
         return {}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint: the policy as a model folder, its card, and in ``training`` what else `load` needs.
+        """Write a checkpoint: the policy as a model folder, its card, and in ``training`` whatever else `load` needs.
 
-        It is written under a temporary name and then renamed, so that a folder of this name is always whole. Of several
-        processes, which all call this, the first one writes, and the others wait for it.
+        It is written under a temporary name and then renamed, so that a folder of this name is always complete. All
+        processes call this; the first one writes, and the others wait for it.
         """
         state = self.training_state()
         if self.accelerator.is_main_process:
             guide = self.env.guide if self.num_guide_tokens else None
-            played = self.plays_episodes and self.num_episodes > 0  # what was not used may not be loaded
+            played = self.plays_episodes and self.num_episodes > 0  # an unused reward may not be loaded
             card = model_card(
                 self.policy,
                 self.env,
@@ -385,15 +385,15 @@ class Algorithm(ABC):
     ) -> Self:
         """Continue from a checkpoint, exactly as if there had been no interruption.
 
-        The number of processes can be another one, if the rows of all environments together are as many as they were;
-        results are then the same up to rounding.
+        The number of processes may change if the total number of rows stays the same; results are then the same up to
+        rounding.
 
         Args:
             path: A folder that `save` wrote.
             env: An environment made like the one that was used.
-            policy_class: The class of a policy of your own.
-            policy_arguments: What its `from_pretrained` needs beside the folder and the device, such as
-                ``{"states": ...}`` for a `TabularPolicy`.
+            policy_class: The class of the policy.
+            policy_arguments: Further arguments of its `from_pretrained`, such as ``{"states": ...}`` for a
+                `TabularPolicy`.
             **arguments: Replace the saved arguments of the constructor ("device", "output_dir", "track", ...).
 
         Raises:
@@ -415,19 +415,19 @@ document_arguments(Algorithm)
 
 
 def check_guide(env: Any, name: str, *, completes: bool = False) -> None:
-    """Refuse an environment whose guide cannot do what an algorithm asks of it.
+    """Refuse an environment whose guide cannot do what an algorithm needs.
 
     Args:
         env: The environment.
-        name: The algorithm's.
-        completes: Whether the guide must complete texts that the policy began, when the algorithm says so.
+        name: The algorithm's name.
+        completes: Whether the guide must be able to complete the policy's texts at any point.
 
     Raises:
         ValueError: It has no guide, or one that can only start texts; or the policy decides when to hand off.
     """
     guide = getattr(env, "guide", None)
     if guide is None or (completes and not guide.can_hand_off):
-        asked = "complete texts" if completes else "start texts"
-        raise ValueError(f"env must have a guide that can {asked} for {name}: make_vec(..., guide=...), got {guide!r}")
+        task = "complete texts" if completes else "start texts"
+        raise ValueError(f"env must have a guide that can {task} for {name}: make_vec(..., guide=...), got {guide!r}")
     if completes and env.handoff:
         raise ValueError(f"env must be made without handoff=True for {name}: here the schedule hands off")

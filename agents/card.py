@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what was trained on what, by which algorithm, and how good it is."""
+"""The model card of a checkpoint: model, task, algorithm and scores."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def model_card(
     parts: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
 ) -> ModelCard:
-    """Write the card; paths of this machine are not in it.
+    """Make the card; it contains no local paths.
 
     Args:
         policy: The policy.
-        env: What it was trained on.
+        env: The environment it was trained on.
         algorithm: Name of the algorithm.
-        load: What continues the training.
-        training: How much was trained.
-        parts: Guide and reward by name, None where it was not used.
+        load: Name of the method that continues the training.
+        training: The amount of training, in words.
+        parts: Guide and reward by name, None if unused.
         history: One record per iteration.
     """
     model = policy.model if isinstance(policy, LanguageModelPolicy) else None

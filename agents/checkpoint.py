@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with the policy as a model, its card, and what training needs to go on."""
+"""Checkpoints: folders with the policy as a model, its card, and the state of the training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
     from agents.policy import Policy
 
-TRAINING = "training"  # the folder of a checkpoint that holds what only training needs
+TRAINING = "training"  # the subfolder of a checkpoint with the state of the training
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds beside the policy.
+    """The contents of a checkpoint other than the policy.
 
     Attributes:
         path: The folder.
@@ -42,15 +42,15 @@ class Checkpoint:
     state: dict[str, Any]
 
     def load_models(self, models: Mapping[str, nn.Module], policy: Policy) -> None:
-        """Load the weights of models beside the policy.
+        """Load the weights of the models other than the policy.
 
         Raises:
-            ValueError: The checkpoint has other weights for one of them.
+            ValueError: The checkpoint's weights do not fit one of them.
         """
         for name, model in models.items():
             weights = load_file(self.path / TRAINING / f"{name}.safetensors", device=str(policy.device))
             if weights.keys() != _own_weights(model, policy).keys():
-                raise ValueError(f"path holds another {name} than that of {str(self.path)!r} as it is loaded")
+                raise ValueError(f"path must hold weights that fit the {name}, got others in {str(self.path)!r}")
             model.load_state_dict(weights, strict=False)
 
 
@@ -64,15 +64,15 @@ def write_checkpoint(
     state: Mapping[str, Any],
     card: ModelCard,
 ) -> None:
-    """Write a checkpoint, in place of the one that is there.
+    """Write a checkpoint, replacing an existing one.
 
     Args:
         path: The folder.
         policy: The policy.
         algorithm: Name of the algorithm.
         hyperparameters: Its arguments.
-        models: Models beside the policy, by the name of their file.
-        state: What the algorithm must remember; nested dicts and lists of arrays, tensors and numbers.
+        models: Models other than the policy, by file name without suffix.
+        state: The algorithm's `training_state`: nested dicts and lists of arrays, tensors and numbers.
         card: The model card.
     """
     with new_folder(path) as folder:
@@ -92,12 +92,12 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Checkpoint:
-    """Read what `write_checkpoint` wrote, but for models.
+    """Read a checkpoint, except its models.
 
     Args:
         path: The folder.
-        algorithm: Name of the algorithm that it must be of.
-        writer: What writes such folders, for errors.
+        algorithm: Name of the algorithm that must have written it.
+        writer: Name of the method that writes checkpoints, for errors.
 
     Raises:
         ValueError: `path` is no checkpoint of this algorithm.
@@ -118,7 +118,7 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
 
 
 def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:
-    """The weights of a model beside the policy, each once, without frozen ones that it shares with the policy."""
+    """A model's weights, each once, without the frozen ones that it shares with the policy."""
     seen = {weight.data_ptr() for weight in policy.parameters() if not weight.requires_grad}
     own = {}
     for name, weight in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""DR-PO: PPO that starts from what people wrote."""
+"""DR-PO: PPO whose episodes often start from a prefix of a reference text."""
 
 from __future__ import annotations
 

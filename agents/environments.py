@@ -1,4 +1,4 @@
-"""Environments as algorithms need them, and what an environment and a policy must know of each other."""
+"""Environments for algorithms, and the settings that an environment and a policy must share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
-    """Make an environment as agents want it: rows wait for each other, and nothing resets by itself."""
+    """Make an environment with ``parking=True`` (rows wait for each other) and without automatic resets."""
     arguments |= {"parking": True, "autoreset_mode": AutoresetMode.DISABLED}
     return gym.make_vec(env_id, num_envs=num_envs, **arguments).unwrapped  # type: ignore[return-value]
 
@@ -25,20 +25,20 @@ def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName) -> TextV
     """Make the same environment on another split: without a guide, unless its policy can hand off to it.
 
     Raises:
-        ValueError: `env` was not made by `gymnasium.make_vec`, so how it was made is not known.
+        ValueError: `env` was not made by `gymnasium.make_vec`, so its arguments are unknown.
     """
     if env.spec is None:
         raise ValueError("eval_env must be given where env was not made by gymnasium.make_vec")
     arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
     arguments |= {"guidance": None, "order": "random", "split": split}
-    # What is loaded already is shared, not loaded again.
+    # Share what is already loaded.
     arguments |= {"guide": env.guide if env.handoff else None}
     arguments |= {"tokenizer": env.tokenizer, "reward": env.reward_function}
     return make_env(env.spec.id, num_envs=num_envs, **arguments)
 
 
 def agree(env: TextVectorEnv, policy: Actor) -> None:
-    """Tell an environment and a policy of each other: which tokens end a text, and how long it can be.
+    """Give an environment and a policy each other's end tokens, and the policy the maximum length of a text.
 
     Raises:
         ValueError: Only one of the two has the hand-off.
@@ -55,7 +55,7 @@ def agree(env: TextVectorEnv, policy: Actor) -> None:
 
 @contextlib.contextmanager
 def agreeing(env: TextVectorEnv, policy: Actor) -> Iterator[None]:
-    """`agree` within a block, so that no evaluation changes the next."""
+    """`agree` within a block, after which both have the end tokens that they had before."""
     with env.extra_end_tokens(()), policy.extra_end_tokens(()):
         agree(env, policy)
         yield

@@ -35,29 +35,29 @@ if TYPE_CHECKING:
 
 
 class Agent(Protocol):
-    """What holds the policy to evaluate, such as an algorithm."""
+    """An object with a policy to evaluate, such as an algorithm."""
 
     policy: Any
 
 
 @dataclass
 class EvaluationResult:
-    """The completions that a policy wrote for the prompts of a split, and how good they are.
+    """A policy's completions of the prompts of a split, with their rewards and metrics.
 
     Attributes:
         task: Name of the task.
         split: Name of the split.
-        source: Where its data came from.
+        source: Source of the data: "mini", "hub" or a folder.
         fingerprint: Fingerprint of the split's data.
-        reward_fingerprint: What the reward is made of, or was trained on; None where it does not say.
+        reward_fingerprint: Fingerprint of the reward; None if it has none.
         reward_accuracy: Held-out accuracy of a reward that is a trained model; None for others.
         decoding: How texts were decoded.
         seed: Seed of the sampling.
-        best_of: Texts that were written for every prompt, of which the one with the highest reward was kept.
+        best_of: Number of texts per prompt, of which the one with the highest reward was kept.
         rewards: float (N,), in the order of `sample_ids`.
         reward_parts: Mean of each part of the reward.
-        metrics: What the metrics say of all texts, by the names that they return.
-        metric_signatures: What these numbers depend on beside the texts, by the name of the metric.
+        metrics: Values of the metrics over all texts, by name.
+        metric_signatures: What these values depend on besides the texts, by name of the metric.
         metrics_left_out: Metrics of the task that were not computed, each with the reason.
         sample_ids: int (N,), rows of the split, ascending.
         prompts: N prompts.
@@ -66,9 +66,9 @@ class EvaluationResult:
         finish_reasons: N times "stop", "length" or "handoff".
         token_ids: N lists of the tokens after the prompt.
         authors: N lists of their authors (`textgym.guides.base.Author`).
-        policy_tokens: Tokens written by the policy, also in texts that were not kept.
-        guide_tokens: Tokens written by a guide, also in those.
-        seconds: Wall-clock time of writing and judging.
+        policy_tokens: Number of tokens written by the policy, including texts that were not kept.
+        guide_tokens: Number of tokens written by a guide, including those texts.
+        seconds: Wall-clock time of generation and scoring.
     """
 
     task: str
@@ -112,7 +112,7 @@ class EvaluationResult:
         return float(np.mean([reason == "handoff" for reason in self.finish_reasons]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the texts and tokens, as JSON takes it."""
+        """Everything except texts and tokens, as values for JSON."""
         return {
             "task": self.task,
             "split": self.split,
@@ -140,7 +140,7 @@ class EvaluationResult:
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one JSON line a prompt: its text, what was written, by whom, and the reward."""
+        """Write one JSON line per prompt: the prompt, its completion with tokens and authors, and the reward."""
         lines = []
         for row in range(len(self.rewards)):
             sample = {
@@ -174,39 +174,39 @@ def evaluate(
     accelerator: Accelerator | None = None,
     **env_arguments: Any,
 ) -> EvaluationResult:
-    """Write a completion for every prompt of a split, and judge it.
+    """Complete every prompt of a split, and compute rewards and metrics.
 
-    A prompt's completion depends on `seed` and the sample alone: policies are compared on paired draws, whatever the
-    number of rows.
+    A completion depends only on the policy, `seed` and the sample, not on the number of rows, so that policies are
+    compared on paired draws.
 
     A policy that can hand off is evaluated with that action: ``evaluate(policy, id, guide=..., handoff=True,
-    handoff_cost=...)``. Its rewards are then less the cost, which is also a part of the reward of its own.
+    handoff_cost=...)``. The cost is subtracted from its rewards, and reported as a part of the reward.
 
     Args:
         agent: A policy, or an algorithm, whose policy is evaluated.
-        env: The id of an environment; or a `TextVectorEnv` made with ``parking=True``, whose own split and rows are
-            then used. It is seeded anew, and guidance that was in force there no longer is.
+        env: The id of an environment; or a `TextVectorEnv` made with ``parking=True``, whose split and rows are then
+            used. It is reset with new seeds and without guidance.
         split: "train", "validation" or "test"; only with an id.
-        num_prompts: Use only so many prompts, chosen at random but always the same ones; None uses all.
-        num_envs: Rows played at a time; only with an id.
-        decoding: How texts are decoded (None: as the policy does).
+        num_prompts: Number of prompts, a random subset that is always the same; None uses all.
+        num_envs: Number of rows; only with an id.
+        decoding: How texts are decoded; None for the policy's own decoding.
         seed: Seed of the sampling.
-        best_of: Write so many texts for every prompt and keep the one with the highest reward; the first is the one
-            that ``best_of=1`` writes. The text is chosen by the very reward that it is judged by, so the result says
-            how much of that reward can be had by sampling more, as a user could who has the reward where texts are
-            written; it grows with `best_of` by selection alone, whatever else becomes of the texts.
+        best_of: Number of texts per prompt, of which the one with the highest reward is kept; the first is that of
+            ``best_of=1``. The same reward selects and scores the texts: the result is what a user gains who has this
+            reward at inference time, and it grows with `best_of` by selection alone, even if the texts become worse
+            by other measures.
         metrics: Names in `textgym.metrics.NAMES`, or metrics (see `textgym.metrics.Metric`); None takes those of the
             task, without those that cannot be computed here.
         start_model: The model under which "perplexity" is measured, or its hub id or folder; it must have the
             environment's tokenizer.
         encoder: Hub id or folder of the encoder of "bert_score".
-        accelerator: Whose processes share the prompts out among them; all of them call this, with an environment of the
-            same number of rows each, and have the same result. None: this process alone.
+        accelerator: Divides the prompts among its processes, which all call this, with environments of equally many
+            rows, and return the same result. None: this process alone.
         **env_arguments: Further arguments of the environment ("source", "reward", "guide", ...); only with an id.
 
     Raises:
         ValueError: An argument is wrong.
-        textgym.metrics.MissingRequirement: One of `metrics` needs something optional that is not installed.
+        textgym.metrics.MissingRequirement: One of `metrics` needs an optional package or model that is missing.
     """
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"num_prompts must be None or at least 1, got {num_prompts!r}")
@@ -227,7 +227,7 @@ def evaluate(
         env = make_env(env, num_envs=num_envs, **{"tokenizer": policy.tokenizer, **env_arguments, "split": split})
     elif env_arguments:
         raise ValueError(f"env_arguments need env to be an id, got {sorted(env_arguments)} and {env!r}")
-    # Before anything is written, so that what is missing is said at once.
+    # Before generation, so that a missing requirement is reported at once.
     wanted = env.task.metrics if metrics is None else metrics
     judges, left_out = select(
         wanted, leave_out=metrics is None, start_model=start_model, encoder=encoder, source=env.source
@@ -235,7 +235,7 @@ def evaluate(
     started = time.perf_counter()
     indices = np.random.default_rng(0).permutation(len(env.data))[:num_prompts]
     indices.sort()
-    # The last round is filled up with samples that were already judged; what they give is dropped.
+    # The last round is filled up with repeated samples, whose results are dropped.
     index, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     rounds = np.resize(indices, (-(-len(indices) // (processes * env.num_envs)), processes, env.num_envs))
     rollouts = []
@@ -249,7 +249,7 @@ def evaluate(
                     seeds=seeds,
                     decoding=decoding,
                     values=False,
-                    # One a row, so that what a guide writes depends on the sample too, not on the row.
+                    # One per row, so that a guide's text depends on the sample, not on the row.
                     reset_seed=seeds.tolist(),
                     options={"index": rows.tolist(), "guidance": Guidance()},
                 )
@@ -341,18 +341,18 @@ def main(
         env: Id of the environment.
         split: Split to evaluate on.
         source: "mini", "hub" or a folder.
-        num_prompts: Use only so many prompts.
-        num_envs: Rows played at a time.
+        num_prompts: Number of prompts; by default all.
+        num_envs: Number of rows.
         greedy: Always take the most probable token, instead of decoding as the policy does.
-        num_beams: More than 1 searches with so many beams, with the policy's `min_new_tokens`.
+        num_beams: Number of beams; above 1 beam search is used, with the policy's `min_new_tokens`.
         seed: Seed of the sampling.
-        best_of: Texts a prompt, of which the one with the highest reward is kept.
+        best_of: Number of texts per prompt, of which the one with the highest reward is kept.
         guide: Hub id or folder of the guide, for a policy that can hand off.
-        handoff_cost: What a token of that guide costs.
+        handoff_cost: Cost of each token of that guide.
         start_model: Model under which the texts' perplexity is measured.
         encoder: Hub id or folder of the encoder of BERTScore.
-        device: Where the policy runs.
-        output: File for the texts, one JSON line a prompt.
+        device: Device of the policy.
+        output: File for the texts, one JSON line per prompt.
     """
     import textgym  # noqa: F401  (registers the environments)
 

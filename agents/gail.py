@@ -23,10 +23,10 @@ class GAIL(PPO):
 
     The discriminator D(x, y) is the probability that a text is a reference: a copy of the starting policy whose value
     head, read after the last token, gives the log-odds. Every iteration it first learns from the policy's texts and the
-    references of the same prompts (so that a prompt gives nothing away), and the reward of a text is then
+    references of the same prompts (so that a prompt tells nothing about the class), and the reward of a text is then
     ``-log(1 - D(x, y))``. The task's own reward is recorded as "reward" and trains nothing.
 
-    Differs from the paper: gradient steps are PPO's, not TRPO's; D judges whole texts, not single steps.
+    Differs from the paper: gradient steps are PPO's, not TRPO's; D classifies whole texts, not single steps.
 
     Raises:
         ValueError: An argument is wrong; while learning, an iteration without any reference.
@@ -48,7 +48,7 @@ class GAIL(PPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.discriminator = self.policy.copy()  # what is frozen there is frozen here
+        self.discriminator = self.policy.copy()  # frozen weights stay frozen
         self.discriminator_optimizer = torch.optim.Adam(
             [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad],
             lr=self.discriminator_learning_rate,
@@ -56,13 +56,13 @@ class GAIL(PPO):
         self._rewards = torch.zeros(0)
 
     def play(self, **options: Any) -> Rollout:
-        """Play, train the discriminator, and let it judge."""
+        """Play episodes, train the discriminator on them, and compute its rewards."""
         rollout = super().play(**options)
         self.discriminator_record = self.train_discriminator(rollout)
         with torch.no_grad():
-            mine = share(self.accelerator, torch.arange(len(rollout), device=rollout.rewards.device))
+            own_rows = share(self.accelerator, torch.arange(len(rollout), device=rollout.rewards.device))
             rewards = torch.zeros_like(rollout.rewards)
-            for rows in in_parts(mine, self.minibatch_size):
+            for rows in in_parts(own_rows, self.minibatch_size):
                 rewards[rows] = softplus(self.log_odds(rollout, rows)).to(rewards.dtype)
             self._rewards = reduce(self.accelerator, rewards)
         self.check_finite("discriminator reward", self._rewards)
@@ -81,7 +81,7 @@ class GAIL(PPO):
         """Train the discriminator on pairs of a reference and a text of one prompt.
 
         Returns:
-            Its loss and its accuracy, means over the steps, before each of them.
+            Its loss and its accuracy before each step, means over the steps.
         """
         examples = self.demonstrations(rollout)
         if not examples:
@@ -96,14 +96,14 @@ class GAIL(PPO):
             order = random.permutation(paired)
             for start in range(0, len(order), self.minibatch_size):
                 chosen = order[start : start + self.minibatch_size]
-                mine, weight = share_of_loss(self.accelerator, chosen)
-                references = self.log_odds_of([examples[row] for row in mine])
-                texts = self.log_odds(rollout, torch.from_numpy(mine).to(references.device))
+                own_rows, weight = share_of_loss(self.accelerator, chosen)
+                references = self.log_odds_of([examples[row] for row in own_rows])
+                texts = self.log_odds(rollout, torch.from_numpy(own_rows).to(references.device))
                 loss = weight * (softplus(-references).sum() / len(chosen) + softplus(texts).sum() / len(chosen))
-                right = weight * torch.cat([references > 0, texts < 0]).sum() / (2 * len(chosen))
+                correct = weight * torch.cat([references > 0, texts < 0]).sum() / (2 * len(chosen))
                 self.discriminator_optimizer.zero_grad()
                 loss.backward()
-                step = reduce_terms(self.accelerator, {"loss": loss.detach(), "accuracy": right})
+                step = reduce_terms(self.accelerator, {"loss": loss.detach(), "accuracy": correct})
                 self.check_finite("discriminator loss", step["loss"])
                 reduce_gradients(self.accelerator, parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)

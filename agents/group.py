@@ -1,4 +1,4 @@
-"""What RLOO and GRPO share: several texts of one prompt, which are each other's baseline."""
+"""The base class of RLOO and GRPO: several texts of one prompt, which are each other's baseline."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class GroupPolicyGradient(PolicyGradient):
     The rows of `env`, in every process, are a multiple of `group_size`.
 
     Raises:
-        ValueError: The environment has no guide where `beta` asks for one, its rows make no whole groups, or an
-            argument is wrong.
+        ValueError: The environment has no guide and `beta` is above 0, its number of rows is not a multiple of
+            `group_size`, or an argument is wrong.
     """
 
     group_size: int = 4
-    """k, texts of one prompt and one prefix; texts with other prefixes would be other states, with other baselines."""
+    """k, the number of texts of a group, which have the same prompt and prefix, and so the same baseline."""
     beta: float = 0.0
     """Probability that a group starts from a guide's prefix, cut as in PPO++; 0 needs no guide."""
 
     def check_hyperparameters(self) -> None:
-        """Check the arguments, and that there is a guide where one is asked for."""
+        """Check the arguments, and that there is a guide where `beta` needs one."""
         super().check_hyperparameters()
         check("group_size", self.group_size, self.group_size >= 2, "at least 2")
         check("beta", self.beta, 0 <= self.beta <= 1, "in [0, 1]")
@@ -55,7 +55,7 @@ class GroupPolicyGradient(PolicyGradient):
         return super().play(group_size=self.group_size, **options)
 
     def minibatches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Split groups at random, `n_epochs` times: texts of one prompt stay together, and it is read once for all."""
+        """Split groups at random, `n_epochs` times: a group stays together, so that its prompt is read once."""
         random = np.random.default_rng([self.seed, self.iteration])
         for _ in range(self.n_epochs):
             places = torch.from_numpy(random.permutation(len(self.last_rollout) // self.group_size)).to(rows.device)
@@ -63,7 +63,7 @@ class GroupPolicyGradient(PolicyGradient):
             yield from in_parts(rows[order], self.minibatch_size)
 
     def group_returns(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> torch.Tensor:
-        """Returns, (groups, k): rewards, less kl_coef times the summed KL where it is part of the reward."""
+        """Returns, (groups, k): rewards, minus kl_coef times the summed KL if it is part of the reward."""
         returns = self.rewards(rollout)
         if self.kl_penalty == "reward":
             returns = returns - self.kl_coef * rollout.log_ratio(reference_log_probs).sum(1)

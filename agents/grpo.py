@@ -12,7 +12,7 @@ from agents.policy_gradient import Credit
 from agents.rollout import Rollout
 from textgym.checks import check
 
-# Keeps advantages of a group whose rewards are all but equal from blowing up.
+# Bounds the advantages of a group whose rewards are nearly equal.
 EPSILON = 1e-4
 
 
@@ -21,12 +21,12 @@ class GRPO(GroupPolicyGradient):
 
     | prefix | body | completion | policy gradient on | critic learns |
     |---|---|---|---|---|
-    | none, or a guide's with probability beta, one a group | policy to the end | none | body | none |
+    | none, or a guide's with probability beta, one per group | policy to the end | none | body | none |
 
     ``L = -mean_i (1/|y_i|) sum_h [min(rho A_i, clip(rho, 1 - c, 1 + c) A_i) - kl_coef (pi_ref / pi - 1 - log(pi_ref /
     pi))]`` with ``A_i = (r_i - mean r) / std r`` over the k texts of a group, and |y_i| the decisions of text i.
 
-    Differs from the paper: the reward is given, not a model that is trained in turns; a group can start from a prefix.
+    Differs from the paper: the reward model is not retrained between iterations; a group can start from a prefix.
 
     Raises:
         ValueError: As for `GroupPolicyGradient`.
@@ -37,17 +37,17 @@ class GRPO(GroupPolicyGradient):
     clip_range: float = 0.2
     """c above."""
     kl_coef: float = 0.04
-    """Weight of the KL penalty; 0.04 is published."""
+    """Weight of the KL penalty; 0.04 as published."""
     kl_penalty: Literal["reward", "loss"] = "loss"
-    """"loss" is published; "reward" takes the summed KL from each text's reward, as RLOO does."""
+    """"loss" as published; "reward" subtracts the summed KL from each text's reward, as RLOO does."""
     scale: Literal["group", "batch", "none"] = "group"
-    """What differences to the group's mean are divided by: their standard deviation in the "group" (published), in the
+    """Divisor of the differences to the group's mean: their standard deviation in the "group" (as published), in the
     "batch" (Hu et al. 2025, REINFORCE++ with baseline, arXiv 2501.03262), or "none" (Liu et al. 2025, Dr. GRPO, arXiv
     2503.20783)."""
     length_norm: Literal["text", "batch", "horizon"] = "text"
-    """What the sum over a text's decisions is divided by: their number, "text" (published); the mean number of them in
-    a minibatch's texts, "batch", so that every decision counts alike (token-level loss of DAPO, Yu et al. 2025,
-    arXiv 2503.14476); or the "horizon" T (Dr. GRPO)."""
+    """Divisor of the sum over a text's decisions: their number, "text" (as published); their mean number in the texts
+    of a minibatch, "batch", so that every decision has the same weight (token-level loss of DAPO, Yu et al. 2025, arXiv
+    2503.14476); or the "horizon" T (Dr. GRPO)."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments (see `Algorithm.check_hyperparameters`)."""
@@ -58,7 +58,7 @@ class GRPO(GroupPolicyGradient):
         check("length_norm", self.length_norm, self.length_norm in norms, '"text", "batch" or "horizon"')
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
-        """Return relative to the group."""
+        """Advantages are returns relative to the group's mean."""
         returns = self.group_returns(rollout, reference_log_probs)
         advantages = returns - returns.mean(1, keepdim=True)
         if self.scale != "none":
@@ -67,7 +67,7 @@ class GRPO(GroupPolicyGradient):
         return Credit.without_critic(rollout, reference_log_probs, advantages.flatten())
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
-        """The clipped surrogate and the KL penalty, in the mean over texts that `length_norm` says."""
+        """The clipped surrogate and the KL penalty, averaged over texts as `length_norm` says."""
         num_texts, num_decisions = len(minibatch.decisions), minibatch.decisions.sum().clamp(min=1)
         if self.length_norm == "text":
             weights = 1 / (num_texts * old.decisions.sum(1, keepdim=True).clamp(min=1))

@@ -1,4 +1,4 @@
-"""LOLS and D2LOLS: imitate the guide and improve on it, by turns or one after the other."""
+"""LOLS and D2LOLS: iterations of AggreVaTeD (imitation) and of PPO++ (improvement), mixed or one after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LOLS(PPO):
 
     The two value functions are two heads of one network.
 
-    Differs from the first paper: gradient steps are PPO's, and an iteration, not an episode, draws between the two.
+    Differs from the first paper: gradient steps are PPO's, and the draw is per iteration, not per episode.
 
     Raises:
         ValueError: As for `AggreVaTeD`.
@@ -32,7 +32,7 @@ class LOLS(PPO):
     tau: float = 0.8
     """Probability that an iteration is one of PPO++."""
     beta: float = 0.8
-    """Share of the episodes with a prefix, or with a body."""
+    """Fraction of the episodes with a prefix, or with a body."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments, and that the guide can complete texts."""
@@ -43,7 +43,7 @@ class LOLS(PPO):
 
     @property
     def phase(self) -> Phase:
-        """Drawn for each iteration."""
+        """Drawn at random for each iteration."""
         return restart(self.beta) if uniform(self.seed, self.iteration) < self.tau else imitate(self.beta)
 
 
@@ -56,7 +56,7 @@ class D2LOLS(PPO):
     | after, as PPO++ | with prob. beta, t guide tokens | to the end | none | body | V of the policy |
 
     Differs from the paper: when the phase changes, the new value head starts as a copy of the other one
-    (`agents.value_function`); else as PPO++ and AggreVaTeD do.
+    (`agents.value_function`); otherwise as PPO++ and AggreVaTeD.
 
     Raises:
         ValueError: As for `AggreVaTeD`.
@@ -67,7 +67,7 @@ class D2LOLS(PPO):
     tau: int = 20
     """Iterations of AggreVaTeD."""
     beta: float = 0.8
-    """Share of the episodes with a body, or with a prefix."""
+    """Fraction of the episodes with a body, or with a prefix."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments, and that the guide can complete texts."""

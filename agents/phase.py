@@ -24,13 +24,13 @@ Estimator = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tenso
 class Phase:
     """Who writes the episodes of an iteration, and how their decisions are credited.
 
-    `PPO` follows a phase of its own every iteration: by default this one, in which the policy writes everything.
-    `agents.ppo_plus_plus.restart` and `agents.aggrevated.imitate` make others; `LOLS` and `D2LOLS` change between them.
+    Each iteration of `PPO` has a phase: by default this one, in which the policy writes everything.
+    `agents.ppo_plus_plus.restart` and `agents.aggrevated.imitate` make others; `LOLS` and `D2LOLS` alternate them.
 
     Attributes:
-        guidance: Who starts and who completes episodes: one `Guidance`, or one per row; None as the environment was
-            made.
-        continuation: Who writes the rest of a text after the policy's last decision, and so whose value function is
+        guidance: Who starts and who completes episodes: one `Guidance`, or one per row; None for the
+            environment's own guidance.
+        continuation: Who writes the rest of a text after the policy's last decision. This author's value function is
             learned, on the steps that it wrote.
         advantages: How advantages and returns are estimated from rewards and values.
     """
@@ -40,5 +40,5 @@ class Phase:
     advantages: Estimator = policy_advantages
 
     def learned(self, rollout: Rollout) -> Tensor:
-        """Bool (N, T): the steps before which the value function is learned."""
+        """Bool (N, T): the steps before which the state's value is learned."""
         return rollout.decisions if self.continuation == "policy" else rollout.completion

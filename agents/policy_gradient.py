@@ -1,4 +1,4 @@
-"""What policy gradients share: an iteration, from episodes to gradient steps, and a reference policy to stay near."""
+"""The base class of policy gradients: an iteration from episodes to gradient steps, and the reference policy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass
 class Credit:
-    """What the decisions of N episodes are worth, and what else a loss needs to know of them.
+    """Advantages of the decisions of N episodes, and the other inputs of a loss.
 
     Attributes:
         decisions: bool (N, T), the policy's actions; other entries of the next three are never read.
@@ -54,7 +54,7 @@ class Credit:
 
     @classmethod
     def without_critic(cls, rollout: Rollout, reference_log_probs: Tensor, advantages: Tensor) -> Self:
-        """Credit to decisions alone; `advantages` is float (N, T), or (N,) for all decisions of an episode."""
+        """Credit without a value function; `advantages` is float (N, T), or (N,) for all decisions of an episode."""
         nothing = torch.zeros_like(rollout.log_probs)
         return cls(
             decisions=rollout.decisions,
@@ -75,52 +75,51 @@ class PolicyGradient(Algorithm):
 
     Every iteration plays `episodes_per_iteration` episodes as its `phase` says (`play`), credits the policy's decisions
     (`credit`), and follows the gradient of `loss`, minibatch by minibatch, `n_epochs` times (`update`). The reference
-    policy is a frozen copy of the starting policy, and shares the weights that are not trained (with adapters: all but
-    these). The objective does not depend on who else wrote in an episode: a guide's tokens carry no penalty and no
-    gradient.
+    policy is a frozen copy of the starting policy, and shares the weights that are not trained (with adapters: all
+    others). The objective is the same with and without a guide: a guide's tokens carry no penalty and no gradient.
 
     Log-probabilities are those of the untruncated softmax at temperature 1, in sampling, in updates and for the
     reference, whatever the decoding is. With top-k or top-p sampling ratios are therefore not importance weights of
-    the truncated distribution; in return every sampled token has a finite log-probability under every later policy,
-    which a new top-k set could deny it.
+    the truncated distribution; but every sampled token has a finite log-probability under every later policy, whereas
+    a new top-k set could exclude it.
 
     Attributes:
         reference: The reference policy.
-        kl_coef: The weight of the KL penalty now, which `kl_target` moves.
+        kl_coef: The current weight of the KL penalty, which `kl_target` adapts.
         last_rollout: The episodes of the last iteration, for callbacks.
     """
 
     minibatch_size: int = 16
-    """Episodes a gradient step, of all processes."""
+    """Number of episodes per gradient step, over all processes."""
     gradient_accumulation_steps: int = 1
-    """Passes into which a gradient step is split, to save memory; the gradient is the same."""
+    """Number of passes per gradient step, to save memory; the gradient is the same."""
     n_epochs: int = 2
     """Passes over an iteration's episodes."""
     learning_rate: float = 1e-4
-    """Step size of Adam, at the start."""
+    """Initial step size of Adam."""
     lr_schedule: Schedule = "constant"
-    """How the step size changes over `schedule_episodes`: "constant", "linear" or "cosine", both to zero."""
+    """Schedule of the step size over `schedule_episodes`: "constant", or "linear" or "cosine" to zero."""
     schedule_episodes: int | None = None
-    """Episodes after which schedules are at their end; must be given where one is not constant."""
+    """Length of the schedules in episodes; must be given if one is not constant."""
     kl_coef: float = 0.02
-    """Weight of the KL penalty (its start value, with `kl_target`)."""
+    """Weight of the KL penalty (initial, with `kl_target`)."""
     kl_penalty: Literal["reward", "loss"] = "reward"
     """"reward" subtracts ``kl_coef (log pi - log pi_ref)`` from every decision's reward; "loss" adds ``kl_coef`` times
     the estimate ``pi_ref / pi - 1 - log(pi_ref / pi)`` to every decision's loss
-    (http://joschu.net/blog/kl-approx.html, k3). Where advantages are normalised (all but RLOO) the same number weighs
-    less as a loss than as a reward, whose standard deviation is small."""
+    (http://joschu.net/blog/kl-approx.html, k3). With normalised advantages (all but RLOO) the same weight has less
+    effect as a loss than as a reward, since the standard deviation of rewards is small."""
     kl_target: float | None = None
     """Hold the KL of a text (nats, summed over its decisions) near this value by changing `kl_coef` after every
     iteration (Ziegler et al. 2019, arXiv 1909.08593, section 2.2); None keeps `kl_coef`."""
     target_coef: float = 0.0
     """Weight of a supervised loss on references of the iteration's prompts, where the task says to imitate them."""
     target_kl: float | None = None
-    """Stop an iteration's updates when the policy is 1.5 times this far from the one that sampled (nats a decision);
+    """Stop an iteration's updates when the KL to the policy that sampled exceeds 1.5 times this (nats per decision);
     None never stops."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum norm of the gradient, which is scaled down to it."""
     decoding: Decoding | None = None
-    """How training episodes are sampled; None as the policy does."""
+    """How training episodes are sampled; None for the policy's own decoding."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments (see `Algorithm.check_hyperparameters`)."""
@@ -182,14 +181,14 @@ class PolicyGradient(Algorithm):
         """The loss of some episodes of a minibatch.
 
         Args:
-            now: What the policy says of their decisions and states now.
+            now: The current policy's evaluation of their decisions and states.
             old: Their credit.
             minibatch: The credit of the whole minibatch. Means are over it, so that the losses of its parts add up to
-                its own.
+                its loss.
 
         Returns:
-            Scalars by name: "loss", whose gradient is followed, "approx_kl" (nats a decision to the policy that
-            sampled), and diagnostics; each adds up over the parts of a minibatch.
+            Scalars by name: "loss", which is minimised, "approx_kl" (nats per decision, to the policy that sampled),
+            and diagnostics; each adds up over the parts of a minibatch.
         """
 
     def rewards(self, rollout: Rollout) -> Tensor:
@@ -199,13 +198,13 @@ class PolicyGradient(Algorithm):
     def with_kl_loss(
         self, terms: dict[str, Tensor], now: Evaluation, old: Credit, mean: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """Add the KL penalty to the terms of a loss, where it is one.
+        """Add the KL penalty to the terms of a loss, if `kl_penalty` is "loss".
 
         Args:
             terms: Scalars by name, "loss" among them.
-            now: What the policy says of the decisions now.
+            now: The current policy's evaluation of the decisions.
             old: Their credit.
-            mean: The loss's own mean: takes a float (B, A) that is zero outside of the decisions, returns a scalar.
+            mean: The mean of this loss: takes a float (B, A) that is zero outside of the decisions, returns a scalar.
         """
         if self.kl_penalty == "loss":
             terms["kl_loss"] = mean(kl_estimate(now.log_probs, old.reference_log_probs, old.decisions))
@@ -213,7 +212,7 @@ class PolicyGradient(Algorithm):
         return terms
 
     def iterate(self) -> dict[str, Any]:
-        """Play episodes, credit their decisions, follow the gradient of the loss."""
+        """Play episodes, credit their decisions, and take gradient steps."""
         rollout = self.play()
         reference_log_probs = self.reference_log_probs(rollout)
         credit = self.credit(rollout, reference_log_probs)
@@ -252,14 +251,14 @@ class PolicyGradient(Algorithm):
         """Play `episodes_per_iteration` episodes, each process its share, and count them.
 
         Args:
-            **options: Reset options beside the guidance ("group_size", ...).
+            **options: Reset options other than the guidance ("group_size", ...).
 
         Returns:
             The episodes of all processes.
         """
         guidance = self.phase.guidance
         rollouts, rows = [], self.env.num_envs
-        # Rows of all processes are those of one environment; these are the ones before this process's.
+        # The rows of all processes are those of one environment; this many come before this process's.
         before = rows * self.accelerator.process_index
         for part in range(self.episodes_per_iteration // (rows * self.accelerator.num_processes)):
             rollouts.append(
@@ -268,7 +267,7 @@ class PolicyGradient(Algorithm):
                     self.policy,
                     seeds=hash64(self.seed, self.iteration, part, before + np.arange(rows)),
                     decoding=self.decoding,
-                    # Spread, because rows of one environment seeded s are seeded s, s + 1, ...
+                    # Hashed, because the rows of an environment seeded s are seeded s, s + 1, ...
                     reset_seed=(int(hash64(self.seed)) >> 33) + before if self.iteration == part == 0 else None,
                     options={"guidance": self.env.initial_guidance if guidance is None else guidance, **options},
                 )
@@ -286,8 +285,8 @@ class PolicyGradient(Algorithm):
         """Log-probabilities (N, T) of the decisions under the reference policy, zero elsewhere."""
         decisions = rollout.decisions
         columns, result = rollout.columns(decisions), torch.zeros_like(rollout.log_probs)
-        mine = share(self.accelerator, torch.nonzero(decisions.any(1)).flatten())
-        for rows in in_parts(mine, self.minibatch_size):
+        own_rows = share(self.accelerator, torch.nonzero(decisions.any(1)).flatten())
+        for rows in in_parts(own_rows, self.minibatch_size):
             result[rows] = self.reference.evaluate_actions(
                 rollout.input_ids[rows],
                 rollout.attention_mask[rows],
@@ -300,7 +299,7 @@ class PolicyGradient(Algorithm):
     def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
         """Take gradient steps over the episodes that have a decision, or a state to learn from.
 
-        Each process goes over its share of a minibatch; gradients and losses are their sums.
+        Each process evaluates its share of a minibatch; gradients and losses are summed over processes.
 
         Returns:
             Losses and diagnostics, means over the gradient steps that were taken.
@@ -332,13 +331,13 @@ class PolicyGradient(Algorithm):
     def backward(
         self, rollout: Rollout, credit: Credit, minibatch: Tensor, demonstrations: dict[int, Example]
     ) -> dict[str, Tensor]:
-        """Add the gradient of a minibatch's loss to the parameters', in `gradient_accumulation_steps` parts.
+        """Accumulate the gradient of a minibatch's loss, in `gradient_accumulation_steps` parts.
 
         Args:
             rollout: The iteration's episodes.
             credit: Their credit.
             minibatch: int64 (B,), rows of both.
-            demonstrations: Reference texts to imitate beside, by row.
+            demonstrations: Reference texts of the supervised loss, by row.
 
         Returns:
             The terms of the loss, sums over parts and processes.
@@ -360,7 +359,7 @@ class PolicyGradient(Algorithm):
         return reduce_terms(self.accelerator, step)
 
     def evaluate_actions(self, rollout: Rollout, credit: Credit, rows: Tensor) -> Evaluation:
-        """What the policy says now of the decisions of some rows."""
+        """Evaluate the decisions of some rows under the current policy."""
         return self.learner.evaluate_actions(
             rollout.input_ids[rows],
             rollout.attention_mask[rows],
@@ -381,12 +380,12 @@ class PolicyGradient(Algorithm):
         if schedule == "constant":
             return 1.0
         assert self.schedule_episodes is not None
-        # Without this iteration's episodes, so that the first iteration has the start value.
+        # Without this iteration's episodes, so that the first iteration has the initial value.
         progress = min(1.0, (self.num_episodes - len(self.last_rollout)) / self.schedule_episodes)
         return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
     def demonstrations(self, rollout: Rollout) -> dict[int, Example]:
-        """One reference text for each row with a prompt that the task says to imitate."""
+        """One random reference text for each row whose references the task says to imitate."""
         prompts, masks = (
             array[:, : rollout.prompt_columns].cpu().numpy() for array in (rollout.input_ids, rollout.attention_mask)
         )
@@ -400,11 +399,11 @@ class PolicyGradient(Algorithm):
         return examples
 
     def models(self) -> dict[str, nn.Module]:
-        """The reference policy, beside the policy."""
+        """Add the reference policy."""
         return {**super().models(), "reference": self.reference}
 
     def training_state(self) -> dict[str, Any]:
-        """Add the KL coefficient, which may have moved."""
+        """Add the KL coefficient, which `kl_target` changes."""
         return {**super().training_state(), "kl_coef": self.kl_coef}
 
     def load_training_state(self, state: dict[str, Any]) -> None:

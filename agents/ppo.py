@@ -24,7 +24,7 @@ class PPO(PolicyGradient):
     |---|---|---|---|---|
     | none | policy to the end | none | body | V of the policy, on body |
 
-    In an environment with hand-offs the action to ask the guide is a decision like any other: credit ends there, with
+    In an environment with hand-offs the hand-off is a decision like any other, and the last one: it is credited with
     the reward of the text that the guide completed.
 
     Differs from the paper: rewards carry a KL penalty to the starting policy (Ziegler et al. 2019, arXiv 1909.08593);
@@ -41,18 +41,17 @@ class PPO(PolicyGradient):
     normalize_advantage: bool = True
     """Whether advantages are shifted and scaled to mean 0 and standard deviation 1 over an iteration's decisions."""
     clip_range: float = 0.2
-    """How far a ratio may move from 1."""
+    """Maximum distance of a ratio from 1."""
     clip_schedule: Schedule = "constant"
-    """How `clip_range` changes over `schedule_episodes`: "constant", "linear" or "cosine"."""
+    """Schedule of `clip_range` over `schedule_episodes`: "constant", or "linear" or "cosine" to zero."""
     clip_range_vf: float | None = 0.2
-    """How far a value may move; None does not clip."""
+    """Maximum change of a value; None does not clip."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
     critic: Literal["shared", "separate"] = "shared"
-    """"shared" is a head on the policy's own network; "separate" is a network of its own, at first a copy of the
-    policy's."""
+    """"shared" is a head on the policy's network; "separate" is a second network, initially a copy of the policy's."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments (see `Algorithm.check_hyperparameters`)."""
@@ -107,7 +106,7 @@ class PPO(PolicyGradient):
         )
 
     def evaluate_actions(self, rollout: Rollout, credit: Credit, rows: torch.Tensor) -> Evaluation:
-        """What the policy says now of the decisions, and the value function of the states, of some rows."""
+        """Evaluate the decisions and the states of some rows under the current weights."""
         texts, continuation = (rollout.input_ids[rows], rollout.attention_mask[rows]), self.phase.continuation
         decisions, states = credit.decisions[rows], credit.states[rows]
         if self.critic == "separate":
@@ -119,7 +118,7 @@ class PPO(PolicyGradient):
         )
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
-        """The clipped surrogate, the value loss, the entropy bonus, and the KL penalty where it is a loss."""
+        """The clipped surrogate, the value loss, the entropy bonus, and the KL penalty if it is a loss."""
         num_decisions = minibatch.decisions.sum()
         terms = ppo_loss(
             log_probs=now.log_probs,
@@ -141,12 +140,12 @@ class PPO(PolicyGradient):
         return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions.clamp(min=1))
 
     def models(self) -> dict[str, nn.Module]:
-        """Add the network of the value function, where it has one of its own."""
+        """Add the network of the value function, if it is separate."""
         separate = {"critic": self.value_function.network} if self.critic == "separate" else {}
         return {**super().models(), **separate}
 
     def training_state(self) -> dict[str, Any]:
-        """Add which values have started."""
+        """Add the continuations whose values have started."""
         return {**super().training_state(), "started": list(self.value_function.started)}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -156,7 +155,7 @@ class PPO(PolicyGradient):
 
 
 class PPOLoss(NamedTuple):
-    """Scalars; only `loss` carries a gradient that anyone uses."""
+    """Scalars; only `loss` is differentiated."""
 
     loss: torch.Tensor
     policy_loss: torch.Tensor
@@ -191,20 +190,20 @@ def ppo_loss(
     value. The mean of ``L_V`` is over `states`, the other means are over `decisions`.
 
     Args:
-        log_probs: float (B, A), of the decisions now. The arrays below have the same shape.
-        values: Values of the states now.
-        entropy: Entropies of the distributions that the decisions were drawn from, now.
+        log_probs: float (B, A), current log-probabilities of the decisions. The arrays below have the same shape.
+        values: Current values of the states.
+        entropy: Current entropies of the distributions of the decisions.
         old_log_probs: Log-probabilities when the decisions were sampled.
         old_values: Values when they were sampled.
         advantages: Advantages, normalised or not.
-        returns: What the values should be.
-        decisions: bool, the credited decisions. What stands elsewhere in policy arrays is never read.
-        states: bool, the states whose value is learned. What stands elsewhere in value arrays is never read.
+        returns: Targets of the values.
+        decisions: bool, the credited decisions. Other entries of policy arrays are never read.
+        states: bool, the states whose value is learned. Other entries of value arrays are never read.
         clip_range: c above.
         clip_range_vf: How far a value may move before its gradient stops; None does not clip.
         vf_coef: Weight of the value loss.
         ent_coef: Weight of the entropy bonus.
-        num_decisions: int64 scalar, decisions that the means are over, where this batch is a part of a minibatch; None
+        num_decisions: int64 scalar, the number of decisions in the whole minibatch, of which this batch is a part; None
             counts `decisions`.
         num_states: The same for states.
     """
@@ -230,7 +229,7 @@ def ppo_loss(
         approx_kl = (ratio - 1 - log_ratio).sum() / num_decisions
         clip_fraction = ((ratio - 1).abs() > clip_range).sum() / num_decisions
     loss = policy_loss + vf_coef * value_loss
-    if ent_coef:  # a gradient of zeros would cost as much as any
+    if ent_coef:  # a term of weight 0 would still be differentiated
         loss = loss - ent_coef * mean_entropy
     return PPOLoss(loss, policy_loss, value_loss, mean_entropy, approx_kl, clip_fraction)
 
@@ -242,8 +241,8 @@ def token_rewards(
 
     Args:
         rewards: float (N,), of whole texts.
-        log_ratio: float (N, T), ``log pi - log pi_ref`` of decisions, zero for steps of others; not read elsewhere.
-        written: bool (N, T), the steps that get a reward. A row without any earns nothing.
+        log_ratio: float (N, T), ``log pi - log pi_ref`` of decisions, zero for a guide's steps; not read elsewhere.
+        written: bool (N, T), the steps that get a reward. A row without any gets none.
         kl_coef: Weight of the penalty.
 
     Returns:

@@ -1,8 +1,8 @@
 """Communication between processes that train one policy together.
 
-Every process plays a share of an iteration's episodes. From then on every process holds all episodes and takes the same
-decisions; only passes through networks are divided among them. Losses are divided by the counts of the whole minibatch,
-so that the sum over processes is the loss, and the gradient, of one process alone.
+Every process plays a share of an iteration's episodes. Afterwards every process holds all episodes and computes the
+same; only passes through networks are divided among processes. Losses are divided by the counts of the whole minibatch,
+so that losses and gradients, summed over processes, are those of a single process.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def make_accelerator(
         )
     uses_fsdp()  # refuses what is not supported, before weights are loaded
     accelerator = Accelerator(
-        # Without this the processes of torchrun would each train a policy alone where there is no accelerator.
+        # Without a GPU, the processes of torchrun would otherwise each train a policy alone.
         cpu=not torch.accelerator.is_available(),
         log_with=track,  # type: ignore[arg-type]
         project_dir=output_dir,
@@ -87,12 +87,12 @@ def share_of_loss(accelerator: Accelerator, items: Items) -> tuple[Items, float]
 
     With sharded weights every process takes part in every forward and backward pass.
     """
-    mine = share(accelerator, items)
-    return (mine, 1.0) if len(mine) else (items[:1], 0.0)
+    part = share(accelerator, items)
+    return (part, 1.0) if len(part) else (items[:1], 0.0)
 
 
 def in_parts(rows: torch.Tensor, size: int) -> Sequence[torch.Tensor]:
-    """Split rows into parts of a size; no rows into no part, where `Tensor.split` makes an empty one."""
+    """Split rows into parts of a size; no rows give no part, where `Tensor.split` gives an empty one."""
     return rows.split(size) if len(rows) else ()
 
 
@@ -118,22 +118,22 @@ def reduce_gradients(accelerator: Accelerator, parameters: Sequence[torch.Tensor
     parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
     if accelerator.num_processes == 1 or not parameters:
         return
-    # In one exchange, which begins with which gradients exist.
+    # One exchange, which begins with flags of the gradients that exist.
     exists = torch.tensor([parameter.grad is not None for parameter in parameters], device=parameters[0].device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([exists.to(gradients[0].dtype), *(gradient.flatten() for gradient in gradients)])
     torch.distributed.all_reduce(flat)
     parts = flat[len(exists) :].split([gradient.numel() for gradient in gradients])
-    for parameter, some, gradient, part in zip(
+    for parameter, present, gradient, part in zip(
         parameters, (flat[: len(exists)] > 0).tolist(), gradients, parts, strict=True
     ):
-        if some:
+        if present:
             parameter.grad = gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
 def start_equal(accelerator: Accelerator, module: torch.nn.Module) -> None:
-    """Give all processes the weights that the first one has."""
+    """Copy the first process's weights to all processes."""
     if accelerator.num_processes > 1:
         for weight in [*module.parameters(), *module.buffers()]:
             whole = weight.detach().contiguous()
@@ -142,9 +142,9 @@ def start_equal(accelerator: Accelerator, module: torch.nn.Module) -> None:
 
 
 def gather(accelerator: Accelerator, rollouts: list[Rollout]) -> list[Rollout]:
-    """The rollouts of all processes, which played equally many: the first of each process, then the second of each, ...
+    """The rollouts of all processes, equally many each: the first of each process, then the second of each, ...
 
-    Their rows are in the order of one environment that has the rows of all processes.
+    Their rows are in the order of one environment with the rows of all processes.
     """
     if accelerator.num_processes == 1:
         return rollouts
@@ -154,7 +154,7 @@ def gather(accelerator: Accelerator, rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def gather_state(accelerator: Accelerator, state: dict[str, Any]) -> dict[str, Any]:
-    """The state (see `TextVectorEnv.get_state`) of an environment that has the rows of all processes' environments."""
+    """The state (see `TextVectorEnv.get_state`) of one environment with the rows of all processes."""
     states = [state] if accelerator.num_processes == 1 else gather_object([state])
     keys = [part["row_keys"] for part in states]
     return state | {

@@ -1,4 +1,4 @@
-"""RLOO: each text of a group is judged against the mean of the others."""
+"""RLOO: the baseline of a text is the mean return of the others in its group."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class RLOO(GroupPolicyGradient):
 
     | prefix | body | completion | policy gradient on | critic learns |
     |---|---|---|---|---|
-    | none, or a guide's with probability beta, one a group | policy to the end | none | body | none |
+    | none, or a guide's with probability beta, one per group | policy to the end | none | body | none |
 
-    With R_i = r_i - kl_coef sum_h (log pi - log pi_ref) the advantage of text i is R_i less the mean R of the k - 1
+    With R_i = r_i - kl_coef sum_h (log pi - log pi_ref) the advantage of text i is R_i minus the mean R of the k - 1
     others, and the whole text is one action: ``L = -mean_i min(rho_i A_i, clip(rho_i, 1 - c, 1 + c) A_i)`` with rho_i
     the ratio of the probabilities of the body. In an iteration's first gradient step rho is 1 and this is the
     published gradient; ratio and clipping serve the steps after it.
@@ -42,7 +42,7 @@ class RLOO(GroupPolicyGradient):
         check("clip_range", self.clip_range, self.clip_range is None or self.clip_range > 0, "None or above 0")
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
-        """Return less the mean return of the others in the group."""
+        """Advantages are returns minus the mean return of the others in the group."""
         returns = self.group_returns(rollout, reference_log_probs)
         others = (returns.sum(1, keepdim=True) - returns) / (self.group_size - 1)
         return Credit.without_critic(rollout, reference_log_probs, (returns - others).flatten())

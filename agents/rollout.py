@@ -37,13 +37,13 @@ class Rollout:
         handoffs: bool (N, T), where the policy chose to hand off.
         log_probs: float32 (N, T), of decisions as they were sampled, under the untruncated softmax at temperature 1
             (whatever the decoding was); zero elsewhere.
-        values: float32 (N, T), of the state before each decision if the policy goes on; zero elsewhere and where none
-            were asked for.
+        values: float32 (N, T), of the state before each decision if the policy continues; zero elsewhere, and where
+            they were not recorded.
         rewards: float32 (N,), the task's reward of each whole text.
-        prefix_length: int64 (N,), tokens in the text before the policy's first.
+        prefix_length: int64 (N,), number of tokens before the policy's first.
         policy_tokens: int64 (N,).
         guide_tokens: int64 (N,).
-        reward_parts: float arrays (N,) by the name of the part.
+        reward_parts: float arrays (N,) by name of the part.
         finish_reason: object array (N,), "stop", "length" or "handoff".
         texts: object array (N,) of str, what was written after the prompt, without special tokens.
         prompts: object array (N,) of str.
@@ -140,17 +140,17 @@ def collect(
 
     Args:
         env: N rows, made with ``parking=True``.
-        policy: The policy that writes.
-        seeds: uint64 (N,), the seed of each row's tokens. A row's episode depends on its own seed alone, not on
-            the rows beside it.
-        decoding: How tokens are drawn (None: as the policy does).
-        values: Whether to record the critic's values.
-        reset_seed: Seed for the environment's own randomness, or one a row (None: it continues).
+        policy: The actor that writes.
+        seeds: uint64 (N,), the seed of each row's tokens. A row's episode depends only on its own seed, not on
+            other rows.
+        decoding: How tokens are drawn; None for the actor's own decoding.
+        values: Whether to record values.
+        reset_seed: Seed for the environment's own randomness, or one per row (None: it continues).
         options: Reset options: "guidance", "group_size", "index", "prompt", "references", "prefix".
 
     Raises:
-        ValueError: The environment does not park, resets itself within the last step, or has another idea of hand-offs
-            than the policy; the number of seeds is not N.
+        ValueError: The environment does not park, or resets itself within the last step; only one of environment and
+            policy has the hand-off; the number of seeds is not N.
     """
     if not env.parking:
         raise ValueError("env must be made with parking=True: rows wait for each other, and end on the same step")
@@ -162,9 +162,8 @@ def collect(
     with agreeing(env, policy):
         observation, info = env.reset(seed=reset_seed, options=dict(options or {}))
         prompts, references, sample_ids = info["prompt"], info["references"], info["sample_id"]
-        live = np.flatnonzero(
-            sample_ids != NO_SAMPLE
-        )  # the last reset of a sequential pass can leave rows without a sample
+        # The last reset of a sequential pass can leave rows without a sample.
+        live = np.flatnonzero(sample_ids != NO_SAMPLE)
         prefix_lengths = info["prefix_length"].copy()
 
         sampler = policy.sampler(
@@ -177,7 +176,7 @@ def collect(
         )
         sampler.keep(~info["parked"][sampler.rows])
         actions = np.zeros(env.num_envs, np.int64)
-        # Tokens are all that goes to the environment and comes from the device at every step.
+        # Only tokens are copied from the device at every step.
         rows: list[np.ndarray] = []
         samples: list[Sample] = []
         while True:

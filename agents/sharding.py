@@ -1,8 +1,8 @@
-"""Sharded weights: with FSDP every process keeps a part of what gradient steps need.
+"""Sharded weights: with FSDP every process holds a part of the weights, gradients and optimiser state.
 
-Every process samples and evaluates texts with a whole policy. Gradient steps are taken on a twin of it, whose weights,
-gradients and optimiser state are sharded over the processes by torch's `fully_shard` (FSDP2); after them the policy
-receives the twin's weights.
+Every process samples and evaluates texts with a complete policy. Gradient steps are taken on a twin of it, whose
+weights, gradients and optimiser state are sharded by torch's `fully_shard` (FSDP2); afterwards the twin's weights are
+copied to the policy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def uses_fsdp() -> bool:
     """Whether `accelerate launch` was told to use FSDP.
 
     Raises:
-        ValueError: It was told so with options that are not supported.
+        ValueError: FSDP was configured with options that are not supported.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
@@ -51,7 +51,7 @@ def uses_fsdp() -> bool:
 def shard(accelerator: Accelerator, policy: Policy) -> Policy:
     """A sharded twin of a policy where processes were started with FSDP, else the policy itself.
 
-    Frozen weights stay whole, and are shared with the policy.
+    Frozen weights are not sharded; twin and policy use the same ones.
     """
     if accelerator.num_processes == 1 or not uses_fsdp():
         return policy
@@ -72,24 +72,24 @@ def shard(accelerator: Accelerator, policy: Policy) -> Policy:
         register_fsdp_forward_method(twin, name)
     for module in twin.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # losses are shares of one mean
+            module.set_gradient_divide_factor(1.0)  # losses of the processes add up
     return twin
 
 
 @torch.no_grad()
 def scatter(policy: Policy, twin: Policy) -> None:
     """Copy the policy's weights into the twin."""
-    for weight, piece in zip(policy.parameters(), twin.parameters(), strict=True):
-        if isinstance(piece, DTensor):
-            piece.copy_(_piece(weight.detach(), piece))
+    for weight, sharded in zip(policy.parameters(), twin.parameters(), strict=True):
+        if isinstance(sharded, DTensor):
+            sharded.copy_(_shard_like(weight.detach(), sharded))
 
 
 @torch.no_grad()
 def assemble(policy: Policy, twin: Policy) -> None:
     """Copy the twin's weights into the policy."""
-    for weight, piece in zip(policy.parameters(), twin.parameters(), strict=True):
-        if isinstance(piece, DTensor):
-            weight.copy_(piece.full_tensor())
+    for weight, sharded in zip(policy.parameters(), twin.parameters(), strict=True):
+        if isinstance(sharded, DTensor):
+            weight.copy_(sharded.full_tensor())
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
@@ -98,7 +98,7 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
 
 
 def whole(state: Any) -> Any:
-    """Nested containers with whole tensors in place of sharded ones."""
+    """Nested containers with sharded tensors replaced by whole ones."""
     return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, state)
 
 
@@ -108,7 +108,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     state = copy(state)
     state["state"] = {
         index: {
-            name: _piece(value, parameters[index])
+            name: _shard_like(value, parameters[index])
             if isinstance(parameters[index], DTensor) and value.shape == parameters[index].shape
             else value
             for name, value in values.items()
@@ -118,6 +118,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
 
 
-def _piece(value: torch.Tensor, like: DTensor) -> DTensor:
-    # Every process has the whole tensor, so nothing has to be sent.
+def _shard_like(value: torch.Tensor, like: DTensor) -> DTensor:
+    # Every process has the whole tensor, so nothing is sent.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Supervised learning on reference texts: where a policy starts before it is reinforced."""
+"""Supervised learning on reference texts, the usual start of reinforcement learning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Example(NamedTuple):
 
 
 def encode_example(env: TextVectorEnv, prompt: str, prompt_ids: list[int], text: str) -> Example:
-    """Encode a reference text after its prompt, cut at the horizon, with its end where there is room for it."""
+    """Encode a reference text after its prompt, with an end token, cut at the horizon."""
     (ids,) = encode_continuation(env.tokenizer, env.in_template(prompt), [text])
     return Example(prompt_ids, [*ids, env.end_token_id][: env.max_new_tokens])
 
@@ -39,11 +39,11 @@ def encode_example(env: TextVectorEnv, prompt: str, prompt_ids: list[int], text:
 def collate(
     examples: Sequence[Example], pad_token_id: int, prompt_columns: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lay examples out as an environment does: contexts end, and targets begin, in the same column.
+    """Batch examples as an environment does: contexts end, and targets begin, in the same column.
 
     Args:
         examples: B examples.
-        pad_token_id: Stands where no token is.
+        pad_token_id: Token id of padding.
         prompt_columns: Columns for the contexts; None for those of the longest.
 
     Returns:
@@ -80,8 +80,8 @@ class SL(Algorithm):
 
     Training follows a schedule of `n_epochs` passes, in iterations of `episodes_per_iteration` texts; after each the
     loss on validation references is measured. When the schedule is over, or the validation loss has not improved for
-    `patience` iterations, `learn` puts back the weights with the best validation loss. An episode here is one reference
-    text, a timestep one token of it that is learned.
+    `patience` iterations, `learn` restores the weights with the best validation loss. An episode here is one
+    reference text, a timestep one learned token.
 
     Raises:
         ValueError: An argument is wrong, or there is no reference to learn from.
@@ -94,21 +94,21 @@ class SL(Algorithm):
     """"completion" learns the references of the rows that the task says to imitate, given their prompts; "text" learns
     prompts and references of all rows, as a causal language model does."""
     n_epochs: float = 3.0
-    """Passes over the references in the whole schedule; a fraction is fine."""
+    """Number of passes over the references in the schedule, not necessarily whole."""
     episodes_per_iteration: int = 512
-    """Texts between two measurements of the validation loss."""
+    """Number of texts between two measurements of the validation loss."""
     minibatch_size: int = 16
-    """Texts a gradient step, of all processes."""
+    """Number of texts per gradient step, over all processes."""
     learning_rate: float = 5e-4
     """Peak step size of AdamW; it rises linearly, then decays linearly to zero."""
     warmup: float = 0.05
-    """Share of the schedule in which it rises."""
+    """Fraction of the schedule in which the step size rises."""
     weight_decay: float = 0.01
     """Weight decay of AdamW, on matrices only."""
     patience: int = 5
     """Iterations without a better validation loss after which training stops."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum norm of the gradient, which is scaled down to it."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments (see `Algorithm.check_hyperparameters`)."""
@@ -168,7 +168,7 @@ class SL(Algorithm):
         callback: Callback | None = None,
         progress_bar: bool = False,
     ) -> Self:
-        """Follow the schedule: to its end, or for so many more timesteps or episodes (see `Algorithm.learn`).
+        """Follow the schedule: to its end, or for a number of further timesteps or episodes (see `Algorithm.learn`).
 
         Raises:
             ValueError: Both totals are given, or one that is not positive.
@@ -185,7 +185,7 @@ class SL(Algorithm):
         return self
 
     def iterate(self) -> dict[str, Any]:
-        """Learn the next texts of the schedule, then measure the validation loss."""
+        """Train on the next texts of the schedule, then measure the validation loss."""
         start, end = self.num_episodes, min(self.num_episodes + self.episodes_per_iteration, self.total_texts)
         examples = self.encode(self.env.data, [self.train_pairs[index] for index in self.order(start, end)])
         batches = self.batches(examples)
@@ -220,7 +220,7 @@ class SL(Algorithm):
         }
 
     def update(self, batch: list[Example]) -> torch.Tensor:
-        """Take a gradient step, each process over its share; the loss before it."""
+        """Take a gradient step, divided among processes, and return the loss before it."""
         texts, weight = share_of_loss(self.accelerator, batch)
         weight *= num_targets(texts) / num_targets(batch)
         loss = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
@@ -234,13 +234,13 @@ class SL(Algorithm):
         return loss
 
     def schedule(self, progress: float) -> float:
-        """The step size, as a share of its peak, when a share of the schedule is done: up linearly, then down."""
+        """The step size, as a fraction of its peak, at a fraction of the schedule: linear rise, then linear decay."""
         first = 1 / self.total_texts  # so that the first step is not zero
         return min((progress + first) / (self.warmup + first), (1 - progress) / (1 - self.warmup))
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """Nats a token on the validation references."""
+        """Nats per token on the validation references."""
         total = 0.0
         for batch in share(self.accelerator, self.batches(self.validation_examples)):
             total += num_targets(batch) * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
@@ -248,7 +248,7 @@ class SL(Algorithm):
         return total / num_targets(self.validation_examples)
 
     def order(self, start: int, end: int) -> np.ndarray:
-        """Which references stand at places start..end-1 of the schedule: every pass is a shuffle of its own."""
+        """Indices of the references at positions start..end-1 of the schedule; every pass is shuffled independently."""
         count = len(self.train_pairs)
         passes = [
             np.random.default_rng([self.seed, epoch]).permutation(count)
@@ -257,7 +257,7 @@ class SL(Algorithm):
         return np.concatenate(passes)[start - start // count * count :][: end - start]
 
     def pairs(self, split: Split) -> list[tuple[int, int]]:
-        """The (row, reference) pairs of a split to learn."""
+        """The (row, reference) pairs of a split that are learned."""
         task = self.env.task
         return [
             (index, reference)
@@ -280,7 +280,7 @@ class SL(Algorithm):
         return examples
 
     def batches(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Minibatches of texts of similar length, so that little of them is padding."""
+        """Minibatches of texts of similar length, which reduces padding."""
         ordered = sorted(examples, key=len)
         return [ordered[at : at + self.minibatch_size] for at in range(0, len(ordered), self.minibatch_size)]
 

@@ -1,4 +1,4 @@
-"""The value function of actor-critic algorithms, on the policy's network or on one of its own."""
+"""The value function of actor-critic algorithms, on the policy's network or on a separate one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 class ValueFunction:
     """Values of the states of an iteration's episodes.
 
-    Its one departure from the books is how it starts. The first time that states are judged for a continuation, its
-    values are shifted to the mean return of the states that will be learned; where those of the other continuation were
-    learned already, they begin as a copy of these, since the features of the network now serve that head. Gradient
-    steps of a size that suits the policy hardly move a bias: an offset would be learned through the mean of the
-    features, in the wrong order of the states, and the first advantages would mostly say how near the end a token is.
+    Differs from the literature in how it starts: the first time that a continuation is evaluated, its values are
+    shifted to the mean return of the states that will be learned. If values of the other continuation were learned
+    before, they are copied first, because the network's features now serve that head. Gradient steps of a size that
+    suits the policy hardly move a bias: an offset would be learned through the mean of the features, which ranks the
+    states wrongly, and the first advantages would mostly reflect how near the end a token is.
 
     Args:
-        network: Whose value heads are used: the policy, or a copy of it.
-        learner: What gradient steps on `network` are taken on (see `Algorithm.twin_of`).
-        recorded: Whether rollouts hold what `network` said of the policy's states as they were played.
-        accelerator: Shares the passes through the network out among processes.
-        rows_at_once: Episodes that the network reads at a time.
+        network: The policy, or a copy of it, whose value heads are used.
+        learner: The module on which gradient steps for `network` are taken (see `Algorithm.twin_of`).
+        recorded: Whether rollouts hold `network`'s values of the policy's states.
+        accelerator: Divides the passes through the network among processes.
+        rows_at_once: Number of episodes per pass through the network.
         gamma: Discount factor of the returns.
 
     Attributes:
@@ -53,13 +53,13 @@ class ValueFunction:
         self.started: list[Continuation] = []
 
     def __call__(self, rollout: Rollout, rewards: Tensor, steps: Tensor, learned: Tensor, of: Continuation) -> Tensor:
-        """Values of the states before steps, started where they have not been.
+        """Values of the states before steps; a continuation's first call starts its values.
 
         Args:
             rollout: N episodes.
             rewards: float (N, T), of the steps.
             steps: bool (N, T), up to the end of each episode.
-            learned: bool (N, T), the steps before which the value is learned.
+            learned: bool (N, T), the steps before which the state's value is learned.
             of: Who continues the texts.
 
         Returns:
@@ -82,10 +82,10 @@ class ValueFunction:
 
     @torch.no_grad()
     def of_states(self, rollout: Rollout, steps: Tensor, of: Continuation) -> Tensor:
-        """Values (N, T) of the states before `steps`, as the network says now."""
+        """Values (N, T) of the states before `steps`, by the current weights."""
         columns, values = rollout.columns(steps), torch.zeros_like(rollout.values)
-        mine = share(self.accelerator, torch.nonzero(steps.any(1)).flatten())
-        for rows in in_parts(mine, self.rows_at_once):
+        own_rows = share(self.accelerator, torch.nonzero(steps.any(1)).flatten())
+        for rows in in_parts(own_rows, self.rows_at_once):
             values[rows] = self.network.values(
                 rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], of
             ).to(values.dtype)

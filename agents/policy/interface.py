@@ -1,4 +1,4 @@
-"""The interface of policies: what writes texts is an `Actor`, what can also be trained is a `Policy`."""
+"""The policy interface: an `Actor` writes texts, a `Policy` can also be trained."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Continuation = Literal["policy", "guide"]
 
 
 class Evaluation(NamedTuple):
-    """What a policy says of given decisions; every entry is zero where there is no decision.
+    """Log-probabilities, entropies and values of given decisions; entries without a decision are zero.
 
     Attributes:
         log_probs: (B, A) float32, log-probabilities of the decisions under the untruncated softmax at temperature 1.
         entropy: (B, A) float32, entropies in nats of the distributions that they were drawn from.
-        values: (B, A) float32, values of the states before the decisions; zero where none were asked for.
+        values: (B, A) float32, values of the states before the decisions; zero if they were not requested.
     """
 
     log_probs: Tensor
@@ -39,17 +39,17 @@ class Evaluation(NamedTuple):
 
 
 class Actor(nn.Module, ABC):
-    """Base class of what writes texts token by token, whether or not it can be trained.
+    """Base class of everything that writes texts token by token.
 
     Attributes:
         tokenizer: The tokenizer of its tokens; environments are made with it.
         decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
-        can_hand_off: Whether it has an action beyond the tokens, the environment's ``vocab_size``, by which it asks the
-            guide to finish. Environments made with ``handoff=True`` need such an actor, others one without.
-        prompt_columns: P, how many columns of an observation are the prompt's, for policies that read prompts apart
-            from what follows them; None for unknown. Algorithms set it to their environment's.
-        context_length: P + T, most tokens of a text, for policies whose positions depend on it (see
-            `textgym.positions`); None for unknown. Algorithms set it to their environment's.
+        can_hand_off: Whether it has one more action than tokens, the environment's ``vocab_size``, which asks the guide
+            to complete the text. Environments made with ``handoff=True`` need such an actor, others one without.
+        prompt_columns: P, the number of prompt columns of an observation, for policies that encode prompts separately;
+            None if unknown. Algorithms set it to their environment's.
+        context_length: P + T, the maximum number of tokens of a text, for policies whose positions depend on it (see
+            `textgym.positions`); None if unknown. Algorithms set it to their environment's.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Actor(nn.Module, ABC):
         return eos_first(self.tokenizer, self._more_end_ids)
 
     def add_end_tokens(self, token_ids: Sequence[int]) -> None:
-        """Let further tokens end a text, as algorithms do with those that end an episode of their environment."""
+        """Add tokens that end a text; algorithms add those that end an episode of their environment."""
         self._more_end_ids = tuple(dict.fromkeys([*self._more_end_ids, *token_ids]))
 
     @contextmanager
@@ -102,18 +102,18 @@ class Actor(nn.Module, ABC):
         decoding: Decoding | None = None,
         values: bool = True,
     ) -> TokenSampler:
-        """Begin to write a batch of texts.
+        """Return a sampler that writes a batch of texts.
 
         Args:
             observation: "input_ids" and "attention_mask", each (N, P+T).
-            seeds: (N,) integers; token h of a text must depend on its own row's seed, state and h alone.
-            max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
-            prefix_lengths: (N,) new tokens that the observation already holds; None for none.
+            seeds: (N,) integers; token h of a text must depend only on its row's seed, its state and h.
+            max_new_tokens: Maximum number of new tokens of a text, prefix included: an int, or (N,) integers.
+            prefix_lengths: (N,) number of new tokens that the observation already holds; None for 0.
             decoding: How tokens are chosen; None for the actor's own `decoding`.
-            values: Whether the samples carry the values of states that the policy continues.
+            values: Whether samples hold the values of states that the policy continues.
 
         Returns:
-            What writes them, a token of each text per call.
+            The sampler, which writes one token of each text per call.
         """
 
     def predict(
@@ -128,8 +128,8 @@ class Actor(nn.Module, ABC):
         Args:
             observation: "input_ids" and "attention_mask", each (P+T,) or batched (N, P+T); valid tokens of a row can
                 have padding on both sides. Rows without any token (idle rows) get EOS.
-            state: What the last call returned as state, or None. It counts the tokens chosen so far in each row's
-                episode, for `decoding.min_new_tokens`, where `prompt_columns` does not say what is new.
+            state: The state that the last call returned, or None. It is the number of tokens chosen in each row's
+                episode, which `decoding.min_new_tokens` needs if `prompt_columns` is unknown.
             episode_start: (N,) bool, rows whose episode has just begun.
             deterministic: Take the most probable action.
 
@@ -169,12 +169,12 @@ class Actor(nn.Module, ABC):
 
         Args:
             prompts: N texts.
-            max_new_tokens: Most tokens of a continuation.
+            max_new_tokens: Maximum number of tokens of a continuation.
             decoding: How tokens are chosen; None for the actor's own `decoding`.
-            seed: The continuations of equal prompts and seeds are equal.
+            seed: Seed of the sampling; equal prompts and seeds give equal continuations.
 
         Returns:
-            N continuations, without special tokens; each is what to put after its prompt, with the space between.
+            N continuations, without special tokens; each can be appended to its prompt as it is.
 
         Raises:
             ValueError: A prompt without a token, or one that is too long for the policy.
@@ -195,7 +195,7 @@ class Actor(nn.Module, ABC):
         written = write(sampler, np.full(len(prompts), max_new_tokens), self.end_token_ids)
         texts = decode_continuations(self.tokenizer, list(map(Context, encoded, prompts)), written)
         if self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.decoder is None:
-            return [text.removeprefix(" ") for text in texts]  # what only joins words is no part of a text
+            return [text.removeprefix(" ") for text in texts]  # the space between words is not part of the text
         return texts
 
     @abstractmethod
@@ -209,12 +209,11 @@ class Actor(nn.Module, ABC):
 
 
 class Policy(Actor):
-    """Base class of everything that algorithms train: an actor that also says how likely and how good decisions are.
+    """Base class of everything that algorithms train: an actor that also computes log-probabilities and values.
 
-    A network of your own implements the abstract methods; its trainable parameters are those of the module. Any
-    architecture will do as long as `sampler` and `evaluate_actions` speak of the same distribution: the
-    log-probabilities that sampling records must be those that `evaluate_actions` returns for the same decisions.
-    Dropout must be off in both.
+    A subclass implements the abstract methods; its trainable parameters are those of the module. Any architecture is
+    possible if `sampler` and `evaluate_actions` use the same distribution: the log-probabilities that sampling records
+    must be those that `evaluate_actions` returns for the same decisions. Dropout must be off in both.
 
     A policy has two value functions: one of the states that the policy continues, and one of those that the guide
     completes.
@@ -241,9 +240,9 @@ class Policy(Actor):
             attention_mask: (B, S), nonzero where valid.
             columns: (B, A) int64, the columns of the tokens to evaluate, each given all valid tokens before it; -1 for
                 none.
-            handoffs: (B, A) bool, where the decision was the hand-off instead, in the state made of the valid tokens
-                before that column, whatever stands there; None for nowhere.
-            states_only: (B, A) bool, where only the value of the state is wanted: log-probability and entropy are zero
+            handoffs: (B, A) bool, where the decision was the hand-off, in the state made of the valid tokens before
+                that column, whose token is ignored; None for nowhere.
+            states_only: (B, A) bool, where only the value of the state is needed: log-probability and entropy are zero
                 there; None for nowhere.
             values_of: The value function: of states that the "policy" continues or the "guide" completes; None for no
                 values.
@@ -273,7 +272,7 @@ class Policy(Actor):
         """Add a constant to one of the two value functions.
 
         Args:
-            of: Which one.
+            of: The value function.
             shift: The constant.
         """
 
@@ -282,5 +281,5 @@ class Policy(Actor):
         """Make one of the two value functions equal to the other.
 
         Args:
-            to: The one that changes.
+            to: The value function that changes.
         """

@@ -55,45 +55,45 @@ _LOGITS_AT_ONCE = 2**24
 class LanguageModelPolicy(Policy):
     """A language model of transformers with linear heads on its last hidden state.
 
-    Two heads are value functions, of the states that the policy continues and of those that the guide completes; they
-    begin at zero. A third, optional one is the gate of the hand-off: with ``z = w h + b`` the policy hands off with
+    Two heads are value functions, of the states that the policy continues and of those that the guide completes,
+    initially zero. A third, optional one is the gate of the hand-off: with ``z = w h + b`` the policy hands off with
     probability sigmoid(z), and otherwise chooses a token as the language model does, so that
     ``log pi(token) = log p(token) + log sigmoid(-z)``.
 
-    Dropout is always off: the module stays in evaluation mode, since probability ratios of two dropout masks would be
-    noise.
+    Dropout is always off: the module stays in evaluation mode, because the ratio of probabilities under two dropout
+    masks would be noise.
 
-    This is the base of `CausalLMPolicy` and `Seq2SeqPolicy`; its `from_pretrained` makes whichever the model needs.
+    This is the base of `CausalLMPolicy` and `Seq2SeqPolicy`; its `from_pretrained` returns the right one.
 
     A mixture of experts is trained as any other model: the auxiliary loss that balances its routers, which
-    ``config.output_router_logits`` asks for, is no part of any loss here.
+    ``config.output_router_logits`` adds, is not used.
 
     The positions of a LongRoPE model are fixed for `context_length` (see `textgym.positions`), in the model itself.
 
     The tokenizer can have more tokens than the model has embeddings (Gemma 3's has one for images): these are never
-    chosen, and a text that holds one is refused. All tokens that the model's generation config names as its ends are
+    chosen, and a text that holds one is refused. All end tokens of the model's generation config are
     `end_token_ids`.
 
-    With adapters (LoRA) only these and the heads are trained, and what is copied elsewhere (the reference policy, a
-    critic of its own, a guide made of the model) shares the weights under them.
+    With adapters (LoRA) only these and the heads are trained, and copies (the reference policy, a separate critic, a
+    guide made of the model) share the frozen weights.
 
     Args:
         model: The language model, of transformers or in a `peft.PeftModel`.
         tokenizer: Its tokenizer.
         decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise. The hand-off is drawn
-            before the token and knows no truncation.
-        handoff_prob: Gives the policy the action that asks the guide to finish, with this probability in every state
-            to begin with; None gives it none.
-        autocast: What products of matrices are computed in, whatever the type of the weights; "auto" is bfloat16 where
-            the device computes fast in it, None the type of the weights. Heads, log-probabilities, losses and steps of
-            the optimiser stay in float32.
+            before the token and is never truncated.
+        handoff_prob: Initial probability, in every state, of the action that asks the guide to complete the text; None
+            for a policy without this action.
+        autocast: Type of matrix products, whatever the type of the weights; "auto" is bfloat16 where the device is
+            fast in it, None the type of the weights. Heads, log-probabilities, losses and optimiser steps stay in
+            float32.
         compile: Whether to compile the layers of a causal model with `torch.compile`. Compiling takes about a minute,
             and some seconds in the next process.
 
     Raises:
-        ValueError: A model of the other kind, or one whose texts cannot be read together
-            (`textgym.packing.check_served`); the tokenizer has no EOS token, or does not belong to the model; a
-            `handoff_prob` outside of (0, 1); a wrong `autocast`.
+        ValueError: A model of the other kind, or one that is not supported (`textgym.model_checks.check_served`);
+            the tokenizer has no EOS token, or does not belong to the model; a `handoff_prob` outside of (0, 1); a
+            wrong `autocast`.
     """
 
     encodes_prompts: ClassVar[bool]
@@ -161,32 +161,32 @@ class LanguageModelPolicy(Policy):
         gguf_file: str | None = None,
         **arguments: Any,
     ) -> Self:
-        """Load a language model, and heads and decoding where they lie beside it.
+        """Load a language model, with heads and decoding if they were saved with it.
 
-        Called on `LanguageModelPolicy` itself it makes a `CausalLMPolicy` or a `Seq2SeqPolicy`, as the model's config
+        Called on `LanguageModelPolicy` itself it returns a `CausalLMPolicy` or a `Seq2SeqPolicy`, as the model's config
         says.
 
         Args:
-            path: Hub id or folder with safetensors weights, or with PEFT adapters, which are trained on.
-            tokenizer: The tokenizer or where to find it; None: beside the model.
+            path: Hub id or folder with safetensors weights, or with PEFT adapters, whose training continues.
+            tokenizer: The tokenizer, or its hub id or folder; None: the one saved with the model.
             decoding: None: the one saved with the policy, else plain sampling.
             device: "auto" is CUDA where there is one, else CPU.
             dtype: Type of the model's weights, in which it also computes; the heads have it too, or float32 where it is
                 a half precision. "auto" is float32 for the weights, with ``autocast="auto"``. None: weights and
                 autocast as saved with the policy, else float32.
-            handoff_prob: Gives a policy that was saved without one the hand-off, with this probability to begin with.
+            handoff_prob: Adds the hand-off, with this initial probability, to a policy that was saved without it.
             compile: Whether to compile the model's layers; None: as saved with the policy, else not.
-            lora: Gives the model adapters and freezes the rest; arguments of `peft.LoraConfig`, such as
+            lora: Adds adapters to the model and freezes the rest; arguments of `peft.LoraConfig`, such as
                 ``{"r": 8, "lora_alpha": 64}``.
             quantization: "4bit" keeps the model's linear layers in 4 bits, by bitsandbytes; such a model is trained by
                 adapters only. None: as saved with the policy, else not.
-            gguf_file: A GGUF file at `path`, to be read instead; the policy is saved as any other.
-            **arguments: None are allowed; they are a subclass's.
+            gguf_file: A GGUF file at `path` to load the model from; the policy is saved like any other.
+            **arguments: Not allowed here; for subclasses.
 
         Raises:
             ImportError: What adapters, quantised weights or GGUF files need is not installed.
             ValueError: There is no model with safetensors weights or no tokenizer at `path`, or they do not fit; a
-                quantised model without adapters; adapters that were asked for where there are some.
+                quantised model without adapters; `lora` for a model that has adapters.
         """
         if arguments:
             raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
@@ -212,7 +212,7 @@ class LanguageModelPolicy(Policy):
         file = file_beside(path, HEADS_FILE)
         saved = {} if file is None else load_file(file, device=str(model.device))
         if "handoff.weight" in saved and handoff_prob is None:
-            handoff_prob = 0.5  # of no consequence: the head is read below
+            handoff_prob = 0.5  # any value: the head is loaded below
         autocast: Any = settings.get("autocast") if dtype is None else "auto" if dtype == "auto" else None
         autocast = getattr(torch, autocast) if autocast not in (None, "auto") else autocast
         compile = settings.get("compile", False) if compile is None else compile
@@ -230,10 +230,10 @@ class LanguageModelPolicy(Policy):
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write a folder that transformers' `AutoModel...` and `AutoTokenizer` open too, replacing what is there.
 
-        Of a model with adapters these alone are written, in PEFT's format, beside the name of the model they are for.
+        Of a model with adapters only these are written, in PEFT's format, with the name of their base model.
 
         Raises:
-            ValueError: Adapters on a model that was made in memory, so that it cannot be found again.
+            ValueError: The adapters are on a model that was made in memory, which cannot be loaded again.
         """
         if has_adapters(self.model) and not self.model.name_or_path:
             raise ValueError(
@@ -267,11 +267,11 @@ class LanguageModelPolicy(Policy):
         decoding: Decoding | None = None,
         values: bool = True,
     ) -> TokenSampler:
-        """Begin to write a batch of texts (see `Policy.sampler`).
+        """Return a sampler that writes a batch of texts (see `Actor.sampler`).
 
         Raises:
-            ValueError: A text could be longer than the model has positions; a decoding with beams where values are
-                wanted or the policy can hand off.
+            ValueError: A text could be longer than the model has positions; a decoding with beams, with values or a
+                policy that can hand off.
         """
         new = int(np.max(max_new_tokens - np.asarray(0 if prefix_lengths is None else prefix_lengths), initial=0))
         self._prepare(observation["input_ids"], observation["attention_mask"], new)
@@ -309,12 +309,12 @@ class LanguageModelPolicy(Policy):
         """
         rows, entries = (columns >= 0).nonzero(as_tuple=True)
         chosen = columns[rows, entries]
-        asked = None if handoffs is None else handoffs[rows, entries]
-        if asked is not None and not self.can_hand_off and asked.any():
+        handed = None if handoffs is None else handoffs[rows, entries]
+        if handed is not None and not self.can_hand_off and handed.any():
             raise ValueError("handoffs holds a hand-off, which this policy does not have: make it with handoff_prob")
         at = chosen.clamp(max=attention_mask.shape[1] - 1)
         valid = attention_mask[rows, at] != 0
-        if not (valid if asked is None else valid | asked).all():
+        if not (valid if handed is None else valid | handed).all():
             raise ValueError("columns must hold -1 or columns of valid tokens that have a valid token before them")
         hidden, tokens = self._read(input_ids, attention_mask, rows, chosen), input_ids[rows, at]
         decided = None if states_only is None else (~states_only[rows, entries]).nonzero().squeeze(1)
@@ -330,8 +330,8 @@ class LanguageModelPolicy(Policy):
             gate = self.heads["handoff"](hidden).squeeze(-1)
             hand_off, go_on = logsigmoid(gate), logsigmoid(-gate)
             log_probs = log_probs + go_on
-            if asked is not None:
-                log_probs = torch.where(asked, hand_off, log_probs)
+            if handed is not None:
+                log_probs = torch.where(handed, hand_off, log_probs)
             # H = -q log q - (1 - q) log (1 - q) + (1 - q) H(tokens), with q the probability of the hand-off
             entropy = go_on.exp() * (entropy - go_on) - hand_off.exp() * hand_off
             if states_only is not None:
@@ -358,7 +358,7 @@ class LanguageModelPolicy(Policy):
         """The hidden states (n, d) after all valid tokens of `rows` (n,) in the columns before `columns` (n,)."""
 
     def _evaluate_tokens(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of tokens (n,) and entropies, given hidden states (n, d), some at a time."""
+        """Log-probabilities of tokens (n,) and entropies, given hidden states (n, d), in blocks."""
 
         def evaluate(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
             with autocast(self.device, self._dtype):
@@ -368,7 +368,7 @@ class LanguageModelPolicy(Policy):
         part = max(1, _LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
         if len(tokens) <= part:
             return evaluate(hidden, tokens)
-        # More are made anew in the backward pass, so that memory does not grow with tokens times vocabulary.
+        # Blocks are recomputed in the backward pass, so that memory does not grow with tokens times vocabulary.
         parts = [
             checkpoint(evaluate, *pair, use_reentrant=False)
             for pair in zip(hidden.split(part), tokens.split(part), strict=True)
@@ -390,17 +390,17 @@ class LanguageModelPolicy(Policy):
         """The same policy with its adapters added to the weights of a copy of the model, for use without PEFT."""
         twin = type(self)(merged(self.model), self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         twin.heads, twin.can_hand_off = copy.deepcopy(self.heads), self.can_hand_off
-        return self._with_limits_of_self(twin)
+        return self._with_own_limits(twin)
 
     def without_handoff(self) -> Self:
-        """The same policy without the hand-off, to see what it writes alone; its weights are shared, not copied."""
+        """The same policy without the hand-off, which shares its weights."""
         alone = type(self)(self.model, self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         for name in alone.heads:
             alone.heads[name] = self.heads[name]
-        return self._with_limits_of_self(alone)
+        return self._with_own_limits(alone)
 
-    def _with_limits_of_self(self, twin: Self) -> Self:
-        """`twin` with the limits of texts (prompt, length, ends) that this policy has."""
+    def _with_own_limits(self, twin: Self) -> Self:
+        """`twin`, with this policy's prompt columns, context length and end tokens."""
         twin.prompt_columns, twin.context_length = self.prompt_columns, self.context_length
         twin.add_end_tokens(self.end_token_ids)
         return twin
@@ -411,16 +411,16 @@ class LanguageModelPolicy(Policy):
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """EOS, what the model's generation config names (see `textgym.tokenization.end_ids`), and what was added."""
+        """EOS, those of the model's generation config (see `textgym.tokenization.end_ids`), and those added."""
         config = self.model.generation_config
         of_model = end_ids(self.tokenizer, None if config is None else config.eos_token_id)
         return eos_first(self.tokenizer, [*of_model, *self._more_end_ids])
 
     def _prepare(self, input_ids: Any, attention_mask: Any, new: int = 0) -> None:
-        """Make the model ready to read texts, (B, S) each, and to write up to `new` tokens more.
+        """Prepare the model for reading texts, (B, S) each, and writing up to `new` more tokens.
 
         Raises:
-            ValueError: A token that the model does not embed.
+            ValueError: A token without an embedding.
         """
         check_embedded(self.tokenizer, self.model, input_ids, attention_mask)
         if short_context(self.model) is not None:
@@ -437,7 +437,7 @@ class LanguageModelPolicy(Policy):
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
     ) -> list[str]:
-        """Continue texts (see `Policy.generate`); a policy that can hand off writes all of them itself."""
+        """Continue texts (see `Actor.generate`), without hand-offs."""
         alone = self.without_handoff() if self.can_hand_off else self
         return super(LanguageModelPolicy, alone).generate(
             prompts, max_new_tokens=max_new_tokens, decoding=decoding, seed=seed
@@ -447,8 +447,8 @@ class LanguageModelPolicy(Policy):
 class CausalLMPolicy(LanguageModelPolicy):
     """A causal language model of transformers as a policy; see `LanguageModelPolicy`.
 
-    Texts are read as packed tokens (`textgym.packing`): padding costs nothing, and rows of a batch that begin with the
-    same tokens share them.
+    Texts are read as packed tokens (`textgym.packing`): padding costs nothing, and tokens with which several rows of a
+    batch begin are computed once.
     """
 
     encodes_prompts = False
@@ -467,9 +467,8 @@ class CausalLMPolicy(LanguageModelPolicy):
 class Seq2SeqPolicy(LanguageModelPolicy):
     """A sequence-to-sequence language model of transformers as a policy; see `LanguageModelPolicy`.
 
-    The prompt is read by the encoder, once for all rows of a batch that have the same; the decoder writes the new
-    tokens. Where the one ends and the others begin is told by `prompt_columns` (to `sampler` by the lengths of
-    prefixes).
+    The encoder reads each distinct prompt of a batch once; the decoder writes the new tokens, which begin after
+    `prompt_columns` columns (in `sampler`, after the tokens that are no part of a prefix).
     """
 
     encodes_prompts = True
@@ -477,11 +476,11 @@ class Seq2SeqPolicy(LanguageModelPolicy):
     def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         if self.prompt_columns is None:
             raise ValueError(
-                "prompt_columns must be set before texts can be judged, since the prompt is read apart from them: "
+                "prompt_columns must be set before texts are evaluated, because the encoder reads the prompt alone: "
                 "policy.prompt_columns = env.max_prompt_tokens (algorithms do that)"
             )
         self._prepare(input_ids, attention_mask)
-        # Padding too is embedded, and its token can be one that the model does not embed.
+        # Padding is embedded too, and its token may have no embedding.
         input_ids = input_ids.masked_fill(attention_mask == 0, 0)
         prompt, new = (
             (input_ids[:, part], attention_mask[:, part].bool())
@@ -505,5 +504,5 @@ def left_packed(input_ids: Tensor, valid: Tensor) -> Tensor:
 
 
 def _spread(values: Tensor, columns: Tensor, rows: Tensor, entries: Tensor) -> Tensor:
-    """Put one value for each entry of `columns` that is not -1 back into its place, zero elsewhere."""
+    """Put the values of the entries of `columns` that are not -1 in their places, zero elsewhere."""
     return values.new_zeros(columns.shape).index_put((rows, entries), values)

@@ -50,7 +50,7 @@ class _LogProbAndEntropy(torch.autograd.Function):
             total = log_probs.add_(entropy[:, None]).mul_(probs).mul_(-of_entropy[:, None])
         if of_log_prob is not None:
             of_log_prob = of_log_prob[:, None]
-            # Nobody reads the probabilities after this: their memory is that of the gradient.
+            # The probabilities are not needed any more: the gradient takes their memory.
             total = probs.mul_(-of_log_prob) if total is None else total.addcmul_(probs, of_log_prob, value=-1)
             total.scatter_add_(1, tokens[:, None], of_log_prob)
         return total, None

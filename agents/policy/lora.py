@@ -1,4 +1,4 @@
-"""Low-rank adapters of PEFT on a language model that stays as it is (Hu et al. 2021, arXiv 2106.09685)."""
+"""Low-rank adapters of PEFT on a frozen language model (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def has_adapters(model: PreTrainedModel) -> bool:
 
 
 def add_lora(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[str, Any]) -> None:
-    """Freeze a model and give it adapters to train, which begin as no change; always the same ones.
+    """Freeze a model and add trainable adapters, always the same ones, which initially change nothing.
 
     Args:
         model: The model.
-        path: Where it was loaded from, and will be from again.
+        path: Hub id or folder that it was loaded from, and will be loaded from again.
         options: Arguments of `peft.LoraConfig`, such as ``{"r": 8, "lora_alpha": 64}``.
 
     Raises:
@@ -51,11 +51,11 @@ def add_lora(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[s
 
 
 def train_adapters(model: PreTrainedModel, file: str | os.PathLike | None = None) -> None:
-    """Let a model's adapters be trained, in float32 where the model has a half precision.
+    """Make a model's adapters trainable, in float32 if the model has a half precision.
 
     Args:
         model: The model.
-        file: Where the adapters were loaded from, if anywhere, to be read again without rounding.
+        file: The file of the adapters, which is read again without rounding; None for new adapters.
     """
     from peft import set_peft_model_state_dict
 
@@ -72,7 +72,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
     """The model of transformers in a `peft.PeftModel`, with its adapters; anything else as it is.
 
     Raises:
-        ValueError: The adapters are no part of the model's layers (prompt learning).
+        ValueError: The adapters are not in the model's layers (prompt learning).
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model

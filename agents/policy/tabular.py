@@ -1,4 +1,4 @@
-"""A policy without a network: one row of logits a state, for environments with few states."""
+"""A policy without a network: one row of logits per state, for environments with few states."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ States = Callable[[Tensor], Tensor]
 
 
 class TabularPolicy(Policy):
-    """A table of logits and two of values, over states that a function tells apart.
+    """A table of logits and two of values, over the states that a function returns.
 
-    All tables begin at zero: tokens are uniform, and all values are 0. Where the state function tells
-    enough apart, this is every policy there is, and what an algorithm converges to can be compared with closed forms.
+    All tables are initially zero: tokens are uniform, and all values are 0. If the states are fine enough, every policy
+    can be represented, and what an algorithm converges to can be compared with closed forms.
 
     Args:
         tokenizer: The tokenizer; its tokens are the columns of the logits.
-        states: Takes token ids, int64 (n, S), prompt included, each row's beginning in the first column and anything
-            after its end; returns int64 (n, S+1), the state before each token and the one after the last.
+        states: Takes token ids, int64 (n, S), prompt included, each row aligned left, with any ids after its
+            end; returns int64 (n, S+1), the state before each token and the one after the last.
         num_states: The number of states.
         decoding: How `predict`, `generate` and `sampler` choose tokens unless told otherwise.
 
@@ -83,10 +83,10 @@ class TabularPolicy(Policy):
         Args:
             path: The folder.
             device: "auto" is CUDA where there is one, else CPU.
-            states: The function that the policy was made with, which a file cannot hold; that of a lock is
+            states: The function that the policy was made with, which is not saved; that of a lock is
                 ``TabularPolicy.for_lock(env.lock).states``.
             decoding: None: the one saved with the policy.
-            **arguments: None are allowed; they are a subclass's.
+            **arguments: Not allowed here; for subclasses.
 
         Raises:
             ValueError: No `states`, an unknown argument, or a folder that is not one of a tabular policy.
@@ -112,7 +112,7 @@ class TabularPolicy(Policy):
             (new / POLICY_FILE).write_text(json.dumps({"decoding": asdict(self.decoding)}, indent=2) + "\n")
 
     def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> TabularSampler:
-        """Begin to write a batch of texts (see `Policy.sampler`)."""
+        """Return a sampler that writes a batch of texts (see `Actor.sampler`)."""
         return TabularSampler(self, observation, **arguments)
 
     def evaluate_actions(
@@ -124,7 +124,7 @@ class TabularPolicy(Policy):
         states_only: Tensor | None = None,
         values_of: Continuation | None = "policy",
     ) -> Evaluation:
-        """Evaluate tokens that are already written (see `Policy.evaluate_actions`).
+        """Evaluate tokens (see `Policy.evaluate_actions`).
 
         Raises:
             ValueError: A column without a valid token, or with none before it; a hand-off.
@@ -138,9 +138,9 @@ class TabularPolicy(Policy):
         log_probs = at_least_float32(self.logits[states]).log_softmax(-1)
         chosen = log_probs.gather(2, input_ids.gather(1, there)[:, :, None]).squeeze(2)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-        asked = columns >= 0
-        decided = asked if states_only is None else asked & ~states_only
-        values = torch.zeros_like(chosen) if values_of is None else self._values_of(states, asked, values_of)
+        given = columns >= 0
+        decided = given if states_only is None else given & ~states_only
+        values = torch.zeros_like(chosen) if values_of is None else self._values_of(states, given, values_of)
         return Evaluation(torch.where(decided, chosen, 0), torch.where(decided, entropy, 0), values)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor, of: Continuation = "policy") -> Tensor:
@@ -178,16 +178,16 @@ class TabularPolicy(Policy):
 
 
 class TabularSampler:
-    """Sampling from a `TabularPolicy`, one token for every row a call, as `textgym.decoding.Sampler` does.
+    """The `textgym.sampling.TokenSampler` of a `TabularPolicy`: one token of every row per call.
 
     Args:
         policy: The policy.
         observation: "input_ids" and "attention_mask", each (N, S).
         seeds: (N,) integers.
-        max_new_tokens: Most new tokens of a text, prefix included: an int, or (N,) integers.
-        prefix_lengths: (N,) new tokens that the observation already holds; None for none.
+        max_new_tokens: Maximum number of new tokens of a text, prefix included: an int, or (N,) integers.
+        prefix_lengths: (N,) number of new tokens that the observation already holds; None for 0.
         decoding: How tokens are chosen; None for the policy's own `decoding`.
-        values: Whether the samples carry values.
+        values: Whether samples hold values.
 
     Attributes:
         rows: (n,) int64 array, indices into the N given rows of those still in the batch.
@@ -242,10 +242,10 @@ class TabularSampler:
         return Sample(tokens, log_probs, at_least_float32(policy.value_table[states]) if self._with_values else None)
 
     def keep(self, mask: np.ndarray) -> None:
-        """Let rows leave the batch.
+        """Remove rows from the batch.
 
         Args:
-            mask: (n,) bool, which of `rows` go on; the next `sample` continues these.
+            mask: (n,) bool, which of `rows` stay; the next `sample` continues these.
         """
         mask = np.asarray(mask)
         if mask.dtype != np.bool_ or mask.shape != self.rows.shape:
@@ -254,5 +254,5 @@ class TabularSampler:
 
 
 def _lock_states(lock: CombinationLock, ids: Tensor) -> Tensor:
-    """The prompt of a lock is one token, which changes nothing: before and after it the text is empty."""
+    """The states of a lock, whose prompt is one token: before and after it the text is empty."""
     return nn.functional.pad(lock.states(ids[:, 1:]), (1, 0))

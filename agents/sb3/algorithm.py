@@ -1,4 +1,4 @@
-"""Algorithms of Stable-Baselines3 behind the interface of those in `agents`."""
+"""Algorithms of Stable-Baselines3 with the interface of those in `agents`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ZIP_FILE, CLASS_FILE = "model.zip", "sb3.json"
-# Rows of a rollout that the reference policy reads at a time.
+# Number of rows of a rollout per pass through the reference policy.
 _ROWS_AT_ONCE = 16
 
 
@@ -54,7 +54,7 @@ class KLPenalty(BaseCallback):
     ``model.learn(..., callback=KLPenalty(reference, 0.02))``.
 
     Args:
-        reference: The policy to stay near; it must not change.
+        reference: The reference policy; it must not change.
         coef: Weight of the penalty.
 
     Attributes:
@@ -76,15 +76,15 @@ class KLPenalty(BaseCallback):
         buffer, device = model.rollout_buffer, self.reference.device
         observations: Any = buffer.observations
         log_probs = np.empty_like(buffer.log_probs)
-        # By rows, whose texts begin one another.
+        # By rows, in which each text is a prefix of the next.
         for rows in np.array_split(np.arange(buffer.n_envs), -(-buffer.n_envs // _ROWS_AT_ONCE)):
             obs = {
                 name: torch.as_tensor(array[:, rows], device=device).flatten(0, 1)
                 for name, array in observations.items()
             }
             actions = torch.as_tensor(buffer.actions[:, rows], device=device).flatten()
-            judged = evaluate_transitions(self.reference, obs, actions).log_probs
-            log_probs[:, rows] = judged.view(-1, len(rows)).cpu()
+            evaluated = evaluate_transitions(self.reference, obs, actions).log_probs
+            log_probs[:, rows] = evaluated.view(-1, len(rows)).cpu()
         log_ratio = buffer.log_probs - log_probs
         self.kl_per_token = float(log_ratio.mean())
         buffer.rewards -= self.coef * log_ratio
@@ -95,7 +95,7 @@ class KLPenalty(BaseCallback):
 
 
 class _Episodes(BaseCallback):
-    """Keeps the infos of the episodes that ended."""
+    """Collects the infos of the episodes that ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,14 +119,14 @@ class SB3Algorithm(Algorithm):
     Args:
         policy: A `LanguageModelPolicy`, or the hub id or path of a language model.
         env: The id of an environment, or a `TextVectorEnv` made with ``parking=True`` by `gymnasium.make_vec`.
-        minibatch_size: Episodes a gradient step, T steps each: the `batch_size` of an actor-critic algorithm that has
+        minibatch_size: Episodes per gradient step, T steps each: the `batch_size` of an actor-critic algorithm that has
             one.
-        n_epochs: Passes over a rollout, where the algorithm has such a thing.
+        n_epochs: Passes over a rollout, if the algorithm has this argument.
         learning_rate: Step size.
-        kl_coef: Weight of the KL penalty to the starting policy, a reward (see `KLPenalty`); of no effect where no
+        kl_coef: Weight of the KL penalty to the starting policy, as a reward (see `KLPenalty`); no effect if no
             language model is trained.
-        **arguments: Those of `Algorithm`, and the algorithm's own, which come before what is said above (`batch_size`,
-            `gamma`, `policy_kwargs`, ...). A rollout of an actor-critic algorithm is at most an iteration.
+        **arguments: Those of `Algorithm`, and the algorithm's own, which override those above (`batch_size`, `gamma`,
+             `policy_kwargs`, ...). A rollout of an actor-critic algorithm is at most an iteration.
 
     Raises:
         ValueError: An argument is wrong, the algorithm takes no dictionaries as observations, or it was started as
@@ -184,7 +184,7 @@ class SB3Algorithm(Algorithm):
                 "prompt_columns": self.env.max_prompt_tokens,
                 **arguments.get("policy_kwargs", {}),
             }
-        self.model = _paced(self.sb3_class)(
+        self.model = _with_external_progress(self.sb3_class)(
             sb3_policy,
             VecMonitor(TextVecEnv(self.env)),
             **{
@@ -216,11 +216,11 @@ class SB3Algorithm(Algorithm):
         return super()._learn(done, *arguments)
 
     def iterate(self) -> dict[str, Any]:
-        """Let the algorithm take the steps of an iteration."""
+        """Run the algorithm for the steps of an iteration."""
         self._episodes.infos.clear()
-        # Schedules go over all iterations, not over this call of `learn`.
+        # Schedules run over all iterations, not over this call of `learn`.
         self.model._current_progress_remaining = max(0.0, 1 - self._progress())
-        # Anew, because everything else in the process draws from the same generators.
+        # In every iteration, because other code in the process draws from the same generators.
         set_random_seed(int(hash64(self.seed, self.iteration)) >> 33)
         self.model.learn(self.steps, callback=self._callbacks, reset_num_timesteps=False)
         infos = self._episodes.infos
@@ -248,33 +248,33 @@ class SB3Algorithm(Algorithm):
         if self._penalty is not None:
             record["kl_per_token"] = self._penalty.kl_per_token
             record["kl"] = record["kl_per_token"] * record["policy_tokens"] / len(infos)
-        said = self.model.logger.name_to_value
-        # Some are not always numbers: where all returns are the same, there is no variance to explain.
+        logged = self.model.logger.name_to_value
+        # Some can be NaN, such as the explained variance of equal returns.
         return record | {
-            name.removeprefix("train/"): float(said[name])
-            for name in sorted(said)
-            if name.startswith("train/") and np.isfinite(said[name])
+            name.removeprefix("train/"): float(logged[name])
+            for name in sorted(logged)
+            if name.startswith("train/") and np.isfinite(logged[name])
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint (see `Algorithm.save`); arguments that are no plain data have to be given to `load`."""
-        usual = self.hyperparameters
-        self.hyperparameters = {key: value for key, value in usual.items() if is_json_serializable(value)}
+        """Write a checkpoint (see `Algorithm.save`); arguments that JSON cannot hold must be given to `load`."""
+        complete = self.hyperparameters
+        self.hyperparameters = {key: value for key, value in complete.items() if is_json_serializable(value)}
         try:
             super().save(path)
         finally:
-            self.hyperparameters = usual
+            self.hyperparameters = complete
 
     def models(self) -> dict[str, nn.Module]:
-        """The reference policy of the KL penalty, beside the policy."""
+        """Add the reference policy of the KL penalty."""
         reference = None if self._penalty is None else self._penalty.reference
         return {**super().models(), **({} if reference is None else {"reference": reference})}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `training_state`, with new episodes in the place of those that were running.
+        """Continue from a `training_state`, with new episodes in place of unfinished ones.
 
         Raises:
-            ValueError: The algorithm learns from a memory of transitions, which a checkpoint does not hold.
+            ValueError: The algorithm has a replay buffer, which checkpoints do not hold.
         """
         if not isinstance(self.policy, LanguageModelPolicy):
             raise ValueError(f"{self.name} cannot be resumed: its checkpoints do not hold the replay buffer")
@@ -282,7 +282,7 @@ class SB3Algorithm(Algorithm):
         self.model.num_timesteps = self.num_timesteps
         envs = self.model.get_env()
         assert envs is not None
-        envs.unwrapped._reset_seeds()  # the environment goes on with its own
+        envs.unwrapped._reset_seeds()  # the environment continues with its own
 
 
 class SB3Policy(Actor):
@@ -303,12 +303,12 @@ class SB3Policy(Actor):
         self.can_hand_off = bool(cast("spaces.Discrete", model.action_space).n > vocabulary_size(tokenizer))
 
     def sampler(self, observation: Mapping[str, Any], **arguments: Any) -> TokenSampler:
-        """Begin to write a batch of texts; `predict` chooses their tokens, whatever decoding and seeds say."""
+        """Return a sampler whose tokens `predict` chooses; decoding and seeds have no effect."""
         return _PredictSampler(self.model, observation)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write Stable-Baselines3's zip, the class of its algorithm, and the tokenizer into a folder."""
-        sb3_class = next(cls for cls in type(self.model).__mro__ if not cls.__dict__.get("_is_paced"))
+        sb3_class = next(cls for cls in type(self.model).__mro__ if not cls.__dict__.get("_has_external_progress"))
         with new_folder(folder) as new:
             self.tokenizer.save_pretrained(new)
             self.model.save(new / ZIP_FILE)
@@ -322,7 +322,7 @@ class SB3Policy(Actor):
         """Read what `save_pretrained` wrote. Stable-Baselines3's zips hold pickles: only open those you trust.
 
         Raises:
-            ValueError: `path` is no such folder, or there are arguments.
+            ValueError: `path` is no such folder, or an argument is unknown.
         """
         if arguments:
             raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
@@ -337,7 +337,7 @@ class SB3Policy(Actor):
 
 
 class _PredictSampler:
-    """Writes as `textgym.decoding.Sampler` does, with the tokens that an algorithm of Stable-Baselines3 predicts."""
+    """A `textgym.sampling.TokenSampler` with the tokens that an algorithm of Stable-Baselines3 predicts."""
 
     def __init__(self, model: BaseAlgorithm, observation: Mapping[str, Any]) -> None:
         self.model = model
@@ -354,13 +354,13 @@ class _PredictSampler:
         return Sample(chosen, torch.zeros_like(chosen, dtype=torch.float32), None)
 
     def keep(self, mask: np.ndarray) -> None:
-        """Let rows leave the batch."""
+        """Remove rows from the batch."""
         self.rows = self.rows[mask]
 
 
-def _paced(sb3_class: type[BaseAlgorithm]) -> type[BaseAlgorithm]:
-    """The algorithm, with a progress that `SB3Algorithm` sets instead of each call of `learn`."""
-    members = {"_is_paced": True, "_update_current_progress_remaining": lambda self, *_: None}
+def _with_external_progress(sb3_class: type[BaseAlgorithm]) -> type[BaseAlgorithm]:
+    """A subclass whose training progress is set by `SB3Algorithm`, not by each call of `learn`."""
+    members = {"_has_external_progress": True, "_update_current_progress_remaining": lambda self, *_: None}
     return type(sb3_class.__name__, (sb3_class,), members)
 
 
@@ -376,15 +376,15 @@ def _parameters(cls: type) -> dict[str, Any]:
 
 
 def _without_parking(env: TextVectorEnv) -> TextVectorEnv:
-    """Make the same environment for algorithms that expect an answer at each step.
+    """Make the same environment without parking.
 
     Raises:
-        ValueError: `env` was not made by `gymnasium.make_vec`, so how it was made is not known.
+        ValueError: `env` was not made by `gymnasium.make_vec`, so its arguments are unknown.
     """
     if env.spec is None:
         raise ValueError("env must be made by gymnasium.make_vec: it is made again without parking")
     arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
-    # What is loaded already is shared, not loaded again.
+    # Share what is already loaded.
     arguments |= {"guide": env.guide, "tokenizer": env.tokenizer, "reward": env.reward_function}
     arguments |= {"parking": False, "copy": True}
     return gym.make_vec(env.spec.id, num_envs=env.num_envs, **arguments).unwrapped  # type: ignore[return-value]

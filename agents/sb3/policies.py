@@ -33,7 +33,7 @@ from textgym.tokenization import unused_ids, vocabulary_size
 
 Observation = Mapping[str, Tensor]
 
-# Rows that end at different times are read by different readers. With more of them it is quicker to read all again.
+# Rows that begin at different times have different readers. With more readers, reading all texts again is faster.
 _MOST_READERS = 8
 
 
@@ -42,19 +42,19 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
 
     Actions, log-probabilities, entropies and values are those of the language model and its value head: sampling
     follows ``model.decoding``, and log-probabilities are of the untruncated softmax at temperature 1, as everywhere in
-    `agents`. In an update, transitions of which one text begins another are read together, so that a large
-    `batch_size` costs little more than its episodes.
+    `agents`. In an update, texts that are prefixes of one another are read together, so that a large `batch_size`
+    costs little more than its episodes.
 
     Args:
         observation_space: The environment's.
         action_space: The environment's.
         lr_schedule: Learning rate by the share of training that remains.
         model: The hub id or folder of a language model, causal or sequence-to-sequence; a `LanguageModelPolicy`, which
-            is then trained itself; or a `Portable`. What Stable-Baselines3 saves names the hub id or folder, or holds
-            a `LanguageModelPolicy` with its weights, beside those it saves anyway.
-        prompt_columns: P, columns of an observation that are the prompt's (the environment's ``max_prompt_tokens``);
-            needed only by a model that encodes the prompt, like T5, and where ``model.decoding`` has a
-            `min_new_tokens`, which counts the tokens after them.
+            is then trained itself; or a `Portable`. A saved zip holds the hub id or folder, or the
+            `LanguageModelPolicy` with a second copy of its weights.
+        prompt_columns: P, the number of prompt columns of an observation (the environment's ``max_prompt_tokens``);
+            needed only by a model that encodes the prompt, like T5, or with ``model.decoding.min_new_tokens``, which
+            counts the tokens after them.
         optimizer_class: The optimiser.
         optimizer_kwargs: Its arguments beside the learning rate; None for those of Stable-Baselines3.
         use_sde: Always False; exploration noise is for continuous actions.
@@ -80,7 +80,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
     ) -> None:
         if optimizer_kwargs is None:
             optimizer_kwargs = {"eps": 1e-5} if optimizer_class is torch.optim.Adam else {}
-        # Not ActorCriticPolicy's, which builds networks of its own.
+        # Not ActorCriticPolicy's, which builds its own networks.
         BasePolicy.__init__(
             self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
@@ -134,7 +134,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         Returns:
             Actions, int64 (n,), values (n, 1), and log-probabilities (n,).
         """
-        sample = self._reader(obs, deterministic=True).sample() if deterministic else self._go_on(obs)
+        sample = self._reader(obs, deterministic=True).sample() if deterministic else self._sample_next(obs)
         assert sample.values is not None
         return sample.tokens, sample.values[:, None], sample.log_probs
 
@@ -142,14 +142,14 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         return self._reader(observation, deterministic).sample().tokens
 
     def set_training_mode(self, mode: bool) -> None:
-        """Begin an update or a rollout: what was read of running texts is forgotten."""
+        """Begin an update or a rollout, without the caches of the texts so far."""
         self._readers.clear()
         super().set_training_mode(mode)
 
-    def _go_on(self, obs: Observation) -> Sample:
-        """Sample the next token of every row; the texts that go on from the last call cost one token each."""
+    def _sample_next(self, obs: Observation) -> Sample:
+        """Sample the next token of every row; texts that continue those of the last call cost one token each."""
         arrays, everywhere = {name: on_host(array) for name, array in obs.items()}, np.arange(len(obs["input_ids"]))
-        self._readers = [reader for reader in self._readers if reader.go_on(arrays)]
+        self._readers = [reader for reader in self._readers if reader.keep_continued(arrays)]
         rows = np.setdiff1d(everywhere, [row for reader in self._readers for row in reader.rows])
         if len(rows) and len(self._readers) == _MOST_READERS:
             self._readers, rows = [], everywhere
@@ -161,7 +161,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
 
     def _reader(self, obs: Mapping[str, Any], deterministic: bool = False, rows: np.ndarray | None = None) -> _Reader:
         rows = np.arange(len(obs["input_ids"])) if rows is None else rows
-        written = self._written(obs)[rows]
+        written = self._num_new_tokens(obs)[rows]
         obs = {name: on_host(array)[rows] for name, array in obs.items()}
         room = obs["attention_mask"][:, ::-1].argmax(1)
         sampler = self.language_model.sampler(
@@ -173,8 +173,8 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         )
         return _Reader(sampler, obs, rows)
 
-    def _written(self, obs: Mapping[str, Any]) -> np.ndarray:
-        """New tokens in observations, (n,); all zero where nothing depends on their number."""
+    def _num_new_tokens(self, obs: Mapping[str, Any]) -> np.ndarray:
+        """Number of new tokens of each observation, (n,); zeros if nothing depends on it."""
         if self.prompt_columns is None:
             return np.zeros(len(obs["input_ids"]), np.int64)
         return (on_host(obs["attention_mask"])[:, self.prompt_columns :] != 0).sum(1)
@@ -184,7 +184,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         return Decoding(greedy=True, min_new_tokens=decoding.min_new_tokens) if deterministic else decoding
 
     def evaluate_actions(self, obs: Observation, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Evaluate actions that are already taken.
+        """Evaluate given actions.
 
         Args:
             obs: "input_ids" and "attention_mask", each (n, P+T).
@@ -193,8 +193,8 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         Returns:
             Values (n, 1), log-probabilities (n,) and entropies (n,).
         """
-        now = evaluate_transitions(self.language_model, obs, actions)
-        return now.values[:, None], now.log_probs, now.entropy
+        result = evaluate_transitions(self.language_model, obs, actions)
+        return result.values[:, None], result.log_probs, result.entropy
 
     def predict_values(self, obs: Observation) -> Tensor:  # type: ignore[override]
         """Values of states, (n, 1)."""
@@ -204,7 +204,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         return texts.of_each(values)[:, None]
 
     def get_distribution(self, obs: Observation) -> CategoricalDistribution:  # type: ignore[override]
-        """The distribution of the next action, which can be differentiated twice, as TRPO wants it."""
+        """The distribution of the next action, twice differentiable, as TRPO needs it."""
         log_probs = self._log_probs(self._states(obs))
         return CategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
 
@@ -227,7 +227,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
             logits = head(model.model, states)
         size = vocabulary_size(model.tokenizer)
         log_probs = at_least_float32(logits).log_softmax(-1)[:, :size]
-        # Actions that are no token of the model have no probability, and no gradient that is not a number.
+        # Actions that are no token of the model have probability zero, and finite gradients.
         never = torch.finfo(log_probs.dtype).min
         log_probs = pad(log_probs, (0, size - log_probs.shape[1]), value=never)
         if unused := unused_ids(model.tokenizer):
@@ -242,14 +242,14 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
     """`CausalLMActorCriticPolicy` for MaskablePPO, with the nucleus masks of NLPO.
 
     Only actions that the environment's `action_masks` allows can be chosen; log-probabilities and entropies are those
-    of the distribution that is left. With `top_p` below 1 a second mask leaves only the nucleus of a masking policy, a
+    of the masked distribution. With `top_p` below 1 a second mask leaves only the nucleus of a masking policy, a
     copy of the policy that is renewed every `mask_updates` updates: NLPO (Ramamurthy et al. 2022, arXiv 2210.01241,
-    section 4). Where the two masks together leave nothing, the environment's alone holds; the hand-off is never in a
-    nucleus and always stays.
+    section 4). If the two masks together leave no action, only the environment's is used; the nucleus mask always
+    allows the hand-off.
 
     Args:
         *arguments: As for `CausalLMActorCriticPolicy`.
-        top_p: Probability that a nucleus holds, in (0, 1]; 1 masks nothing.
+        top_p: Probability mass of a nucleus, in (0, 1]; 1 masks nothing.
         mask_updates: Updates (calls of ``train``) after which the masking policy is renewed.
         **options: As for `CausalLMActorCriticPolicy`.
 
@@ -306,14 +306,14 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
         decoding, ends = self._decoding(deterministic), list(self.language_model.end_token_ids)
         scores = distribution.distribution.logits.clone()
         if decoding.min_new_tokens:
-            early = torch.from_numpy(self._written(obs) < decoding.min_new_tokens)
+            early = torch.from_numpy(self._num_new_tokens(obs) < decoding.min_new_tokens)
             scores[:, ends] = scores[:, ends].masked_fill(early.to(scores.device)[:, None], -torch.inf)
         return choose(scores, torch.rand(len(scores), dtype=torch.float64).to(scores.device), decoding)
 
     def evaluate_actions(  # type: ignore[override]
         self, obs: Observation, actions: Tensor, action_masks: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Evaluate actions that are already taken (see `CausalLMActorCriticPolicy.evaluate_actions`).
+        """Evaluate given actions (see `CausalLMActorCriticPolicy.evaluate_actions`).
 
         Args:
             obs: "input_ids" and "attention_mask", each (n, P+T).
@@ -335,20 +335,22 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
         if self.masking_model is not None:
             with torch.no_grad():
                 scores = self._log_probs(self._states(obs, self.masking_model), self.masking_model)
-            near = nucleus(scores, self.top_p).isfinite()
-            near[:, vocabulary_size(self.language_model.tokenizer) :] = True
-            both = near if allowed is None else near & allowed.view_as(near)
-            allowed = both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed.view_as(near))
+            in_nucleus = nucleus(scores, self.top_p).isfinite()
+            in_nucleus[:, vocabulary_size(self.language_model.tokenizer) :] = True
+            both = in_nucleus if allowed is None else in_nucleus & allowed.view_as(in_nucleus)
+            allowed = (
+                both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed.view_as(in_nucleus))
+            )
         distribution = MaskableCategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
         distribution.apply_masking(allowed)
         return distribution
 
 
 class _Reader:
-    """Rows of a rollout that were read together: from then on each costs one token a step.
+    """Rows of a rollout that were read together, each of which then costs one token per step.
 
     Args:
-        sampler: Reads them.
+        sampler: Their sampler.
         obs: "input_ids" and "attention_mask", arrays (n, P+T).
         rows: (n,), which rows of the rollout they are.
     """
@@ -358,7 +360,7 @@ class _Reader:
 
     @property
     def rows(self) -> np.ndarray:
-        """(m,) those that are still read here, in the order of samples."""
+        """(m,) rows that are still in the sampler, in the order of samples."""
         return self._rows[self.sampler.rows]
 
     def sample(self) -> Sample:
@@ -370,8 +372,8 @@ class _Reader:
         ids[rows[fits], ends[fits]], mask[rows[fits], ends[fits]] = sample.tokens.cpu().numpy()[fits], 1
         return sample
 
-    def go_on(self, obs: Mapping[str, np.ndarray]) -> bool:
-        """Let the rows leave in which another text stands now; whether any stay."""
+    def keep_continued(self, obs: Mapping[str, np.ndarray]) -> bool:
+        """Remove rows whose text is not the continued one; returns whether any stay."""
         rows = self.rows
         same = np.zeros(len(rows), bool)
         if rows.max() < len(obs["input_ids"]):
@@ -383,9 +385,9 @@ class _Reader:
 
 
 class Portable:
-    """A language model that lies in Stable-Baselines3's zip as everything but its weights, which are there anyway.
+    """A language model that is pickled without its weights, which Stable-Baselines3's zip holds already.
 
-    Such a zip opens wherever these packages are installed, and is no larger than it has to be:
+    The zip opens wherever these packages are installed, and holds the weights once:
     ``policy_kwargs={"model": Portable("my-model")}``.
 
     Args:
@@ -401,7 +403,7 @@ class Portable:
             self.policy = model.policy
         elif isinstance(model, LanguageModelPolicy):
             self.policy = model
-        else:  # on the CPU, because Stable-Baselines3 moves it to where it computes
+        else:  # on the CPU, because Stable-Baselines3 moves it to its device
             self.policy = LanguageModelPolicy.from_pretrained(model, device="cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Portable:
@@ -438,14 +440,14 @@ class _Texts:
     Args:
         input_ids: (n, S); valid tokens of a row can have padding on both sides.
         attention_mask: (n, S), nonzero where valid.
-        actions: (n,) tokens that follow; None where only the texts are to be read.
+        actions: (n,) tokens that follow the texts; None for the texts alone.
         is_token: (n,) bool, which of the actions are tokens; None for all.
-        prompt_columns: P, where new tokens begin in each row; None to move texts into the first column.
+        prompt_columns: P, where new tokens begin in each row; None to align texts left.
 
     Attributes:
         input_ids: int64 (m, S+1), rows with m <= n different texts.
         attention_mask: bool (m, S+1).
-        columns: int64 (m, k), the columns that follow the n texts, where their actions stand; -1 for none.
+        columns: int64 (m, k), the columns after the n texts, which hold their actions; -1 for none.
     """
 
     def __init__(
@@ -459,17 +461,17 @@ class _Texts:
         valid = attention_mask != 0
         if prompt_columns is None:
             ids, lengths = left_packed(input_ids.long(), valid), valid.sum(1)
-        else:  # texts whose prompts differ in padding do not begin each other
+        else:  # texts whose prompts differ in padding are not merged
             ids, lengths = input_ids.long().masked_fill(~valid, -2), prompt_columns + valid[:, prompt_columns:].sum(1)
         ids, ends, count = pad(ids, (0, 1)), lengths, len(input_ids)
         if actions is not None:
             ids = ids.scatter(1, lengths[:, None], actions[:, None])
             ends = lengths + (1 if is_token is None else is_token.long())
         columns = torch.arange(ids.shape[1], device=ids.device)
-        # In the order of `unique`, -1 first, the texts that begin another stand right before it.
+        # `unique` sorts (-1 first), so that prefixes of a text are right before it.
         different, which = ids.masked_fill(columns >= ends[:, None], -1).unique(dim=0, return_inverse=True)
-        begins_next = ((different[:-1] == different[1:]) | (different[:-1] == -1)).all(1)
-        last = pad(~begins_next, (0, 1), value=True)
+        is_prefix = ((different[:-1] == different[1:]) | (different[:-1] == -1)).all(1)
+        last = pad(~is_prefix, (0, 1), value=True)
         self._row = (last.cumsum(0) - last.long())[which]
         different = different[last]
         self.attention_mask = different >= 0
@@ -482,11 +484,11 @@ class _Texts:
         self.columns[self._row, self._entry] = lengths
 
     def of_each(self, values: Tensor) -> Tensor:
-        """(m, k, ...), one a column, to (n, ...), one a text."""
+        """Values (n, ...) of the texts, from values (m, k, ...) of the columns."""
         return values[self._row, self._entry]
 
     def to_columns(self, values: Tensor) -> Tensor:
-        """(n,), one a text, to (m, k), one a column, zero where there is none."""
+        """Values (m, k) of the columns, zero where there is none, from values (n,) of the texts."""
         return values.new_zeros(self.columns.shape).index_put((self._row, self._entry), values)
 
 
@@ -501,8 +503,8 @@ def evaluate_transitions(policy: Policy, obs: Observation, actions: Tensor) -> E
     Returns:
         As `Policy.evaluate_actions`, each entry (n,).
     """
-    handed = actions == vocabulary_size(policy.tokenizer)
-    texts = _Texts(obs["input_ids"], obs["attention_mask"], actions, ~handed, policy.prompt_columns)
-    handoffs = texts.to_columns(handed) if policy.can_hand_off else None
-    now = policy.evaluate_actions(texts.input_ids, texts.attention_mask, texts.columns, handoffs)
-    return Evaluation(*(texts.of_each(part) for part in now))
+    is_handoff = actions == vocabulary_size(policy.tokenizer)
+    texts = _Texts(obs["input_ids"], obs["attention_mask"], actions, ~is_handoff, policy.prompt_columns)
+    handoffs = texts.to_columns(is_handoff) if policy.can_hand_off else None
+    result = policy.evaluate_actions(texts.input_ids, texts.attention_mask, texts.columns, handoffs)
+    return Evaluation(*(texts.of_each(part) for part in result))

@@ -1,4 +1,4 @@
-"""The vector environment of Stable-Baselines3 over the native one."""
+"""The native vector environment as one of Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from textgym.engine import TextVectorEnv
 from textgym.env import row_info
 
-# Methods of a TextVectorEnv that return one entry a row.
+# Methods of a TextVectorEnv that return one entry per row.
 _ROW_METHODS = ("action_masks", "render")
 
 
@@ -23,15 +23,15 @@ class TextVecEnv(VecEnv):
 
     All rows take a step together, and rows that end on the same step are rewarded in one batch. Results are those of
     a `DummyVecEnv` over as many single environments with the same seeds: an episode that ends is replaced by the next
-    one within the step, its last observation stands in ``info["terminal_observation"]``, and since no episode is ever
+    one within the step, its last observation is ``info["terminal_observation"]``, and since no episode is ever
     truncated, ``info["TimeLimit.truncated"]`` is False. `VecMonitor` adds ``info["episode"]``.
 
     Args:
         env: The environment.
 
     Raises:
-        ValueError: `env` is not a `TextVectorEnv`, or one whose rows are not always live (``parking=True``,
-            ``order="sequential"``), that resets itself within a step, or that hands out views (``copy=False``).
+        ValueError: `env` is not a `TextVectorEnv`, has rows that are not always live (``parking=True``,
+            ``order="sequential"``), resets itself within a step, or returns views (``copy=False``).
     """
 
     def __init__(self, env: TextVectorEnv) -> None:
@@ -62,14 +62,14 @@ class TextVecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take note of the next actions (N,)."""
+        """Store the next actions (N,)."""
         self._actions = actions
 
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:  # type: ignore[override]
         """Write one token in every row, and replace the episodes that ended.
 
         Returns:
-            Observations, rewards (float32 (N,)), dones (bool (N,)) and one info a row.
+            Observations, rewards (float32 (N,)), dones (bool (N,)) and one info per row.
         """
         observation, rewards, dones, _, infos = self.env.step(self._actions)
         row_infos = [{**row_info(infos, row), "TimeLimit.truncated": False} for row in range(self.num_envs)]
@@ -90,7 +90,7 @@ class TextVecEnv(VecEnv):
         return [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """What the single environment of each row would have as that attribute.
+        """The attribute's value for each row, as its single environment would have it.
 
         Raises:
             AttributeError: There is no such attribute.
@@ -109,7 +109,7 @@ class TextVecEnv(VecEnv):
         """Set an attribute of the environment.
 
         Raises:
-            ValueError: `indices` leaves rows out, which share one environment.
+            ValueError: `indices` are not all rows, which share one environment.
         """
         if set(self._get_indices(indices)) != set(range(self.num_envs)):
             raise ValueError(f"indices must be None or all rows, which share their attributes, got {indices!r}")
@@ -121,7 +121,7 @@ class TextVecEnv(VecEnv):
         """Call a method of the environment once, and return each row's part of the result.
 
         Raises:
-            AttributeError: It is none of those that return one entry a row.
+            AttributeError: The method is none of those that return one entry per row.
         """
         if method_name not in _ROW_METHODS:
             raise AttributeError(f"method_name must be one of {list(_ROW_METHODS)}, got {method_name!r}")
