@@ -11,6 +11,7 @@ from test_decoding import tiny_model
 from test_policy import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, RecurrentGemmaConfig
 
+from textgym import model_checks
 from textgym.decoding import Decoding
 from textgym.generation import generate
 from textgym.guides.base import GuideRequest
@@ -245,3 +246,14 @@ def test_what_cannot_be_asked_is_named():
     guide, _ = text_guide(chat=True)
     with pytest.raises(ValueError, match="chat must be False for a tokenizer without a chat template"):
         guide.complete(requests(), WORDS)
+
+
+def test_a_copy_of_a_model_that_was_tried_is_not_tried_again(monkeypatch):
+    model, tried = tiny_model(), []
+    monkeypatch.setattr(model_checks, "_fault", lambda model, first: tried.append(model))
+    LocalGuide(model, device="cpu")
+    assert len(tried) == 1
+    model_checks.check_served(model)
+    assert tried[1:] == [model]
+    LocalGuide(model, device="cpu")
+    assert len(tried) == 2

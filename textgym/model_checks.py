@@ -23,12 +23,18 @@ _OF_COLUMNS = {
 _SERVED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def check_served(model: PreTrainedModel) -> None:
+def check_served(model: PreTrainedModel, copy_of: PreTrainedModel | None = None) -> None:
     """Refuse a causal model that cannot read texts in a batch: it is tried, once, on two short texts.
+
+    Args:
+        model: The model.
+        copy_of: The model of which it is a copy on the same device; if that has been tried, the copy is not.
 
     Raises:
         ValueError: Rows of a batch, cached or not, or the head alone, differ from the model's results for single texts.
     """
+    if copy_of in _SERVED:
+        _SERVED[model] = True
     if model in _SERVED or model.config.is_encoder_decoder or model.device.type == "meta" or trial_length(model) < 4:
         return
     name = type(model).__name__

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from textgym.checks import check, check_int, check_texts
+from textgym.decoding import Decoding
 from textgym.guides.base import Author, Completion, GuideRequest
 from textgym.guides.budget import Budget, BudgetExceeded, Ledger, Usage, is_amount
 from textgym.guides.completion_cache import CompletionCache
@@ -25,8 +26,6 @@ from textgym.guides.templates import chat_messages, completions_template, withou
 if TYPE_CHECKING:
     from openai import OpenAI
     from transformers import PreTrainedTokenizerBase
-
-    from textgym.decoding import Decoding
 
 __all__ = ["Budget", "BudgetExceeded", "HTTPGuide", "Usage"]
 
@@ -420,8 +419,6 @@ def _sampling_fields(decoding: Any) -> dict[str, Any]:
     """Return a decoding as fields of a request."""
     if decoding is None:
         return {"temperature": 1.0, "top_p": 0.92}
-    from textgym.decoding import Decoding  # imports torch, as whoever made one has done
-
     if not isinstance(decoding, Decoding) or decoding.min_new_tokens or decoding.num_beams > 1:
         raise ValueError(
             "decoding must be None or a Decoding without min_new_tokens and beams, which servers do not know, "

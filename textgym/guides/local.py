@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from textgym.checks import check_int, check_texts
+from textgym.decoding import Decoding
 from textgym.guides.base import Author, Completion, GuideRequest
 
 # torch is imported for the first completion, so that `gym.make` with a guide is quick.
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from textgym.decoding import Decoding
     from textgym.tokenization import StopCriteria
 
 # Most tokens of the guide per token of the environment.
@@ -93,7 +93,8 @@ class LocalGuide:
 
             check_autocast("dtype", dtype)
         self.path = str(model) if isinstance(model, str | os.PathLike) else None
-        self.tokenizer, self.decoding, self.device = tokenizer, decoding, device
+        self.tokenizer, self.device = tokenizer, device
+        self.decoding = decoding or Decoding(top_p=0.92, top_k=50)
         self.batch_size = check_int("batch_size", batch_size)
         self.dtype, self.quantization, self.gguf_file = dtype, quantization, gguf_file
         self.template, self.chat, self.stop = template, chat, check_texts("stop", stop)
@@ -228,7 +229,6 @@ class LocalGuide:
         own: PreTrainedTokenizerBase,
     ) -> list[list[int]]:
         """Generate at most `limits` tokens after each context, a pair of prompt and prefix in the guide's tokens."""
-        from textgym.decoding import Decoding
         from textgym.generation import generate
         from textgym.precision import fast_dtype
         from textgym.tokenization import check_embedded, unused_ids, vocabulary_size
@@ -246,7 +246,7 @@ class LocalGuide:
             self._model,
             input_ids,
             mask,
-            decoding=self.decoding or Decoding(),
+            decoding=self.decoding,
             seeds=np.array([request.seed & 0xFFFFFFFFFFFFFFFF for request in requests], np.uint64),
             eos_token_id=self._ends_of(own).token_ids,
             prefix_lengths=prefix_lengths,
@@ -268,13 +268,10 @@ class LocalGuide:
         return self._ends[1]
 
     def _load(self) -> None:
-        from textgym.decoding import Decoding
         from textgym.model_checks import check_served
         from textgym.models import load_model, resolve_device
         from textgym.tokenization import pretrained_tokenizer
 
-        if self.decoding is None:
-            self.decoding = Decoding(top_p=0.92, top_k=50)
         if self._model is None and self.path is not None:
             how: dict[str, Any] = {"quantization": self.quantization, "gguf_file": self.gguf_file}
             key = (self.path, _modified(self.path), str(resolve_device(self.device)), *how.values())
@@ -338,7 +335,7 @@ def _frozen_copy(model: Any, device: str | torch.device) -> PreTrainedModel:
     if moves:
         frozen.to(resolve_device(device))
     fuse_activations(frozen)
-    check_served(frozen.eval())
+    check_served(frozen.eval(), None if moves else model)
     return frozen.requires_grad_(False)
 
 

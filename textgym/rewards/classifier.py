@@ -173,7 +173,7 @@ class ModelReward:
         check_one_of("truncation_side", truncation_side, ("left", "right"))
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-        from textgym.decoding import resolve_device
+        from textgym.models import resolve_device
 
         self.fingerprint = os.fspath(model)
         self.batch_size = check_int("batch_size", batch_size)
