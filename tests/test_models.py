@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import evaluate_with_both
 from test_decoding import CONFIGS, EOS, VOCAB, WIDE, observations
 from test_local_guide import requests
 from test_policy import tiny_tokenizer
@@ -207,7 +208,7 @@ def test_sampling_evaluation_and_transformers_agree(name):
     )
     lengths = (columns >= 0).sum(1)
     assert min(lengths) < max(lengths) - 3, "the test needs rows that leave early"
-    judged = policy.evaluate_actions(*map(torch.from_numpy, (ids, mask, columns)))
+    evaluated = evaluate_with_both(policy, *map(torch.from_numpy, (ids, mask, columns)))
     expected = torch.zeros(4, *columns.shape)
     for row, (prompt, new) in enumerate(texts_of(ids, mask)):
         logits, states = slow(policy, prompt, new)
@@ -217,13 +218,12 @@ def test_sampling_evaluation_and_transformers_agree(name):
             expected[2, row, h], expected[3, row, h] = (
                 policy.heads[head](states[h]).squeeze() for head in ("value", "guide_value")
             )
-    np.testing.assert_allclose(torch.stack(judged), expected, atol=2e-4)
+    np.testing.assert_allclose(evaluated, expected, atol=2e-4)
     np.testing.assert_allclose(log_probs, expected[0], atol=2e-4)
     np.testing.assert_allclose(values, expected[2], atol=2e-4)
     ends = torch.from_numpy(P + mask[:, P:].sum(1, keepdims=True)).long()
-    for part, head in zip(
-        policy.values(*map(torch.from_numpy, (ids, mask)), ends), ("value", "guide_value"), strict=True
-    ):
+    for of, head in (("policy", "value"), ("guide", "guide_value")):
+        part = policy.values(*map(torch.from_numpy, (ids, mask)), ends, of)
         for row, (prompt, new) in enumerate(texts_of(ids, mask)):
             state = slow(policy, prompt, new)[1][-1]
             np.testing.assert_allclose(part[row], policy.heads[head](state), atol=2e-4)
