@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch
-from conftest import ENV_ID, HORIZON, PROMPT_TOKENS
+from conftest import ENV_ID, HORIZON, PROMPT_TOKENS, evaluate_with_both
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_algorithms import make_agent, numbers
@@ -131,11 +131,9 @@ def test_gradients_are_those_of_single_texts(make_env, make_policy):
     for parts in ([torch.arange(16)], torch.arange(16).split(1)):
         policy.zero_grad()
         for rows in parts:
-            judged = policy.evaluate_actions(
-                rollout.input_ids[rows], rollout.attention_mask[rows], rollout.columns(rollout.decisions)[rows],
-                rollout.handoffs[rows],
-            )  # fmt: skip
-            (torch.stack(judged) * weights[:, rows]).sum().backward()
+            columns = rollout.columns(rollout.decisions)[rows]
+            texts = rollout.input_ids[rows], rollout.attention_mask[rows], columns, rollout.handoffs[rows]
+            (evaluate_with_both(policy, *texts) * weights[:, rows]).sum().backward()
         gradients.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
     assert len(gradients[0]) > 20
     for gradient, reference in zip(*gradients, strict=True):
