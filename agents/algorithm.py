@@ -25,12 +25,14 @@ from agents.evaluation import EvaluationResult, evaluate
 from agents.policy import Actor, LanguageModelPolicy, Policy
 from agents.processes import gather_state, make_accelerator, own_state, reduce, start_equal
 from agents.sharding import assemble, load_optimizer, scatter, shard, whole
-from textgym.checks import check, check_arguments
+from textgym.checks import check, check_arguments, is_int, is_number
 from textgym.engine import TextVectorEnv
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
+# How arguments that are annotated as numbers are checked, and what they must be.
+NUMBERS = {"int": (is_int, "an int"), "float": (is_number, "a number")}
 Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 
 
@@ -52,7 +54,7 @@ class Algorithm(ABC):
         num_timesteps: Policy tokens so far.
         num_guide_tokens: Guide tokens so far.
         num_episodes: Episodes so far.
-        iteration: Iterations so far.
+        iteration: Iterations so far: 0 during the first one.
         optimizer: The optimiser, whose state a checkpoint holds.
 
     Raises:
@@ -100,6 +102,12 @@ class Algorithm(ABC):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for part in fields(self):
+            kind, *others = str(getattr(part.type, "__name__", part.type)).split(" | ")
+            value = getattr(self, part.name)
+            if kind in NUMBERS and not (value is None and "None" in others):
+                is_kind, what = NUMBERS[kind]
+                check(part.name, value, is_kind(value), " or ".join([what, *others]))
         self.check_hyperparameters()
         objects = ("policy", "env", "eval_env", "track")
         self.hyperparameters = {

@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from agents import CausalLMPolicy, PPOPlusPlus, evaluate
-from agents.evaluation import make_env
+from agents.environments import make_env
 from benchmarks.comparison.warm_start import warm_start
 from benchmarks.profiles.small import COMMONGEN
 from benchmarks.report.table import Table

@@ -17,7 +17,7 @@ import tyro
 from openai import OpenAI
 
 from agents import LanguageModelPolicy, PPOPlusPlus
-from agents.evaluation import make_env
+from agents.environments import make_env
 from textgym.guides.http import HTTPGuide
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import Notebook
 
 from agents import ALGORITHMS, PPO, SL, CausalLMPolicy, PPOPlusPlus
 from agents.supervised import supervised_loss
+from textgym.checks import check
 from textgym.guides import CallableGuide, Completion
 from textgym.seeding import hash64
 
@@ -362,3 +364,52 @@ def test_what_was_frozen_and_how_wide_it_was_survives_a_checkpoint(make_env, mak
     assert resumed.policy.model.dtype == resumed.reference.model.dtype == torch.bfloat16
     assert not resumed.policy.model.transformer.wte.weight.requires_grad
     assert numbers(resumed.history) == numbers(whole.history)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_arguments_are_shown_documented_and_named_when_wrong(name):
+    """Once each: in the signature with the default, in `help`, in the error, and as the attribute."""
+    algorithm = ALGORITHMS[name]
+    parameters = inspect.signature(algorithm).parameters
+    assert list(parameters)[:2] == ["policy", "env"]
+    for part in fields(algorithm):
+        assert f"\n    {part.name}: " in algorithm.__doc__, part.name
+        assert parameters[part.name].default is (
+            inspect.Parameter.empty if part.name in ("policy", "env") else part.default
+        )
+    with pytest.raises(TypeError, match=f"{algorithm.__name__} has no argument 'lr'; did you mean learning_rate?"):
+        algorithm("nowhere", "textgym/IMDB-v0", lr=1e-4)
+    for value in ("4", 2.5, True):
+        with pytest.raises(ValueError, match=f"minibatch_size must be an int.*got {value!r}"):
+            algorithm("nowhere", "textgym/IMDB-v0", minibatch_size=value)
+
+
+def test_an_algorithm_of_your_own_declares_arguments_or_writes_a_constructor(make_env, make_policy):
+    class Declared(PPO):
+        name = "declared"
+
+        strength: float = 2.0
+        """How much."""
+
+        def check_hyperparameters(self):
+            super().check_hyperparameters()
+            check("strength", self.strength, self.strength > 0, "above 0")
+
+    class Written(PPO):
+        name = "written"
+
+        def __init__(self, policy, env, *, strength=2.0, **others):
+            super().__init__(policy, env, learning_rate=strength * 1e-4, **others)
+
+    arguments = {"episodes_per_iteration": 8, "device": "cpu"}
+    declared = Declared(make_policy(), make_env(8), strength=3, **arguments)
+    assert declared.strength == declared.hyperparameters["strength"] == 3
+    assert declared.learn(total_episodes=8).num_episodes == 8
+    written = Written(make_policy(), make_env(8), strength=3.0, **arguments)
+    assert written.learning_rate == written.hyperparameters["learning_rate"] == pytest.approx(3e-4)
+    with pytest.raises(TypeError, match=r"Declared has no argument 'strenght'; did you mean strength\?"):
+        Declared(make_policy(), make_env(8), strenght=3)
+    with pytest.raises(ValueError, match="strength must be above 0, got -1"):
+        Declared(make_policy(), make_env(8), strength=-1)
+    with pytest.raises(ValueError, match="strength must be a number, got 'much'"):
+        Declared(make_policy(), make_env(8), strength="much")

@@ -19,7 +19,8 @@ class Guidance:
     hand-off gives it a completion.
 
     Attributes:
-        restart_prob: Probability that an episode starts with a prefix, in [0, 1].
+        restart_prob: Probability that an episode starts with a prefix, in [0, 1]; with ``guide="references"`` only
+            where the task says to imitate the sample (in IMDB: positive reviews).
         restart_length: Tokens of the prefix. None is the published rule (arXiv 2306.11816): the guide writes a text of
             L tokens (EOS counted, at most T), of which the first t are kept, t uniform on {0..L-1}. An int fixes t; a
             pair (low, high) draws it uniformly, both ends included. Both are limited to L - 1, so that a prefix never
