@@ -134,7 +134,7 @@ def test_training_moves_only_adapters_and_heads_and_resumes_exactly(base, make_e
     reference = whole.reference.state_dict()
     assert all(torch.equal(reference[name], weight) for name, weight in before.items())
     frozen = {name: weight for name, weight in whole.policy.named_parameters() if not weight.requires_grad}
-    for other in (whole.reference, whole.critic):
+    for other in (whole.reference, whole.value_function.network):
         shared = dict(other.named_parameters())
         assert all(shared[name] is weight for name, weight in frozen.items()), "the base is there once"
         own = [weight for name, weight in shared.items() if name not in frozen]
