@@ -26,6 +26,7 @@ from agents.policy import Actor, LanguageModelPolicy, Policy
 from agents.processes import gather_state, make_accelerator, own_state, reduce, start_equal
 from agents.sharding import assemble, load_optimizer, scatter, shard, whole
 from textgym.checks import check, check_arguments, is_int, is_number
+from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 
 if TYPE_CHECKING:
@@ -420,6 +421,19 @@ class Algorithm(ABC):
 
 
 document_arguments(Algorithm)
+
+
+def check_draws(decoding: Decoding) -> None:
+    """Refuse a decoding of training episodes that searches.
+
+    Raises:
+        ValueError: It searches with beams.
+    """
+    if decoding.num_beams > 1:
+        raise ValueError(
+            "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with beams in "
+            "evaluate(..., decoding=...) and generate"
+        )
 
 
 def check_guide(env: Any, name: str, *, completes: bool = False) -> None:

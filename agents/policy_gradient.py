@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from agents.advantages import kl_estimate, masked_mean
-from agents.algorithm import Algorithm
+from agents.algorithm import Algorithm, check_draws
 from agents.phase import Phase
 from agents.policy import Evaluation
 from agents.processes import gather, in_parts, reduce, reduce_gradients, reduce_terms, share, share_of_loss
@@ -154,11 +154,7 @@ class PolicyGradient(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.decoding or self.policy.decoding).num_beams > 1:
-            raise ValueError(
-                "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with "
-                "beams in evaluate(..., decoding=...) and generate"
-            )
+        check_draws(self.decoding or self.policy.decoding)
         self.reference = self.policy.copy().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.trainable, lr=self.learning_rate, eps=1e-5, fused=True)
 

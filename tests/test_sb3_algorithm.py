@@ -102,6 +102,10 @@ def test_arguments_are_translated_and_the_algorithms_own_win(make_policy, make_e
         SB3Algorithm.of(dict)
     with pytest.raises(ValueError, match="MultiInputPolicy"):
         SB3Algorithm.of(sb3_contrib.RecurrentPPO)(make_policy(), make_env(ROWS), episodes_per_iteration=ROWS)
+    searching = make_policy()
+    searching.decoding = Decoding(num_beams=2)
+    with pytest.raises(ValueError, match="decoding must have num_beams=1 for training"):
+        PPO(searching, make_env(ROWS), episodes_per_iteration=ROWS)
 
 
 def test_a_run_hangs_on_its_seed_alone(make_policy, make_env):

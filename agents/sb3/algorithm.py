@@ -25,7 +25,7 @@ from stable_baselines3.common.utils import obs_as_tensor, set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
 from torch import nn
 
-from agents.algorithm import Algorithm
+from agents.algorithm import Algorithm, check_draws
 from agents.environments import agree
 from agents.policy import Actor, LanguageModelPolicy, Policy
 from agents.sb3.policies import CausalLMActorCriticPolicy, MaskableCausalLMActorCriticPolicy, evaluate_transitions
@@ -134,6 +134,7 @@ class SB3Algorithm(Algorithm):
 
     Attributes:
         model: The algorithm of Stable-Baselines3.
+        last_rollout: Always None.
     """
 
     name = "sb3"
@@ -160,6 +161,7 @@ class SB3Algorithm(Algorithm):
         super().__init__(policy, env, **shared)
         named = {"minibatch_size": minibatch_size, "n_epochs": n_epochs, "learning_rate": learning_rate}
         self.hyperparameters |= {**named, "kl_coef": kl_coef, **arguments}
+        check_draws(self.policy.decoding)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.name} runs in one process, got {self.accelerator.num_processes}")
         self.env = _without_parking(self.env)
@@ -198,6 +200,7 @@ class SB3Algorithm(Algorithm):
             self.policy = SB3Policy(self.model, self.policy.tokenizer)
         self.optimizer = self.model.policy.optimizer
         self._progress: Callable[[], float] = lambda: 0.0
+        self.last_rollout = None  # its episodes begin and end anywhere
 
     @classmethod
     def of(cls, sb3_class: type[BaseAlgorithm]) -> type[SB3Algorithm]:
