@@ -431,8 +431,8 @@ def check_draws(decoding: Decoding) -> None:
     """
     if decoding.num_beams > 1:
         raise ValueError(
-            "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with beams in "
-            "evaluate(..., decoding=...) and generate"
+            "decoding must have num_beams=1 for training, which learns from texts that were drawn; search with beams "
+            "in evaluate(..., decoding=...) and generate"
         )
 
 

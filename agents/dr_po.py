@@ -13,13 +13,16 @@ class DRPO(PPOPlusPlus):
     |---|---|---|---|---|
     | with probability beta, the first t tokens of a reference | to the end | none | body | V of the policy, on body |
 
-    Differs from the paper: beta is 0.6, the paper mixes with 1.0; else as `PPO` does.
+    Differs from the paper: as `PPO` does.
 
     Raises:
         ValueError: The environment was not made with ``guide="references"``, or an argument is wrong.
     """
 
     name = "dr-po"
+
+    beta: float = 1.0
+    """Probability that an episode starts from a prefix of a reference."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments, and that the guide is the dataset's references."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import softplus
 
 from agents.ppo import PPO
-from agents.processes import in_parts, reduce, reduce_gradients, reduce_terms, share, share_of_loss
+from agents.processes import in_shares, reduce_gradients, reduce_terms, share_of_loss
 from agents.rollout import Rollout
 from agents.supervised import Example, collate
 from textgym.checks import check
@@ -60,11 +60,13 @@ class GAIL(PPO):
         rollout = super().play(**options)
         self.discriminator_record = self.train_discriminator(rollout)
         with torch.no_grad():
-            own_rows = share(self.accelerator, torch.arange(len(rollout), device=rollout.rewards.device))
-            rewards = torch.zeros_like(rollout.rewards)
-            for rows in in_parts(own_rows, self.minibatch_size):
-                rewards[rows] = softplus(self.log_odds(rollout, rows)).to(rewards.dtype)
-            self._rewards = reduce(self.accelerator, rewards)
+            self._rewards = in_shares(
+                self.accelerator,
+                torch.zeros_like(rollout.rewards),
+                torch.arange(len(rollout), device=rollout.rewards.device),
+                self.minibatch_size,
+                lambda rows: softplus(self.log_odds(rollout, rows)),
+            )
         self.check_finite("discriminator reward", self._rewards)
         return rollout
 

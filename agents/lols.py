@@ -7,7 +7,7 @@ from agents.algorithm import check_guide
 from agents.phase import Phase
 from agents.ppo import PPO
 from agents.ppo_plus_plus import restart
-from textgym.checks import check, is_int
+from textgym.checks import check
 from textgym.seeding import uniform
 
 
@@ -72,7 +72,7 @@ class D2LOLS(PPO):
     def check_hyperparameters(self) -> None:
         """Check the arguments, and that the guide can complete texts."""
         super().check_hyperparameters()
-        check("tau", self.tau, is_int(self.tau) and self.tau >= 0, "an int of at least 0, a number of iterations")
+        check("tau", self.tau, self.tau >= 0, "an int of at least 0, a number of iterations")
         check("beta", self.beta, 0 < self.beta <= 1, "in (0, 1]")
         check_guide(self.env, self.name, completes=True)
 

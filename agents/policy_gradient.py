@@ -15,7 +15,7 @@ from agents.advantages import kl_estimate, masked_mean
 from agents.algorithm import Algorithm, check_draws
 from agents.phase import Phase
 from agents.policy import Evaluation
-from agents.processes import gather, in_parts, reduce, reduce_gradients, reduce_terms, share, share_of_loss
+from agents.processes import gather, in_parts, in_shares, reduce_gradients, reduce_terms, share_of_loss
 from agents.rollout import Rollout, collect
 from agents.sharding import clip_gradients
 from agents.supervised import Example, encode_example, num_targets, supervised_loss
@@ -280,17 +280,18 @@ class PolicyGradient(Algorithm):
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
         """Log-probabilities (N, T) of the decisions under the reference policy, zero elsewhere."""
         decisions = rollout.decisions
-        columns, result = rollout.columns(decisions), torch.zeros_like(rollout.log_probs)
-        own_rows = share(self.accelerator, torch.nonzero(decisions.any(1)).flatten())
-        for rows in in_parts(own_rows, self.minibatch_size):
-            result[rows] = self.reference.evaluate_actions(
-                rollout.input_ids[rows],
-                rollout.attention_mask[rows],
-                columns[rows],
-                rollout.handoffs[rows],
+        columns, rows = rollout.columns(decisions), torch.nonzero(decisions.any(1)).flatten()
+
+        def log_probs(part: Tensor) -> Tensor:
+            return self.reference.evaluate_actions(
+                rollout.input_ids[part],
+                rollout.attention_mask[part],
+                columns[part],
+                rollout.handoffs[part],
                 values_of=None,
-            ).log_probs.to(result.dtype)
-        return reduce(self.accelerator, result)
+            ).log_probs
+
+        return in_shares(self.accelerator, torch.zeros_like(rollout.log_probs), rows, self.minibatch_size, log_probs)
 
     def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
         """Take gradient steps over the episodes that have a decision, or a state to learn from.

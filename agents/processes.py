@@ -8,7 +8,7 @@ so that losses and gradients, summed over processes, are those of a single proce
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -94,6 +94,30 @@ def share_of_loss(accelerator: Accelerator, items: Items) -> tuple[Items, float]
 def in_parts(rows: torch.Tensor, size: int) -> Sequence[torch.Tensor]:
     """Split rows into parts of a size; no rows give no part, where `Tensor.split` gives an empty one."""
     return rows.split(size) if len(rows) else ()
+
+
+def in_shares(
+    accelerator: Accelerator,
+    result: torch.Tensor,
+    rows: torch.Tensor,
+    size: int,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Fill rows of a tensor that is zero elsewhere, each process its share.
+
+    Args:
+        accelerator: The processes.
+        result: (N, ...), which is filled.
+        rows: int64, the rows to fill.
+        size: Number of rows that are computed at once.
+        compute: Takes some of the rows, and returns their part of `result`.
+
+    Returns:
+        The tensor with the rows of all processes.
+    """
+    for part in in_parts(share(accelerator, rows), size):
+        result[part] = compute(part).to(result.dtype)
+    return reduce(accelerator, result)
 
 
 def reduce(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

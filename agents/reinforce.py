@@ -40,9 +40,12 @@ class REINFORCE(PPO):
             raise ValueError(
                 "gae_lambda must be 1 for reinforce, which credits a decision with the whole return after it"
             )
+        super().check_hyperparameters()
+
+    def __post_init__(self) -> None:
         if self.minibatch_size is None:
             self.minibatch_size = self.episodes_per_iteration
-        super().check_hyperparameters()
+        super().__post_init__()
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
         """The score function times the advantage, the value loss, and the entropy bonus."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from agents.advantages import gae, masked_mean
-from agents.processes import in_parts, reduce, share
+from agents.processes import in_shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,10 +83,9 @@ class ValueFunction:
     @torch.no_grad()
     def of_states(self, rollout: Rollout, steps: Tensor, of: Continuation) -> Tensor:
         """Values (N, T) of the states before `steps`, by the current weights."""
-        columns, values = rollout.columns(steps), torch.zeros_like(rollout.values)
-        own_rows = share(self.accelerator, torch.nonzero(steps.any(1)).flatten())
-        for rows in in_parts(own_rows, self.rows_at_once):
-            values[rows] = self.network.values(
-                rollout.input_ids[rows], rollout.attention_mask[rows], columns[rows], of
-            ).to(values.dtype)
-        return reduce(self.accelerator, values)
+        columns, rows = rollout.columns(steps), torch.nonzero(steps.any(1)).flatten()
+
+        def values(part: Tensor) -> Tensor:
+            return self.network.values(rollout.input_ids[part], rollout.attention_mask[part], columns[part], of)
+
+        return in_shares(self.accelerator, torch.zeros_like(rollout.values), rows, self.rows_at_once, values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import gymnasium as gym
 import numpy as np
@@ -93,9 +93,9 @@ def assert_same_infos(a, b):
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("guided", [None, FULL, replace(FULL, restart_fraction=(0.2, 0.9))])
 def test_rows_equal_single_environments_and_sync_vector_env(mode, guided):
-    arguments = {"guide": GUIDE, "guidance": FULL, "handoff": True, "handoff_cost": 0.01} if guided else {}
+    arguments = {"guide": GUIDE, "guidance": guided, "handoff": True, "handoff_cost": 0.01} if guided else {}
     n = 5
     ours = vector(n, autoreset_mode=mode, **arguments)
     theirs = SyncVectorEnv([lambda: single(**arguments)] * n, autoreset_mode=mode)
@@ -106,7 +106,7 @@ def test_rows_equal_single_environments_and_sync_vector_env(mode, guided):
     for _ in range(150):
         assert data_equivalence(obs, expected_obs, exact=True)
         assert_same_infos(infos, expected_infos)
-        actions = some_actions(rng, n, guided)
+        actions = some_actions(rng, n, guided is not None)
         obs, rewards, terminations, truncations, infos = ours.step(actions)
         expected_obs, expected_rewards, expected_terminations, expected_truncations, expected_infos = theirs.step(
             actions
@@ -279,7 +279,9 @@ def test_episodes_without_body_need_parking():
             Guidance(no_body_prob=value)
 
 
-@pytest.mark.parametrize("guidance", [Guidance(0.3, (1, 2), 0.7, None, 0.4), FULL])
+@pytest.mark.parametrize(
+    "guidance", [Guidance(0.3, (1, 2), 0.7, None, 0.4), Guidance(1, restart_fraction=(0.1, 0.5), text_seed=3), FULL]
+)
 def test_a_saved_state_keeps_the_guidance(guidance):
     env = vector(30, guide=GUIDE, guidance=guidance, parking=True, autoreset_mode="Disabled")
     env.reset(seed=6)
@@ -631,3 +633,64 @@ def test_what_masks_leave_out_is_checked():
     env.reset(seed=0)
     with pytest.raises(ValueError, match="leave out all"):
         env.action_masks()
+
+
+def test_prefixes_by_fraction_are_cut_from_one_text_of_the_guide():
+    asked = []
+
+    def counted(requests):
+        asked.extend(requests)
+        return random_writer(requests)
+
+    env = vector(6, guide=CallableGuide(counted), guidance=Guidance(restart_prob=1, restart_fraction=(0, 1)))
+    lengths = set()
+    for seed in range(0, 300, 6):
+        observation, infos = env.reset(seed=seed)
+        texts = env.guide_texts(infos["sample_id"])
+        for row, text in enumerate(texts):
+            length = infos["prefix_length"][row]
+            assert observation["input_ids"][row, 8 : 8 + length].tolist() == text[:length]
+            assert length < len(text), "a prefix never ends the text"
+            lengths.add(length)
+    assert lengths == set(range(HORIZON))
+    assert len(asked) == len({request.prompt for request in asked}) <= len(ROWS), "each text is written once"
+    assert all(request.max_new_tokens == HORIZON and not request.prefix_ids for request in asked)
+
+    # By the definition, each row with its own fraction; another environment sees the same texts.
+    fractions = np.linspace(0, 1, 6)
+    other = vector(6, guide=CallableGuide(random_writer))
+    guidance = [{"restart_prob": 1, "restart_fraction": fraction} for fraction in fractions]
+    _, infos = other.reset(seed=5, options={"index": 3, "guidance": guidance})
+    (text,) = env.guide_texts([3])
+    assert infos["prefix_length"].tolist() == [min(int(f * len(text) + 1e-9), len(text) - 1) for f in fractions]
+    assert env.guide_texts([3], text_seed=1) == env.guide_texts([3], text_seed=1)
+    assert any(env.guide_texts([i]) != env.guide_texts([i], text_seed=1) for i in range(len(ROWS)))
+    # A fraction of a reference is a cut of it, too.
+    references = vector(2, guide="references", guidance={"restart_prob": 1, "restart_fraction": 0.5})
+    observation, infos = references.reset(seed=0)
+    for row, (ids, length) in enumerate(
+        zip(references.guide_texts(infos["sample_id"]), infos["prefix_length"], strict=True)
+    ):
+        assert length == len(ids) // 2
+        assert observation["input_ids"][row, 8 : 8 + length].tolist() == ids[:length]
+
+
+def test_idle_rows_have_no_sample_and_change_no_other_row():
+    idle = np.array([True, True, False, False, True, True])
+    plain, some = (vector(6, parking=True, autoreset_mode=AutoresetMode.DISABLED) for _ in range(2))
+    plain.reset(seed=1, options={"group_size": 2})
+    _, infos = some.reset(seed=1, options={"group_size": 2, "idle": idle})
+    assert infos["sample_id"].tolist()[:2] == [-2, -2]
+    assert (infos["sample_id"][2:4] >= 0).all()
+    actions = np.full(6, EOS)
+    _, rewards, _, _, _ = plain.step(actions)
+    _, rested, terminations, _, ended = some.step(actions)
+    assert terminations.tolist() == (~idle).tolist()
+    assert rested[~idle].tolist() == rewards[~idle].tolist()
+    assert not rested[idle].any()
+    assert ended["_text"].tolist() == (~idle).tolist()
+    for env in (plain, some):
+        _observation, infos = env.reset()
+        assert (infos["sample_id"] >= 0).all()
+    with pytest.raises(ValueError, match=r"options\['idle'\] must be True for whole groups of group_size=2"):
+        some.reset(options={"group_size": 2, "idle": np.arange(6) < 1})

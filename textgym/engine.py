@@ -237,6 +237,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._draws = EpisodeDraws(n)
         self._cursor = 0
         self._encoded: dict[int, EncodedSample] = {}
+        # By the tokens that end a text, because these say where a guide's text is cut.
+        self._guide_texts: dict[tuple[int, ...], dict[GuideRequest, tuple[list[int], bool]]] = {}
         self._no_options = ResetOptions.read(None, n)
         self._guidance = [Guidance()] * n
         self._set_guidance(np.arange(n), guidance)
@@ -321,7 +323,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             seed: Row i is seeded with ``seed + i``; a sequence gives each row its own (None: not seeded again). In
                 sequential order, a seed for all rows starts the pass again; without one an unfinished pass continues,
                 and a finished one starts again.
-            options: Any of the following; each but the last two also as a sequence with one entry per row (None: not
+            options: Any of the following; each but the last three also as a sequence with one entry per row (None: not
                 for this row).
 
                 - ``index`` (int): the sample.
@@ -329,13 +331,14 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 - ``prefix`` (str or token ids): the beginning of the text.
                 - ``guidance`` (`Guidance` or mapping): in force until replaced, autoresets included.
                 - ``reset_mask`` (bool array (N,)): only these rows are reset.
+                - ``idle`` (bool array (N,)): these rows get no sample, and wait for the next reset.
                 - ``group_size`` (int k): rows jk..jk+k-1 share one sample, one prefix and one draw of guidance, until
                   their next reset.
 
         Returns:
             Observations, and infos (with a ``_key`` mask for each key): ``prompt``, ``references``, ``sample_id`` (-1
-            for a user's prompt, -2 for a row that a finished sequential pass left idle), ``prefix_length``,
-            ``authors`` (int8 (N, T), codes of `Author`), and ``parked`` where parking is on.
+            for a user's prompt, -2 for an idle row, as a finished sequential pass leaves rows too),
+            ``prefix_length``, ``authors`` (int8 (N, T), codes of `Author`), and ``parked`` where parking is on.
 
         Raises:
             ValueError: An unknown option, or a value outside of what is allowed.
@@ -385,6 +388,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._handoff_prob = np.array([g.handoff_prob for g in in_force])
         self._no_body_prob = np.array([g.no_body_prob for g in in_force])
         self._restart_bounds = np.array([g.restart_bounds(self.max_new_tokens) for g in in_force])
+        self._fraction_bounds = np.array([g.fraction_bounds() for g in in_force])
         self._handoff_bounds = np.array([g.handoff_bounds(self.max_new_tokens) for g in in_force])
 
     def _begin(self, rows: np.ndarray, options: ResetOptions) -> None:
@@ -410,7 +414,9 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         draws, leaders = self._draws.uniform(rows, Purpose.SAMPLE).tolist(), self._draws.leader[rows].tolist()
         for row, draw, leader in zip(rows.tolist(), draws, leaders, strict=True):
             text, ids, references = _NOTHING
-            if (prompt := options.prompt[leader]) is not None:
+            if options.idle[leader]:
+                sample = NO_SAMPLE
+            elif (prompt := options.prompt[leader]) is not None:
                 ((text, encoded),) = self.encode_prompts([("", prompt, "")])
                 sample, ids, references = USER_SAMPLE, tuple(encoded), options.references[leader] or ()
             elif (index := options.index[leader]) is not None:
@@ -476,6 +482,9 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         if self.guide.author == Author.REFERENCE:
             # References that nobody should imitate make no prefixes.
             rows = rows[np.array([self.imitates(sample) for sample in self._sample[rows].tolist()], bool)]
+        by_fraction = np.isfinite(self._fraction_bounds[self._draws.leader[rows], 0])
+        self._reveal(rows[by_fraction])
+        rows = rows[~by_fraction]
         if not len(rows):
             return
         low, high = self._restart_bounds[self._draws.leader[rows]].T
@@ -490,6 +499,58 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             if finished:
                 ids = ids[: int(seeding.integer(min(low[i], len(ids) - 1), len(ids) - 1, redraw[i]))]
             self._append(row, ids, self.guide.author)
+
+    def _reveal(self, rows: np.ndarray) -> None:
+        """Write the beginnings of the guide's kept texts, by fraction."""
+        assert self.guide is not None
+        leader = self._draws.leader[rows]
+        low, high = self._fraction_bounds[leader].T
+        fractions = low + (high - low) * self._draws.uniform(rows, Purpose.RESTART_LENGTH)
+        encoded = list(zip(self._prompts[rows], self._prompt_ids[rows], self._references[rows], strict=True))
+        seeds = [self._guidance[row].text_seed for row in leader.tolist()]
+        texts = self._whole_texts(self._sample[rows], encoded, seeds)
+        for row, fraction, (ids, finished) in zip(rows.tolist(), fractions.tolist(), texts, strict=True):
+            revealed = int(
+                fraction * len(ids) + 1e-9
+            )  # a fraction such as 0.29 of 100 tokens is 29 in spite of rounding
+            self._append(row, ids[: min(revealed, len(ids) - finished, self.max_new_tokens - 1)], self.guide.author)
+
+    def guide_texts(self, samples: Sequence[int], text_seed: int = 0) -> list[list[int]]:
+        """The guide's whole texts for samples, from which restarts by fraction are cut.
+
+        The guide writes each text once; it is kept.
+
+        Args:
+            samples: Rows of the split.
+            text_seed: As in `Guidance`.
+
+        Returns:
+            For each sample its token ids, at most T; a text that the guide ended has its end token.
+
+        Raises:
+            ValueError: The environment has no guide.
+        """
+        if self.guide is None:
+            raise ValueError("guide_texts needs a guide, and the environment was made with guide=None")
+        encoded = list(map(self._encoded_sample, samples))
+        texts = self._whole_texts(np.array(samples, np.int64), encoded, [text_seed] * len(encoded))
+        return [list(ids) for ids, _ in texts]
+
+    def _whole_texts(
+        self, samples: np.ndarray, encoded: Sequence[EncodedSample], text_seeds: Sequence[int]
+    ) -> list[tuple[list[int], bool]]:
+        """The guide's texts of samples, and whether it ended them; each is asked for once, and kept."""
+        assert self.guide is not None
+        seeds = (seeding.hash64(np.array(text_seeds, np.int64), samples) >> np.uint64(1)).tolist()
+        requests = [
+            GuideRequest(prompt, prompt_ids, "", (), self.max_new_tokens, seed, references)
+            for (prompt, prompt_ids, references), seed in zip(encoded, seeds, strict=True)
+        ]
+        kept = self._guide_texts.setdefault(self.end_token_ids, {})
+        new = [request for request in dict.fromkeys(requests) if request not in kept]
+        contexts = [Context(request.prompt_ids, self.in_template(request.prompt)) for request in new]
+        kept |= zip(new, complete(self.guide, new, contexts, self.tokenizer, self._stop_criteria), strict=True)
+        return [kept[request] for request in requests]
 
     def _schedule_handoffs(self, rows: np.ndarray) -> None:
         """Draw after how many policy tokens the guide completes the text, if it does."""

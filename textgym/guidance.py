@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from math import inf, nan
+from typing import Any, TypeVar
 
 from textgym.checks import check, is_int, is_number
 
 Length = int | tuple[int, int] | None
+Fraction = float | tuple[float, float] | None
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Guidance:
             environment made with ``parking=True``.
         no_body_prob: Probability that an episode with a scheduled hand-off has no policy tokens, instead of
             `handoff_length` tokens; above 0 it needs ``parking=True``, too.
+        restart_fraction: Part of the guide's text that is the prefix, instead of a `restart_length`: a number f in
+            [0, 1] reveals the first floor(f L) of the L tokens, at most L - 1; a pair (low, high) draws f uniformly.
+            The guide then writes one whole text for each sample, which is kept: every later prefix of the sample is cut
+            from it.
+        text_seed: Seed of these texts. The text of a sample depends on it and the sample, not on the environment's
+            seed: environments with the same guide see the same texts.
 
     Raises:
         ValueError: A probability is outside [0, 1], or a length has none of these forms.
@@ -41,19 +50,29 @@ class Guidance:
     handoff_prob: float = 0.0
     handoff_length: Length = None
     no_body_prob: float = 0.0
+    restart_fraction: Fraction = None
+    text_seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("restart_prob", "handoff_prob", "no_body_prob"):
             value = getattr(self, name)
             check(f"Guidance.{name}", value, is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
-        for name in ("restart_length", "handoff_length"):
+        for name in ("restart_length", "restart_fraction", "handoff_length"):
             value = getattr(self, name)
             if isinstance(value, list):  # JSON has no tuples
                 value = tuple(value)
                 object.__setattr__(self, name, value)
             pair = value if isinstance(value, tuple) else (value, value)
-            valid = value is None or (len(pair) == 2 and all(map(is_int, pair)) and 0 <= pair[0] <= pair[1])
-            check(f"Guidance.{name}", value, valid, "None, an int >= 0, or a pair (low, high) with 0 <= low <= high")
+            fraction = name == "restart_fraction"
+            is_kind, most, what = (is_number, 1, "a number in [0, 1]") if fraction else (is_int, inf, "an int >= 0")
+            ordered = value is None or (len(pair) == 2 and all(map(is_kind, pair)) and 0 <= pair[0] <= pair[1] <= most)
+            check(f"Guidance.{name}", value, ordered, f"None, {what}, or a pair (low, high) of such with low <= high")
+        if self.restart_length is not None and self.restart_fraction is not None:
+            raise ValueError(
+                "Guidance.restart_length and Guidance.restart_fraction exclude each other, got "
+                f"{self.restart_length!r} and {self.restart_fraction!r}"
+            )
+        check("Guidance.text_seed", self.text_seed, is_int(self.text_seed) and self.text_seed >= 0, "an int >= 0")
 
     @classmethod
     def of(cls, value: Guidance | Mapping[str, Any] | None) -> Guidance:
@@ -89,12 +108,16 @@ class Guidance:
         low, high = _bounds(self.restart_length, (0, max_new_tokens - 1))
         return min(low, max_new_tokens - 1), min(high, max_new_tokens - 1)
 
+    def fraction_bounds(self) -> tuple[float, float]:
+        """Return bounds of the revealed fraction of the guide's text; NaN where the prefix has a length instead."""
+        return _bounds(self.restart_fraction, (nan, nan))
+
     def handoff_bounds(self, max_new_tokens: int) -> tuple[int, int]:
         """Return inclusive bounds of the number of policy tokens before a hand-off."""
         return _bounds(self.handoff_length, (1, max_new_tokens))
 
 
-def _bounds(length: Length, default: tuple[int, int]) -> tuple[int, int]:
-    if length is None:
+def _bounds(value: Number | tuple[Number, Number] | None, default: tuple[Number, Number]) -> tuple[Number, Number]:
+    if value is None:
         return default
-    return length if isinstance(length, tuple) else (length, length)
+    return value if isinstance(value, tuple) else (value, value)

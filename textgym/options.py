@@ -10,7 +10,7 @@ import numpy as np
 
 from textgym.checks import check, check_int, is_int
 
-NAMES = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "group_size")
+NAMES = ("index", "prompt", "references", "prefix", "guidance", "reset_mask", "idle", "group_size")
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class ResetOptions:
 
     Attributes:
         mask: bool (N,), the rows to reset.
+        idle: bool (N,), the rows among them that get no sample.
         group_size: Rows jk..jk+k-1 follow the options of row jk.
         index: N samples.
         prompt: N texts.
@@ -27,6 +28,7 @@ class ResetOptions:
     """
 
     mask: np.ndarray
+    idle: np.ndarray
     group_size: int
     index: list[int | None]
     prompt: list[str | None]
@@ -47,8 +49,12 @@ class ResetOptions:
         group_size = check_int("options['group_size']", options.get("group_size", 1))
         check("options['group_size']", group_size, num_envs % group_size == 0, f"a divisor of num_envs={num_envs}")
         prompt = options.get("prompt")
+        idle = options.get("idle")
+        mask = _mask("reset_mask", options.get("reset_mask"), num_envs, group_size)
+        check("options['reset_mask']", mask, bool(mask.any()), "True for at least one row")
         read = cls(
-            mask=_mask(options.get("reset_mask"), num_envs, group_size),
+            mask=mask,
+            idle=np.zeros(num_envs, bool) if idle is None else _mask("idle", idle, num_envs, group_size),
             group_size=group_size,
             index=_per_row("index", options.get("index"), num_envs, int | np.integer, "an int"),
             prompt=_per_row("prompt", prompt, num_envs, str, "a str"),
@@ -63,16 +69,15 @@ class ResetOptions:
         return read
 
 
-def _mask(value: Any, num_envs: int, group_size: int) -> np.ndarray:
+def _mask(name: str, value: Any, num_envs: int, group_size: int) -> np.ndarray:
     mask: np.ndarray = np.ones(num_envs, bool) if value is None else np.asarray(value)
-    if mask.shape != (num_envs,) or mask.dtype != np.bool_ or not mask.any():
+    if mask.shape != (num_envs,) or mask.dtype != np.bool_:
         raise ValueError(
-            f"options['reset_mask'] must be a bool array of shape ({num_envs},) with at least one True, "
-            f"got {mask.dtype} {mask.shape}: {mask}"
+            f"options[{name!r}] must be a bool array of shape ({num_envs},), got {mask.dtype} {mask.shape}: {mask}"
         )
     groups = mask.reshape(-1, group_size)
     whole = bool((groups.any(1) == groups.all(1)).all())
-    check("options['reset_mask']", mask, whole, f"True for whole groups of group_size={group_size} rows")
+    check(f"options[{name!r}]", mask, whole, f"True for whole groups of group_size={group_size} rows")
     return mask
 
 
