@@ -114,7 +114,8 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
         hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
     # Only tensors and plain values: nothing in the file can run code.
     state = torch.load(training / "state.pt", map_location="cpu", weights_only=True)
-    return Checkpoint(Path(path), hyperparameters, description["frozen"], {**state, "env": _to_arrays(state["env"])})
+    arrays = {name: _to_arrays(state[name]) for name in ("env", "curriculum") if name in state}
+    return Checkpoint(Path(path), hyperparameters, description["frozen"], state | arrays)
 
 
 def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:

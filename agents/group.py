@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from agents.algorithm import check_guide
+from agents.curriculum import Curriculum
 from agents.phase import Phase
 from agents.policy_gradient import PolicyGradient
 from agents.ppo_plus_plus import restart
-from agents.processes import in_parts
-from agents.rollout import Rollout
-from textgym.checks import check
+from agents.processes import gather, in_parts, share
+from agents.rollout import Rollout, replay
+from textgym.checks import check, check_one_of, is_number
+from textgym.guidance import Guidance
+from textgym.seeding import hash64
 
 
 class GroupPolicyGradient(PolicyGradient):
     """Base class of the algorithms whose baseline is a group: k texts of one prompt and, with a guide, one prefix.
 
     The rows of `env`, in every process, are a multiple of `group_size`.
+
+    A group whose rewards are all equal is dead: its advantages are zero. Every record has the share of dead groups,
+    "dead_groups"; where `dead_groups` is not "keep", also the share that is left, "dead_groups_left".
 
     Raises:
         ValueError: The environment has no guide and `beta` is above 0, its number of rows is not a multiple of
@@ -32,11 +38,30 @@ class GroupPolicyGradient(PolicyGradient):
     beta: float = 0.0
     """Probability that a group starts from a guide's prefix, cut as in PPO++; 0 needs no guide."""
 
+    dead_groups: Literal["keep", "rescue", "resample"] = "keep"
+    """"rescue" plays groups without a success again from ever longer prefixes of the guide, until one has a success
+    (BREAD, arXiv 2506.17211; Scaf-GRPO, arXiv 2510.19807, with hints). "resample" plays other samples in the place of
+    dead groups (DAPO, Yu et al. 2025, arXiv 2503.14476). All tokens are counted. "keep" leaves groups as they are."""
+    rescue_fractions: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
+    """Ascending parts of the guide's text that a rescue tries as prefixes."""
+    resamplings: int = 4
+    """Most rounds of "resample" in an iteration."""
+    success: float = 1.0
+    """Reward from which a text is a success, for "rescue"."""
+
     def check_hyperparameters(self) -> None:
         """Check the arguments, and that there is a guide where `beta` needs one."""
         super().check_hyperparameters()
         check("group_size", self.group_size, self.group_size >= 2, "at least 2")
         check("beta", self.beta, 0 <= self.beta <= 1, "in [0, 1]")
+        check_one_of("dead_groups", self.dead_groups, ("keep", "rescue", "resample"))
+        check("resamplings", self.resamplings, self.resamplings >= 1, "at least 1")
+        fractions = self.rescue_fractions
+        valid = all(is_number(fraction) and 0 < fraction <= 1 for fraction in fractions)
+        valid = valid and list(fractions) == sorted(fractions) and len(fractions) > 0
+        check("rescue_fractions", fractions, valid, "ascending numbers in (0, 1]")
+        if self.dead_groups == "rescue":
+            check_guide(self.env, f'{self.name} with dead_groups="rescue"')
         if self.beta:
             check_guide(self.env, f"{self.name} with beta={self.beta}")
 
@@ -50,9 +75,94 @@ class GroupPolicyGradient(PolicyGradient):
         """Groups restart from a guide's prefix with probability beta."""
         return restart(self.beta) if self.beta else Phase()
 
-    def play(self, **options: Any) -> Rollout:
-        """Play whole groups, one after another."""
-        return super().play(group_size=self.group_size, **options)
+    def play(self, group_size: int = 1) -> Rollout:
+        """Play whole groups, one after another, and deal with the dead ones."""
+        rollout = super().play(self.group_size)
+        self.play_record["dead_groups"] = float(self.dead(rollout).float().mean())
+        if self.dead_groups != "keep":
+            rollout = self.rescue(rollout) if self.dead_groups == "rescue" else self.resample(rollout)
+            self.play_record["dead_groups_left"] = float(self.dead(rollout).float().mean())
+            self.last_rollout = rollout
+        return rollout
+
+    def dead(self, rollout: Rollout) -> torch.Tensor:
+        """Bool (groups,): whether the rewards of a group are all equal."""
+        rewards = rollout.rewards.unflatten(0, (-1, self.group_size))
+        return rewards.amax(1) == rewards.amin(1)
+
+    def successful(self, rollout: Rollout) -> torch.Tensor:
+        """Bool (groups,): whether a group has a success."""
+        return (rollout.rewards >= self.success).unflatten(0, (-1, self.group_size)).any(1)
+
+    def rescue(self, rollout: Rollout) -> Rollout:
+        """Play groups without a success again, from the shortest prefix of the guide's text that leads to one."""
+        for attempt, fraction in enumerate(self.rescue_fractions):
+            failed = torch.nonzero(~self.successful(rollout)).flatten()
+            if not len(failed):
+                break
+            guidance = Guidance(restart_prob=1.0, restart_fraction=fraction, text_seed=self.seed)
+            rows = self.rows(failed)
+            samples = rollout.sample_ids[rows.cpu().numpy()].tolist()
+            tried = self.replay(rollout, rows, {"index": samples, "guidance": [guidance] * len(rows)}, attempt)
+            helped = self.successful(tried).repeat_interleave(self.group_size)
+            rollout = rollout.with_rows(rows[helped], tried[torch.nonzero(helped).flatten()])
+        return rollout
+
+    def resample(self, rollout: Rollout) -> Rollout:
+        """Play other samples in the place of dead groups."""
+        random = np.random.default_rng([self.seed, self.iteration, 4])
+        for attempt in range(self.resamplings):
+            rows = self.rows(torch.nonzero(self.dead(rollout)).flatten())
+            count = len(rows) // self.group_size
+            if not count:
+                break
+            given = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,)
+            guidance = [given[row % len(given)] for row in rows.tolist()]
+            plan = None
+            if isinstance(self.curriculum, Curriculum):
+                plan = self.curriculum.plan(self.iteration, count, self.group_size, random)
+                options = plan.options(np.arange(len(rows)), guidance, text_seed=self.seed)
+            else:
+                samples = random.integers(len(self.env.data), size=count)
+                options = {"index": samples.repeat(self.group_size).tolist(), "guidance": guidance}
+            tried = self.replay(rollout, rows, options, attempt)
+            if isinstance(self.curriculum, Curriculum) and plan is not None:
+                self.curriculum.record(plan, tried.rewards.view(-1, self.group_size).cpu().numpy(), tried)
+            alive = ~self.dead(tried).repeat_interleave(self.group_size)
+            rollout = rollout.with_rows(rows[alive], tried[torch.nonzero(alive).flatten()])
+        return rollout
+
+    def rows(self, groups: torch.Tensor) -> torch.Tensor:
+        """The rows of some groups, int64."""
+        return (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
+
+    def replay(
+        self, rollout: Rollout, rows: torch.Tensor, options: Mapping[str, Sequence[Any]], attempt: int
+    ) -> Rollout:
+        """Play some groups again, each process its share, and count the episodes.
+
+        Args:
+            rollout: The iteration's episodes.
+            rows: int64 (n,), the rows of the groups.
+            options: Reset options, each with an entry per row.
+            attempt: Number of times that this was done before in the iteration.
+        """
+        numbers = rows.cpu().numpy()
+        own = self.rows(share(self.accelerator, torch.arange(len(rows) // self.group_size))).tolist()
+        played = rollout[rows[:0]]
+        if own:
+            played = replay(
+                self.env,
+                self.policy,
+                seeds=hash64(self.seed, self.iteration, attempt, 1, numbers[own]),
+                options={name: [values[row] for row in own] for name, values in options.items()},
+                group_size=1 if isinstance(self.curriculum, Curriculum) else self.group_size,
+                decoding=self.decoding,
+            )
+        everything = Rollout.concatenate(gather(self.accelerator, [played]))
+        self.check_finite("reward", everything.rewards)
+        self.count(everything)
+        return everything
 
     def minibatches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Split groups at random, `n_epochs` times: a group stays together, so that its prompt is read once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from agents.advantages import kl_estimate, masked_mean
-from agents.algorithm import Algorithm, check_draws
+from agents.algorithm import Algorithm, check_draws, check_guide
+from agents.curriculum import Curriculum, Plan
 from agents.phase import Phase
 from agents.policy import Evaluation
 from agents.processes import gather, in_parts, in_shares, reduce_gradients, reduce_terms, share_of_loss
@@ -25,6 +26,8 @@ from textgym.seeding import hash64
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from textgym.guidance import Guidance
 
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES = ("constant", "linear", "cosine")
@@ -87,6 +90,8 @@ class PolicyGradient(Algorithm):
         reference: The reference policy.
         kl_coef: The current weight of the KL penalty, which `kl_target` adapts.
         last_rollout: The episodes of the last iteration, for callbacks.
+        episodes_before: Number of episodes before the last iteration.
+        play_record: What `play` adds to the iteration's record.
     """
 
     minibatch_size: int = 16
@@ -120,6 +125,10 @@ class PolicyGradient(Algorithm):
     """Maximum norm of the gradient, which is scaled down to it."""
     decoding: Decoding | None = None
     """How training episodes are sampled; None for the policy's own decoding."""
+    curriculum: Curriculum | Mapping[str, Any] | str | None = None
+    """Which samples are played, and the prefix of each: a `agents.curriculum.Curriculum`, its name ("adaback"), or a
+    mapping of its name and settings. It replaces the restarts of the algorithm and of the environment; hand-offs
+    stay. None leaves both to them."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments (see `Algorithm.check_hyperparameters`)."""
@@ -153,7 +162,13 @@ class PolicyGradient(Algorithm):
             check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
 
     def __post_init__(self) -> None:
+        if self.curriculum is not None:
+            self.curriculum = Curriculum.of(self.curriculum)
         super().__post_init__()
+        if self.curriculum is not None:
+            if self.curriculum.needs_guide:
+                check_guide(self.env, f"curriculum {self.curriculum.name!r}")
+            self.curriculum.start(len(self.env.data))
         check_draws(self.decoding or self.policy.decoding)
         self.reference = self.policy.copy().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.trainable, lr=self.learning_rate, eps=1e-5, fused=True)
@@ -209,6 +224,7 @@ class PolicyGradient(Algorithm):
 
     def iterate(self) -> dict[str, Any]:
         """Play episodes, credit their decisions, and take gradient steps."""
+        policy_tokens, guide_tokens = self.num_timesteps, self.num_guide_tokens
         rollout = self.play()
         reference_log_probs = self.reference_log_probs(rollout)
         credit = self.credit(rollout, reference_log_probs)
@@ -227,10 +243,11 @@ class PolicyGradient(Algorithm):
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **losses,
             "length": float((rollout.authors >= 0).sum(1).float().mean()),
+            **self.play_record,
             "stop_fraction": float(np.mean(rollout.finish_reason == "stop")),
             "handoff_fraction": float(np.mean(rollout.finish_reason == "handoff")),
-            "policy_tokens": int(rollout.policy_tokens.sum()),
-            "guide_tokens": int(rollout.guide_tokens.sum()),
+            "policy_tokens": self.num_timesteps - policy_tokens,
+            "guide_tokens": self.num_guide_tokens - guide_tokens,
             **{f"reward/{name}": float(part.mean()) for name, part in rollout.reward_parts.items() if name != "reward"},
         }
         if states.any():
@@ -243,20 +260,26 @@ class PolicyGradient(Algorithm):
             self.kl_coef = float(self.kl_coef * (1 + 0.1 * excess))
         return record
 
-    def play(self, **options: Any) -> Rollout:
+    def play(self, group_size: int = 1) -> Rollout:
         """Play `episodes_per_iteration` episodes, each process its share, and count them.
 
         Args:
-            **options: Reset options other than the guidance ("group_size", ...).
+            group_size: Number of neighbouring episodes with the same sample and, without a curriculum, the same prefix.
 
         Returns:
             The episodes of all processes.
         """
-        guidance = self.phase.guidance
+        self.episodes_before = self.num_episodes
+        plan, guidance = self.plan(group_size), self.guidance
         rollouts, rows = [], self.env.num_envs
         # The rows of all processes are those of one environment; this many come before this process's.
-        before = rows * self.accelerator.process_index
-        for part in range(self.episodes_per_iteration // (rows * self.accelerator.num_processes)):
+        before, all_rows = rows * self.accelerator.process_index, rows * self.accelerator.num_processes
+        for part in range(self.episodes_per_iteration // all_rows):
+            options = {"guidance": guidance, "group_size": group_size}
+            if plan is not None:
+                episodes = part * all_rows + before + np.arange(rows)
+                per_row = list(guidance) if isinstance(guidance, tuple) else [guidance] * rows
+                options = plan.options(episodes, per_row, text_seed=self.seed)
             rollouts.append(
                 collect(
                     self.env,
@@ -265,16 +288,39 @@ class PolicyGradient(Algorithm):
                     decoding=self.decoding,
                     # Hashed, because the rows of an environment seeded s are seeded s, s + 1, ...
                     reset_seed=(int(hash64(self.seed)) >> 33) + before if self.iteration == part == 0 else None,
-                    options={"guidance": self.env.initial_guidance if guidance is None else guidance, **options},
+                    options=options,
                 )
             )
         rollout = Rollout.concatenate(gather(self.accelerator, rollouts))
         self.last_rollout = rollout
         self.check_finite("reward", rollout.rewards)
+        self.count(rollout)
+        self.play_record = {}
+        if plan is not None and isinstance(self.curriculum, Curriculum):
+            self.play_record = {"prefix_fraction": float(plan.fractions.mean())}
+            self.curriculum.record(plan, rollout.rewards.view(-1, group_size).cpu().numpy(), rollout)
+        alone = rollout.prefix_length == 0
+        if alone.any() and not alone.all():
+            self.play_record["reward_without_prefix"] = float(rollout.rewards[alone].mean())
+        return rollout
+
+    @property
+    def guidance(self) -> Guidance | tuple[Guidance, ...]:
+        """The guidance of this iteration's episodes: the phase's, else the environment's; without a curriculum."""
+        return self.env.initial_guidance if self.phase.guidance is None else self.phase.guidance
+
+    def plan(self, group_size: int) -> Plan | None:
+        """What the curriculum lets the episodes of this iteration start from; None without a curriculum."""
+        if not isinstance(self.curriculum, Curriculum):
+            return None
+        random = np.random.default_rng([self.seed, self.iteration, 3])
+        return self.curriculum.plan(self.iteration, self.episodes_per_iteration // group_size, group_size, random)
+
+    def count(self, rollout: Rollout) -> None:
+        """Count the episodes of a rollout, and their tokens."""
         self.num_episodes += len(rollout)
         self.num_timesteps += int(rollout.policy_tokens.sum())
         self.num_guide_tokens += int(rollout.guide_tokens.sum())
-        return rollout
 
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
@@ -377,8 +423,7 @@ class PolicyGradient(Algorithm):
         if schedule == "constant":
             return 1.0
         assert self.schedule_episodes is not None
-        # Without this iteration's episodes, so that the first iteration has the initial value.
-        progress = min(1.0, (self.num_episodes - len(self.last_rollout)) / self.schedule_episodes)
+        progress = min(1.0, self.episodes_before / self.schedule_episodes)
         return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
     def demonstrations(self, rollout: Rollout) -> dict[int, Example]:
@@ -400,13 +445,18 @@ class PolicyGradient(Algorithm):
         return {**super().models(), "reference": self.reference}
 
     def training_state(self) -> dict[str, Any]:
-        """Add the KL coefficient, which `kl_target` changes."""
-        return {**super().training_state(), "kl_coef": self.kl_coef}
+        """Add the KL coefficient, which `kl_target` changes, and what the curriculum has learned."""
+        state = {**super().training_state(), "kl_coef": self.kl_coef}
+        if isinstance(self.curriculum, Curriculum):
+            state["curriculum"] = self.curriculum.get_state()
+        return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from a `training_state`."""
         super().load_training_state(state)
         self.kl_coef = state["kl_coef"]
+        if isinstance(self.curriculum, Curriculum):
+            self.curriculum.set_state(state["curriculum"])
 
 
 def _of_rows(demonstrations: dict[int, Example], rows: Tensor) -> list[Example]:

@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from agents.environments import agreeing
+from textgym.checks import check
 from textgym.engine import NO_SAMPLE
 from textgym.guides.base import Author
 
@@ -71,6 +72,24 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.rewards)
 
+    def __getitem__(self, rows: torch.Tensor) -> Rollout:
+        """Some of the episodes; `rows` is int64 (n,)."""
+        chosen: dict[str, Any] = {}
+        for name, value in ((part.name, getattr(self, part.name)) for part in fields(self)):
+            if isinstance(value, torch.Tensor):
+                chosen[name] = value[rows]
+            elif isinstance(value, dict):
+                chosen[name] = {key: part[rows.cpu().numpy()] for key, part in value.items()}
+            else:
+                chosen[name] = value[rows.cpu().numpy()]
+        return type(self)(**chosen)
+
+    def with_rows(self, rows: torch.Tensor, others: Rollout) -> Rollout:
+        """The same episodes, with others in the place of some; `rows` is int64 (n,), n the number of others."""
+        order = torch.arange(len(self), device=rows.device)
+        order[rows] = len(self) + torch.arange(len(others), device=rows.device)
+        return Rollout.concatenate([self, others])[order]
+
     @property
     def body(self) -> torch.Tensor:
         """Bool (N, T): the tokens the policy wrote."""
@@ -130,7 +149,7 @@ def collect(
     seeds: np.ndarray,
     decoding: Decoding | None = None,
     values: bool = True,
-    reset_seed: int | Sequence[int] | None = None,
+    reset_seed: int | Sequence[int | None] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Rollout:
     """Play one episode in every row that has a sample.
@@ -222,3 +241,48 @@ def collect(
         references=references[live],
         sample_ids=sample_ids[live],
     )
+
+
+def replay(
+    env: TextVectorEnv,
+    policy: Actor,
+    *,
+    seeds: np.ndarray,
+    options: Mapping[str, Sequence[Any]],
+    group_size: int = 1,
+    decoding: Decoding | None = None,
+    values: bool = True,
+) -> Rollout:
+    """Play any number of episodes from given starts; the environment then goes on as if they had not been played.
+
+    Args:
+        env: As for `collect`.
+        policy: The actor that writes.
+        seeds: uint64 (n,), the seed of each episode: of its tokens, and of the environment's randomness.
+        options: Reset options, each with an entry per episode: "index", "prefix", "guidance".
+        group_size: Neighbouring episodes that share a sample and a prefix; n and the rows of `env` are multiples.
+        decoding: As for `collect`.
+        values: As for `collect`.
+
+    Raises:
+        ValueError: As for `collect`, or there are no episodes.
+    """
+    check("seeds", seeds, len(seeds) > 0, "not empty")
+    state, rollouts = env.get_state(), []
+    for start in range(0, len(seeds), env.num_envs):
+        part = seeds[start : start + env.num_envs]
+        rest = [None] * (env.num_envs - len(part))
+        entries = {name: [*given[start : start + len(part)], *rest] for name, given in options.items()}
+        rollouts.append(
+            collect(
+                env,
+                policy,
+                seeds=np.pad(part, (0, len(rest))),
+                decoding=decoding,
+                values=values,
+                reset_seed=[*map(int, part), *rest],
+                options={**entries, "idle": np.arange(env.num_envs) >= len(part), "group_size": group_size},
+            )
+        )
+    env.set_state(state)
+    return Rollout.concatenate(rollouts)

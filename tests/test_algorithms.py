@@ -35,6 +35,13 @@ VARIANTS = {
     "gail with a critic of its own": ("gail", {"critic": "separate", "discriminator_epochs": 2}),
     "guided rloo": ("rloo", {"beta": 0.7, "n_epochs": 2}),
     "guided rloo with a hand-off": ("rloo", {"beta": 0.7, "kl_penalty": "loss"}),
+    "ppo with a curriculum": ("ppo", {"curriculum": "uniform"}),
+    "grpo with adaback": ("grpo", {"curriculum": {"name": "adaback", "threshold": 0.6}}),
+    "grpo with the trend": ("grpo", {"curriculum": "trend"}),
+    "rloo with pope": ("rloo", {"curriculum": {"name": "pope", "tries": 4, "success": 0.8}}),
+    "grpo with its own prefixes": ("grpo", {"curriculum": {"name": "prefix-rl", "success": 0.5}}),
+    "grpo with rescue": ("grpo", {"dead_groups": "rescue", "success": 0.8}),
+    "rloo with adaback and other samples": ("rloo", {"curriculum": "adaback", "dead_groups": "resample"}),
     "guided grpo": ("grpo", {"beta": 1.0, "lr_schedule": "linear", "schedule_episodes": 64}),
 }
 
@@ -48,6 +55,12 @@ def make_agent(name, make_env, make_policy, **arguments):
     if handoff:
         policy = type(policy)(policy.model, policy.tokenizer, handoff_prob=0.2)
     return ALGORITHMS[name](policy, env, episodes_per_iteration=16, **own, **arguments)
+
+
+def iterate(agent, times):
+    """Iterations, however many episodes each plays."""
+    for _ in range(times):
+        agent.learn(total_episodes=1)
 
 
 def numbers(history):
@@ -69,14 +82,14 @@ def test_a_seed_decides_the_history_to_the_bit(name, make_env, make_policy):
 def test_saving_and_loading_changes_nothing(name, make_env, make_policy, tmp_path):
     arguments = {} if name == "sl" else {"kl_target": 0.1, "target_coef": 0.1}
     whole = make_agent(name, make_env, make_policy, **arguments)
-    whole.learn(total_episodes=64)
+    iterate(whole, 4)
 
     part = make_agent(name, make_env, make_policy, **arguments)
-    part.learn(total_episodes=32)
+    iterate(part, 2)
     part.save(tmp_path / "checkpoint")
-    part.learn(total_episodes=16)  # what happens after a save is not in it
+    iterate(part, 1)  # what happens after a save is not in it
     resumed = type(part).load(tmp_path / "checkpoint", part.env)
-    resumed.learn(total_episodes=32)
+    iterate(resumed, 2)
 
     assert numbers(resumed.history) == numbers(whole.history)
     models = {"policy": whole.policy, **whole.models()}

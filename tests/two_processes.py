@@ -49,6 +49,11 @@ AGENTS = {
     "d2lols": ("d2lols", {**UNEVEN, "tau": 1}),
     "gail": ("gail", {**UNEVEN}),
     "rloo": ("rloo", {**UNEVEN, "beta": 0.5}),
+    "grpo with adaback and rescue": (
+        "grpo",
+        {**UNEVEN, "curriculum": "adaback", "dead_groups": "rescue", "success": 0.3},
+    ),
+    "rloo with other samples": ("rloo", {**UNEVEN, "beta": 0.5, "dead_groups": "resample"}),
 }
 AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "rloo")}
 # What `accelerate launch` tells the processes that it starts.
@@ -85,7 +90,7 @@ def learn(name):
     """Two iterations of one of `AGENTS`."""
     algorithm, arguments = AGENTS[name]
     with patch.dict(os.environ, FSDP if "FSDP" in name else {}):
-        return make(algorithm, arguments).learn(total_episodes=2 * EPISODES)
+        return make(algorithm, arguments).learn(total_episodes=1).learn(total_episodes=1)
 
 
 def in_pieces(agent):
