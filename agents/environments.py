@@ -29,8 +29,8 @@ def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName, guided: 
     """
     if env.spec is None:
         raise ValueError(
-            f"env must be made by gymnasium.make_vec, so that it can be made again for split {split!r}; for evaluations "
-            "eval_env can be given instead"
+            f"env must be made by gymnasium.make_vec, so that it can be made again for split {split!r}; for "
+            "evaluations, eval_env can be given instead"
         )
     arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
     arguments |= {"guidance": None, "order": "random", "split": split}

@@ -182,7 +182,7 @@ class SL(Algorithm):
         choose = np.random.default_rng(0).permutation  # the same for every seed
         if self.targets == "guide":
             check_guide(self.env, 'targets="guide"')
-            if self.env.guide.author == Author.REFERENCE:
+            if getattr(self.env.guide, "author", None) == Author.REFERENCE:
                 raise ValueError(
                     'env must have a guide that writes for targets="guide"; targets="references" learns them'
                 )

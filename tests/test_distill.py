@@ -18,15 +18,16 @@ FORK = CombinationLock(vocab_size=5, length=3, fork=True)
 
 
 class Author(CallableGuide):
-    """Writes one to eight words, too many of them for the horizon of six, and notes what it wrote."""
+    """Writes one to eight words and digits, too many of them for the horizon of six, and notes what it wrote."""
 
     def __init__(self):
         super().__init__(self.write)
         self.written = []
 
     def write(self, requests):
-        texts = [(20 + hash64(r.seed, np.arange(1 + r.seed % 8)) % 9).astype(int).tolist() for r in requests]
-        self.written += [(request.prompt, ids) for request, ids in zip(requests, texts, strict=True)]
+        draws = [hash64(request.seed, np.arange(1 + request.seed % 8)).astype(np.int64) % 36 for request in requests]
+        texts = [np.where(draw < 24, 281 + draw % 12, 17 + draw % 10).tolist() for draw in draws]
+        self.written += texts
         return [Completion(token_ids=ids) for ids in texts]
 
 
@@ -42,7 +43,7 @@ def distill(lock, guide=None, **arguments):
         **shape,
         **({} if lock.fork else {"guide_accuracy": lock.guide_accuracy}),
     ).unwrapped
-    usual = {"n_epochs": 300, "learning_rate": 0.3, "weight_decay": 0.0, "patience": 999, "minibatch_size": 256}
+    usual = {"n_epochs": 100, "learning_rate": 0.1, "weight_decay": 0.0, "patience": 999, "minibatch_size": 32}
     return SL(TabularPolicy.for_lock(lock), env, targets="guide", **{**usual, **arguments})
 
 
@@ -66,10 +67,8 @@ def test_what_is_learned_is_what_the_environment_rewards_enough_each_text_of_a_p
     expected, stopped = [], 0
     env = make_env(1, parking=False)
     for sample in range(60):
-        (_, infos) = env.reset(seed=0, options={"index": sample})
-        texts = {tuple([*ids, eos][:horizon]) for prompt, ids in guide.written[:180] if prompt == infos["prompt"][0]}
-        for ids in texts:
-            env.reset(options={"index": sample})
+        for ids in {tuple([*ids, eos][:horizon]) for ids in guide.written[sample:180:60]}:
+            env.reset(seed=0, options={"index": sample})
             for token in ids:
                 _, rewards, over, _, infos = env.step(np.array([token]))
             assert over[0]
@@ -93,7 +92,9 @@ def test_equal_texts_of_a_prompt_are_learned_once(make_env, make_policy):
     agent = SL(make_policy(), make_env(4, guide=guide), targets="guide", samples_per_prompt=4, n_epochs=1).learn()
     assert [sample for sample, _ in agent.train_pairs] == list(range(60))
     assert agent.history[0]["kept_fraction"] == 1 / 4
-    assert agent.num_guide_tokens == 4 * (60 + 22) * 2  # a word and the end
+    assert len(agent.validation_examples) == 22
+    targets = [ids for _, ids in [*agent.train_pairs, *agent.validation_examples]]
+    assert agent.num_guide_tokens == 4 * sum(map(len, targets))
 
 
 def test_unfiltered_the_guide_is_what_the_policy_becomes():
@@ -102,8 +103,6 @@ def test_unfiltered_the_guide_is_what_the_policy_becomes():
     texts = np.array([ids for _, ids in agent.train_pairs])
     for depth in range(LOCK.length):
         here = texts[(texts[:, :depth] == ending[:depth]).all(1)]
-        frequencies = np.bincount(here[:, depth], minlength=5) / len(here)
-        np.testing.assert_allclose(policy(ending[:depth]), frequencies, atol=0.01)
         np.testing.assert_allclose(policy(ending[:depth]), LOCK.guide_probs(ending[:depth]), atol=2 / len(here) ** 0.5)
     assert LOCK.value(policy) == pytest.approx(LOCK.guide_value(), abs=0.1)
 
@@ -123,7 +122,7 @@ def test_filtered_the_policy_becomes_the_guide_given_its_success(lock):
 
 
 def test_a_filter_above_the_guides_usual_worth_surpasses_it():
-    agent = distill(FORK, min_reward=1.0, samples_per_prompt=2).learn()
+    agent = distill(FORK, min_reward=1.0, samples_per_prompt=2, n_epochs=300, learning_rate=0.3).learn()
     assert FORK.value(probs(agent.policy, FORK)) > 0.97 > 0.5 > FORK.guide_value()
 
 
@@ -131,7 +130,7 @@ def test_every_token_of_the_guide_is_counted_once(make_env, make_policy):
     guide = Author()
     arguments = {"targets": "guide", "samples_per_prompt": 2, "min_reward": 0.7, "episodes_per_iteration": 8}
     agent = SL(make_policy(), make_env(4, guide=guide), eval_prompts=7, **arguments)
-    asked = sum(min(len(ids) + 1, 6) for _, ids in guide.written)
+    asked = sum(min(len(ids) + 1, 6) for ids in guide.written)
     assert len(guide.written) == 2 * (60 + 7)
     assert agent.num_guide_tokens == asked
     agent.learn(total_episodes=24)
@@ -191,5 +190,5 @@ def test_what_cannot_be_distilled_is_refused(make_env, make_policy):
         make(targets="guides")
     with pytest.raises(ValueError, match="samples_per_prompt must be at least 1, got 0"):
         make(samples_per_prompt=0)
-    with pytest.raises(ValueError, match='min_reward need targets="guide", got samples_per_prompt=1, min_reward=0.5'):
+    with pytest.raises(ValueError, match=r'min_reward need targets="guide", got samples_per_prompt=1, min_reward=0.5'):
         make(targets="references", min_reward=0.5)
