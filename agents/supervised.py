@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 
-from agents.algorithm import Algorithm, Callback, check_guide
+from agents.algorithm import Algorithm, Callback
 from agents.environments import agree, sibling_env
 from agents.policy import Policy
 from agents.processes import join_shares, reduce, reduce_gradients, share, share_of_loss
@@ -179,27 +179,9 @@ class SL(Algorithm):
         self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
 
         validation = self.env.task.split("validation", self.env.source)
-        choose = np.random.default_rng(0).permutation  # the same for every seed
-        if self.targets == "guide":
-            check_guide(self.env, 'targets="guide"')
-            if getattr(self.env.guide, "author", None) == Author.REFERENCE:
-                raise ValueError(
-                    'env must have a guide that writes for targets="guide"; targets="references" learns them'
-                )
-            sibling = sibling_env(self.env, num_envs=1, split="validation", guided=True)
-            agree(sibling, self.policy)
-            chosen = choose(len(validation))[: self.eval_prompts].tolist()
-            self.train_pairs = self.guide_pairs(self.env, range(len(self.env.data)), stream=0)
-            pairs = self.guide_pairs(sibling, chosen, stream=1)
-        else:
-            self.train_pairs, pairs = self.reference_pairs(self.env.data), self.reference_pairs(validation)
-            if not self.train_pairs or not pairs:
-                raise ValueError(
-                    f"env must have references to learn from: task {self.env.task.name!r}, source {self.env.source!r} "
-                    f"has {len(self.train_pairs)} in split {self.env.split!r} and {len(pairs)} in validation"
-                )
-            pairs = [pairs[index] for index in choose(len(pairs))[: self.eval_prompts]]
-        self.validation_examples = self.encode(validation, pairs)
+        make_pairs = self.guide_pairs if self.targets == "guide" else self.reference_pairs
+        self.train_pairs, validation_pairs = make_pairs(validation)
+        self.validation_examples = self.encode(validation, validation_pairs)
         self.total_texts = max(1, round(self.n_epochs * len(self.train_pairs)))
         self.best_state: dict[str, torch.Tensor] | None = None
         self.iterations_since_best = 0
@@ -326,23 +308,49 @@ class SL(Algorithm):
         ]
         return np.concatenate(passes)[start - start // count * count :][: end - start]
 
-    def reference_pairs(self, split: Split) -> list[Pair]:
-        """The references of a split that are learned."""
-        task = self.env.task
-        return [
-            (index, reference)
-            for index, row in enumerate(split.rows)
-            if self.loss_on == "text" or task.imitates(row)
-            for reference in task.references_of(row)
-        ]
+    def reference_pairs(self, validation: Split) -> tuple[list[Pair], list[Pair]]:
+        """The references to learn, and `eval_prompts` of the validation split."""
+        env, task = self.env, self.env.task
+        train, others = (
+            [
+                (index, reference)
+                for index, row in enumerate(split.rows)
+                if self.loss_on == "text" or task.imitates(row)
+                for reference in task.references_of(row)
+            ]
+            for split in (env.data, validation)
+        )
+        if not train or not others:
+            raise ValueError(
+                f"env must have references to learn from: task {task.name!r}, source {env.source!r} has {len(train)} "
+                f"in split {env.split!r} and {len(others)} in validation"
+            )
+        return train, [others[index] for index in self.chosen(len(others))]
 
-    def guide_pairs(self, env: TextVectorEnv, samples: Sequence[int], stream: int) -> list[Pair]:
-        """Let the guide of an environment write texts for samples, count their tokens, and return what is learned.
+    def guide_pairs(self, validation: Split) -> tuple[list[Pair], list[Pair]]:
+        """The guide's texts to learn, and those for `eval_prompts` prompts of the validation split."""
+        env, guide = self.env, self.env.guide
+        if guide is None or guide.author == Author.REFERENCE:
+            raise ValueError(
+                f'env must have a guide that writes for targets="guide": make_vec(..., guide=...), got {guide!r}; '
+                'references are learned with targets="references"'
+            )
+        sibling = sibling_env(env, num_envs=1, split="validation", guided=True)
+        agree(sibling, self.policy)
+        train = self.ask_guide(env, range(len(env.data)), stream=0)
+        return train, self.ask_guide(sibling, self.chosen(len(validation)), stream=1)
+
+    def chosen(self, count: int) -> list[int]:
+        """Which of the validation split are measured, the same for every seed."""
+        return np.random.default_rng(0).permutation(count)[: self.eval_prompts].tolist()
+
+    def ask_guide(self, env: TextVectorEnv, samples: Sequence[int], stream: int) -> list[Pair]:
+        """Let the guide of an environment write for samples, count its tokens, and return the texts that are learned.
 
         Args:
             env: The environment, whose split the samples are of.
             samples: Rows of the split.
-            stream: Other texts for another number, also from equal prompts.
+            stream: With another number the guide writes other texts, also for equal prompts.
 
         Raises:
             ValueError: No text has the least reward.
