@@ -201,6 +201,11 @@ class Algorithm(ABC):
         """Whether training is complete, so that `learn` stops early."""
         return False
 
+    @property
+    def uses_reward(self) -> bool:
+        """Whether the environment's reward has had a say in training; an unused one may not be loaded."""
+        return self.plays_episodes and self.num_episodes > 0
+
     def learn(
         self,
         total_timesteps: int | None = None,
@@ -360,7 +365,6 @@ class Algorithm(ABC):
         state = self.training_state()
         if self.accelerator.is_main_process:
             guide = self.env.guide if self.num_guide_tokens else None
-            played = self.plays_episodes and self.num_episodes > 0  # an unused reward may not be loaded
             card = model_card(
                 self.policy,
                 self.env,
@@ -368,7 +372,7 @@ class Algorithm(ABC):
                 load=f"{type(self).__name__}.load",
                 training=f"{self.num_episodes:,} episodes, {self.num_timesteps:,} tokens of the policy, "
                 f"{self.num_guide_tokens:,} of a guide, seed {self.seed}",
-                parts={"Guide": guide, "Reward": self.env.reward_function if played else None},
+                parts={"Guide": guide, "Reward": self.env.reward_function if self.uses_reward else None},
                 history=self.history,
             )
             write_checkpoint(

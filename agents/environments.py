@@ -21,18 +21,21 @@ def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
     return gym.make_vec(env_id, num_envs=num_envs, **arguments).unwrapped  # type: ignore[return-value]
 
 
-def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName) -> TextVectorEnv:
-    """Make the same environment on another split: without a guide, unless its policy can hand off to it.
+def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName, guided: bool = False) -> TextVectorEnv:
+    """Make the same environment on another split: without a guide, unless `guided` or its policy can hand off to it.
 
     Raises:
         ValueError: `env` was not made by `gymnasium.make_vec`, so its arguments are unknown.
     """
     if env.spec is None:
-        raise ValueError("eval_env must be given where env was not made by gymnasium.make_vec")
+        raise ValueError(
+            f"env must be made by gymnasium.make_vec, so that it can be made again for split {split!r}; for "
+            "evaluations, eval_env can be given instead"
+        )
     arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
     arguments |= {"guidance": None, "order": "random", "split": split}
     # Share what is already loaded.
-    arguments |= {"guide": env.guide if env.handoff else None}
+    arguments |= {"guide": env.guide if env.handoff or guided else None}
     arguments |= {"tokenizer": env.tokenizer, "reward": env.reward_function}
     return make_env(env.spec.id, num_envs=num_envs, **arguments)
 

@@ -82,6 +82,11 @@ def share(accelerator: Accelerator, items: Items) -> Items:
     return items[len(items) * index // count : len(items) * (index + 1) // count]
 
 
+def join_shares(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    """The items of all processes in order: those of which each process had its `share`."""
+    return items if accelerator.num_processes == 1 else gather_object(items)
+
+
 def share_of_loss(accelerator: Accelerator, items: Items) -> tuple[Items, float]:
     """This process's part of a minibatch, and the weight 1.0 of its loss; the first item and 0.0 if the part is empty.
 

@@ -1,4 +1,4 @@
-"""Supervised learning on reference texts, the usual start of reinforcement learning."""
+"""Supervised learning on reference texts, the usual start of reinforcement learning, or on texts of a guide."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ import numpy as np
 import torch
 
 from agents.algorithm import Algorithm, Callback
+from agents.environments import agree, sibling_env
 from agents.policy import Policy
-from agents.processes import reduce, reduce_gradients, share, share_of_loss
+from agents.processes import join_shares, reduce, reduce_gradients, share, share_of_loss
 from agents.sharding import clip_gradients
+from textgym import seeding
 from textgym.checks import check
+from textgym.guides import Author
+from textgym.rewards import split_parts
 from textgym.task import Split
 from textgym.tokenization import encode_continuation
 
 if TYPE_CHECKING:
     from textgym.engine import TextVectorEnv
+
+# A row of a split, and a text to imitate there: a reference, or token ids that the guide wrote.
+Pair = tuple[int, str | list[int]]
 
 
 class Example(NamedTuple):
@@ -75,26 +82,56 @@ def supervised_loss(policy: Policy, examples: Sequence[Example], pad_token_id: i
     return -log_probs.sum() / (columns >= 0).sum()
 
 
+def rewards_of(env: TextVectorEnv, pairs: Sequence[tuple[int, list[int]]]) -> list[float]:
+    """The environment's rewards of whole texts, given as sample and token ids."""
+    if not pairs:
+        return []
+    rows = [env.data.rows[sample] for sample, _ in pairs]
+    prompts = [prompt for prompt, _ in env.encode_prompts([env.task.prompt_of(row) for row in rows])]
+    values = env.reward_function(
+        prompts=prompts,
+        completions=env.texts([ids for _, ids in pairs], prompts),
+        references=[env.task.references_of(row) for row in rows],
+    )
+    return split_parts(values, len(pairs))[0].tolist()
+
+
 class SL(Algorithm):
-    """Supervised learning on the references of an environment's split, by maximum likelihood.
+    """Supervised learning by maximum likelihood, on the references of an environment's split or on texts of its guide.
 
     Training follows a schedule of `n_epochs` passes, in iterations of `episodes_per_iteration` texts; after each the
-    loss on validation references is measured. When the schedule is over, or the validation loss has not improved for
-    `patience` iterations, `learn` restores the weights with the best validation loss. An episode here is one
-    reference text, a timestep one learned token.
+    loss on validation texts of the same kind is measured. When the schedule is over, or the validation loss has not
+    improved for `patience` iterations, `learn` restores the weights with the best validation loss. An episode here is
+    one learned text, a timestep one learned token.
+
+    ``targets="guide"`` is distillation at the level of sequences (Kim and Rush 2016, arXiv 1606.07947); with
+    `min_reward` it is rejection sampling fine-tuning on distinct texts (Yuan et al. 2023, arXiv 2308.01825). When the
+    algorithm is made, the guide writes for every prompt of the split and for `eval_prompts` validation prompts, each
+    process its share. All these tokens, of rejected texts too, are in `num_guide_tokens`; records have them as
+    ``guide_tokens`` of the first iteration, and the number of texts for training prompts (``guide_texts``) with the
+    share of them that is learned (``kept_fraction``). `load` asks the guide for the same texts and does not count them
+    again.
 
     Raises:
-        ValueError: An argument is wrong, or there is no reference to learn from.
+        ValueError: An argument is wrong, or there is no text to learn from.
     """
 
     name = "sl"
     plays_episodes = False
 
+    targets: Literal["references", "guide"] = "references"
+    """"references" learns those of the data; "guide" learns texts that the environment's guide writes from the prompts
+    of all rows, as the token ids that it wrote, and no references."""
+    samples_per_prompt: int = 1
+    """Number of texts that the guide writes for each prompt, with other random choices for another `seed`; equal ones
+    of a prompt are learned once."""
+    min_reward: float | None = None
+    """The least reward of a text of the guide that is learned; None: all are."""
     loss_on: Literal["completion", "text"] = "completion"
-    """"completion" learns the references of the rows that the task says to imitate, given their prompts; "text" learns
-    prompts and references of all rows, as a causal language model does."""
+    """"completion" learns texts given their prompts, references of the rows that the task says to imitate; "text"
+    learns prompts and texts, references of all rows, as a causal language model does."""
     n_epochs: float = 3.0
-    """Number of passes over the references in the schedule, not necessarily whole."""
+    """Number of passes over the texts in the schedule, not necessarily whole."""
     episodes_per_iteration: int = 512
     """Number of texts between two measurements of the validation loss."""
     minibatch_size: int = 16
@@ -113,6 +150,13 @@ class SL(Algorithm):
     def check_hyperparameters(self) -> None:
         """Check the arguments (see `Algorithm.check_hyperparameters`)."""
         super().check_hyperparameters()
+        check("targets", self.targets, self.targets in ("references", "guide"), '"references" or "guide"')
+        check("samples_per_prompt", self.samples_per_prompt, self.samples_per_prompt >= 1, "at least 1")
+        if self.targets == "references" and (self.samples_per_prompt > 1 or self.min_reward is not None):
+            raise ValueError(
+                'samples_per_prompt and min_reward need targets="guide", '
+                f"got samples_per_prompt={self.samples_per_prompt}, min_reward={self.min_reward}"
+            )
         check("loss_on", self.loss_on, self.loss_on in ("completion", "text"), '"completion" or "text"')
         check("n_epochs", self.n_epochs, self.n_epochs > 0, "above 0")
         check("minibatch_size", self.minibatch_size, self.minibatch_size >= 1, "at least 1")
@@ -134,19 +178,18 @@ class SL(Algorithm):
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
 
-        self.train_pairs = self.pairs(self.env.data)
         validation = self.env.task.split("validation", self.env.source)
-        pairs = self.pairs(validation)
-        if not self.train_pairs or not pairs:
-            raise ValueError(
-                f"env must have references to learn from: task {self.env.task.name!r}, source {self.env.source!r} has "
-                f"{len(self.train_pairs)} in split {self.env.split!r} and {len(pairs)} in validation"
-            )
-        chosen = np.random.default_rng(0).permutation(len(pairs))[: self.eval_prompts]  # the same for every seed
-        self.validation_examples = self.encode(validation, [pairs[index] for index in chosen])
+        make_pairs = self.guide_pairs if self.targets == "guide" else self.reference_pairs
+        self.train_pairs, validation_pairs = make_pairs(validation)
+        self.validation_examples = self.encode(validation, validation_pairs)
         self.total_texts = max(1, round(self.n_epochs * len(self.train_pairs)))
         self.best_state: dict[str, torch.Tensor] | None = None
         self.iterations_since_best = 0
+
+    @property
+    def uses_reward(self) -> bool:
+        """Whether the reward chooses texts."""
+        return self.min_reward is not None
 
     @property
     def finished(self) -> bool:
@@ -210,6 +253,14 @@ class SL(Algorithm):
             self.iterations_since_best = 0
         else:
             self.iterations_since_best += 1
+        guide: dict[str, Any] = {}
+        if self.targets == "guide":
+            guide_texts = len(self.env.data) * self.samples_per_prompt
+            guide = {
+                "guide_tokens": 0 if self.iteration else self.num_guide_tokens,
+                "guide_texts": guide_texts,
+                "kept_fraction": len(self.train_pairs) / guide_texts,
+            }
         return {
             "loss": float(torch.stack(losses).mean()),
             "validation_loss": validation_loss,
@@ -217,6 +268,7 @@ class SL(Algorithm):
             "learning_rate": rate,
             "epoch": self.num_episodes / len(self.train_pairs),
             "policy_tokens": tokens,
+            **guide,
         }
 
     def update(self, batch: list[Example]) -> torch.Tensor:
@@ -240,7 +292,7 @@ class SL(Algorithm):
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """Nats per token on the validation references."""
+        """Nats per token on the validation texts."""
         total = 0.0
         for batch in share(self.accelerator, self.batches(self.validation_examples)):
             total += num_targets(batch) * float(supervised_loss(self.policy, batch, self.env.pad_token_id))
@@ -248,7 +300,7 @@ class SL(Algorithm):
         return total / num_targets(self.validation_examples)
 
     def order(self, start: int, end: int) -> np.ndarray:
-        """Indices of the references at positions start..end-1 of the schedule; every pass is shuffled independently."""
+        """Indices of the texts at positions start..end-1 of the schedule; every pass is shuffled independently."""
         count = len(self.train_pairs)
         passes = [
             np.random.default_rng([self.seed, epoch]).permutation(count)
@@ -256,24 +308,81 @@ class SL(Algorithm):
         ]
         return np.concatenate(passes)[start - start // count * count :][: end - start]
 
-    def pairs(self, split: Split) -> list[tuple[int, int]]:
-        """The (row, reference) pairs of a split that are learned."""
-        task = self.env.task
-        return [
-            (index, reference)
-            for index, row in enumerate(split.rows)
-            if self.loss_on == "text" or task.imitates(row)
-            for reference in range(len(task.references_of(row)))
-        ]
+    def reference_pairs(self, validation: Split) -> tuple[list[Pair], list[Pair]]:
+        """The references to learn, and `eval_prompts` of the validation split."""
+        env, task = self.env, self.env.task
+        train, others = (
+            [
+                (index, reference)
+                for index, row in enumerate(split.rows)
+                if self.loss_on == "text" or task.imitates(row)
+                for reference in task.references_of(row)
+            ]
+            for split in (env.data, validation)
+        )
+        if not train or not others:
+            raise ValueError(
+                f"env must have references to learn from: task {task.name!r}, source {env.source!r} has {len(train)} "
+                f"in split {env.split!r} and {len(others)} in validation"
+            )
+        return train, [others[index] for index in self.chosen(len(others))]
 
-    def encode(self, split: Split, pairs: Sequence[tuple[int, int]]) -> list[Example]:
-        """Encode (row, reference) pairs of a split."""
+    def guide_pairs(self, validation: Split) -> tuple[list[Pair], list[Pair]]:
+        """The guide's texts to learn, and those for `eval_prompts` prompts of the validation split."""
+        env, guide = self.env, self.env.guide
+        if guide is None or guide.author == Author.REFERENCE:
+            raise ValueError(
+                f'env must have a guide that writes for targets="guide": make_vec(..., guide=...), got {guide!r}; '
+                'references are learned with targets="references"'
+            )
+        sibling = sibling_env(env, num_envs=1, split="validation", guided=True)
+        agree(sibling, self.policy)
+        train = self.ask_guide(env, range(len(env.data)), stream=0)
+        return train, self.ask_guide(sibling, self.chosen(len(validation)), stream=1)
+
+    def chosen(self, count: int) -> list[int]:
+        """Which of the validation split are measured, the same for every seed."""
+        return np.random.default_rng(0).permutation(count)[: self.eval_prompts].tolist()
+
+    def ask_guide(self, env: TextVectorEnv, samples: Sequence[int], stream: int) -> list[Pair]:
+        """Let the guide of an environment write for samples, count its tokens, and return the texts that are learned.
+
+        Args:
+            env: The environment, whose split the samples are of.
+            samples: Rows of the split.
+            stream: With another number the guide writes other texts, also for equal prompts.
+
+        Raises:
+            ValueError: No text has the least reward.
+        """
+        seeds = seeding.hash64(self.seed, stream, np.arange(self.samples_per_prompt)) >> np.uint64(1)
+        # Rewards are shared, too: a reward that rounds differently in another process must not keep other texts there.
+        own = share(self.accelerator, samples)
+        texts = zip(*(env.guide_texts(own, seed) for seed in seeds.tolist()), strict=True)
+        pairs = [(sample, ids) for sample, written in zip(own, texts, strict=True) for ids in written]
+        rewards = [0.0] * len(pairs) if self.min_reward is None else rewards_of(env, pairs)
+        pairs, rewards = join_shares(self.accelerator, pairs), join_shares(self.accelerator, rewards)
+        self.num_guide_tokens += sum(len(ids) for _, ids in pairs)
+        kept = [
+            (sample, tuple(ids))
+            for (sample, ids), reward in zip(pairs, rewards, strict=True)
+            if ids and (self.min_reward is None or reward >= self.min_reward)  # a guide may have nothing to say
+        ]
+        if not kept:
+            why = "all are empty" if self.min_reward is None else f"the highest reward is {max(rewards)}"
+            raise ValueError(
+                f"min_reward={self.min_reward} keeps none of the {len(pairs)} texts of the guide for split "
+                f"{env.split!r}; {why}"
+            )
+        return [(sample, list(ids)) for sample, ids in dict.fromkeys(kept)]
+
+    def encode(self, split: Split, pairs: Sequence[Pair]) -> list[Example]:
+        """Encode pairs of a split; what the guide wrote is learned as it wrote it."""
         env = self.env
-        rows = [split.rows[index] for index, _ in pairs]
-        prompts = env.encode_prompts([env.task.prompt_of(row) for row in rows])
+        prompts = env.encode_prompts([env.task.prompt_of(split.rows[index]) for index, _ in pairs])
         examples = [
-            encode_example(env, prompt, ids, env.task.references_of(row)[reference])
-            for (prompt, ids), row, (_, reference) in zip(prompts, rows, pairs, strict=True)
+            encode_example(env, prompt, ids, text) if isinstance(text, str) else Example(ids, text)
+            for (prompt, ids), (_, text) in zip(prompts, pairs, strict=True)
         ]
         if self.loss_on == "text":  # nothing predicts the first token
             examples = [Example(context[:1], context[1:] + target) for context, target in examples]

@@ -102,6 +102,12 @@ def test_iterations_are_those_of_one_process(name, results):
     assert agents["ppo"].history[-1]["stopped_early"] == 1.0 > agents["rloo"].history[-1]["stopped_early"]
 
 
+def test_the_guide_is_asked_for_a_text_by_one_process_only(results):
+    first, second = (saw["asked"] for saw in results[3])
+    assert len({*first, *second}) == len(first) + len(second) == 60 + 22
+    assert len(first) == len(second)
+
+
 @pytest.mark.parametrize("kind", ["whole", "in pieces"])
 def test_resuming_equals_never_having_stopped_also_in_one_process(kind, results):
     folder, _, _, two = results

@@ -41,6 +41,7 @@ GUIDE = CallableGuide(
 UNEVEN = {"minibatch_size": 5, "eval_every": 1, "eval_prompts": 9}
 AGENTS = {
     "sl": ("sl", {**UNEVEN}),
+    "distill": ("sl", {**UNEVEN, "targets": "guide", "samples_per_prompt": 2, "min_reward": 0.0}),
     "ppo": ("ppo", {**UNEVEN, "target_kl": 0.002, "learning_rate": 3e-3}),
     "ppo with all options": (
         "ppo++",
@@ -160,6 +161,11 @@ def main(folder):
     for name, value in (("VERSION", "1"), ("OFFLOAD_PARAMS", "true"), ("CPU_RAM_EFFICIENT_LOADING", "True")):
         wrong = {**FSDP, f"FSDP_{name}": value}
         saw["refused"][f"fsdp_{name.lower()}"] = refusal(lambda: make("ppo", {}), wrong)
+
+    asked = []
+    notes = CallableGuide(lambda requests: asked.extend(r.seed for r in requests) or GUIDE.complete(requests, None))
+    make("sl", {"targets": "guide"}, guide=notes)
+    saw["asked"] = asked
 
     for environment, kind in (({}, "whole"), (FSDP, "in pieces")):
         with patch.dict(os.environ, environment):
