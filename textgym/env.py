@@ -19,7 +19,7 @@ from textgym.spec import WithSpec
 from textgym.task import Split, Task
 
 VECTOR_ONLY = ("num_envs", "parking", "autoreset_mode", "copy")
-VECTOR_ONLY_OPTIONS = ("reset_mask", "group_size")
+VECTOR_ONLY_OPTIONS = ("reset_mask", "idle", "group_size")
 
 
 class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
