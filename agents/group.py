@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from agents.algorithm import check_guide
-from agents.curriculum import Curriculum
 from agents.phase import Phase
 from agents.policy_gradient import PolicyGradient
 from agents.ppo_plus_plus import restart
@@ -119,15 +118,15 @@ class GroupPolicyGradient(PolicyGradient):
             given = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,)
             guidance = [given[row % len(given)] for row in rows.tolist()]
             plan = None
-            if isinstance(self.curriculum, Curriculum):
-                plan = self.curriculum.plan(self.iteration, count, self.group_size, random)
+            if self.rule is not None:
+                plan = self.rule.plan(self.iteration, count, self.group_size, random)
                 options = plan.options(np.arange(len(rows)), guidance, text_seed=self.seed)
             else:
                 samples = random.integers(len(self.env.data), size=count)
                 options = {"index": samples.repeat(self.group_size).tolist(), "guidance": guidance}
             tried = self.replay(rollout, rows, options, attempt)
-            if isinstance(self.curriculum, Curriculum) and plan is not None:
-                self.curriculum.record(plan, tried.rewards.view(-1, self.group_size).cpu().numpy(), tried)
+            if self.rule is not None and plan is not None:
+                self.rule.record(plan, tried.rewards.view(-1, self.group_size).cpu().numpy(), tried)
             alive = ~self.dead(tried).repeat_interleave(self.group_size)
             rollout = rollout.with_rows(rows[alive], tried[torch.nonzero(alive).flatten()])
         return rollout
@@ -156,7 +155,7 @@ class GroupPolicyGradient(PolicyGradient):
                 self.policy,
                 seeds=hash64(self.seed, self.iteration, attempt, 1, numbers[own]),
                 options={name: [values[row] for row in own] for name, values in options.items()},
-                group_size=1 if isinstance(self.curriculum, Curriculum) else self.group_size,
+                group_size=1 if self.rule else self.group_size,
                 decoding=self.decoding,
             )
         everything = Rollout.concatenate(gather(self.accelerator, [played]))

@@ -89,6 +89,7 @@ class PolicyGradient(Algorithm):
     Attributes:
         reference: The reference policy.
         kl_coef: The current weight of the KL penalty, which `kl_target` adapts.
+        rule: The algorithm's own copy of the curriculum, with what it has learned; None without one.
         last_rollout: The episodes of the last iteration, for callbacks.
         episodes_before: Number of episodes before the last iteration.
         play_record: What `play` adds to the iteration's record.
@@ -162,13 +163,12 @@ class PolicyGradient(Algorithm):
             check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
 
     def __post_init__(self) -> None:
-        if self.curriculum is not None:
-            self.curriculum = Curriculum.of(self.curriculum)
+        self.rule = None if self.curriculum is None else Curriculum.of(self.curriculum)
         super().__post_init__()
-        if self.curriculum is not None:
-            if self.curriculum.needs_guide:
-                check_guide(self.env, f"curriculum {self.curriculum.name!r}")
-            self.curriculum.start(len(self.env.data))
+        if self.rule is not None:
+            if self.rule.needs_guide:
+                check_guide(self.env, f"curriculum {self.rule.name!r}")
+            self.rule.start(len(self.env.data))
         check_draws(self.decoding or self.policy.decoding)
         self.reference = self.policy.copy().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.trainable, lr=self.learning_rate, eps=1e-5, fused=True)
@@ -296,9 +296,9 @@ class PolicyGradient(Algorithm):
         self.check_finite("reward", rollout.rewards)
         self.count(rollout)
         self.play_record = {}
-        if plan is not None and isinstance(self.curriculum, Curriculum):
+        if plan is not None and self.rule is not None:
             self.play_record = {"prefix_fraction": float(plan.fractions.mean())}
-            self.curriculum.record(plan, rollout.rewards.view(-1, group_size).cpu().numpy(), rollout)
+            self.rule.record(plan, rollout.rewards.view(-1, group_size).cpu().numpy(), rollout)
         alone = rollout.prefix_length == 0
         if alone.any() and not alone.all():
             self.play_record["reward_without_prefix"] = float(rollout.rewards[alone].mean())
@@ -311,10 +311,10 @@ class PolicyGradient(Algorithm):
 
     def plan(self, group_size: int) -> Plan | None:
         """What the curriculum lets the episodes of this iteration start from; None without a curriculum."""
-        if not isinstance(self.curriculum, Curriculum):
+        if self.rule is None:
             return None
         random = np.random.default_rng([self.seed, self.iteration, 3])
-        return self.curriculum.plan(self.iteration, self.episodes_per_iteration // group_size, group_size, random)
+        return self.rule.plan(self.iteration, self.episodes_per_iteration // group_size, group_size, random)
 
     def count(self, rollout: Rollout) -> None:
         """Count the episodes of a rollout, and their tokens."""
@@ -447,16 +447,16 @@ class PolicyGradient(Algorithm):
     def training_state(self) -> dict[str, Any]:
         """Add the KL coefficient, which `kl_target` changes, and what the curriculum has learned."""
         state = {**super().training_state(), "kl_coef": self.kl_coef}
-        if isinstance(self.curriculum, Curriculum):
-            state["curriculum"] = self.curriculum.get_state()
+        if self.rule is not None:
+            state["curriculum"] = self.rule.get_state()
         return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from a `training_state`."""
         super().load_training_state(state)
         self.kl_coef = state["kl_coef"]
-        if isinstance(self.curriculum, Curriculum):
-            self.curriculum.set_state(state["curriculum"])
+        if self.rule is not None:
+            self.rule.set_state(state["curriculum"])
 
 
 def _of_rows(demonstrations: dict[int, Example], rows: Tensor) -> list[Example]:

@@ -176,8 +176,8 @@ def test_two_algorithms_do_not_share_what_a_curriculum_learned():
     rule = AdaBack()
     first, second = (lock_agent(GRPO, curriculum=rule, seed=seed) for seed in (0, 1))
     first.learn(total_episodes=48)
-    assert not np.isnan(first.curriculum.intervals).all()
-    assert np.isnan(second.curriculum.intervals).all()
+    assert not np.isnan(first.rule.intervals).all()
+    assert np.isnan(second.rule.intervals).all()
     assert not hasattr(rule, "intervals")
 
 
