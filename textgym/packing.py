@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -465,9 +464,3 @@ def compile_layers(model: PreTrainedModel) -> None:
     for layer in decoder_layers(model):
         if layer._compiled_call_impl is None:
             layer.compile(dynamic=True)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "fast_dtype":  # which used to be here
-        return importlib.import_module("textgym.precision").fast_dtype
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

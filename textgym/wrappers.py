@@ -16,8 +16,6 @@ from textgym.env import TextEnv
 from textgym.rewards import split_parts
 from textgym.tokenization import decode
 
-Potential = Callable[..., Any]
-
 
 class AnyText(spaces.Text):
     """Text of any characters; samples are of ASCII's.
@@ -79,7 +77,7 @@ class DenseReward(gym.Wrapper, RecordConstructorArgs):
         ValueError: `env` is not a text environment, or `gamma` is out of range.
     """
 
-    def __init__(self, env: gym.Env, potential: Potential | None = None, gamma: float = 1.0) -> None:
+    def __init__(self, env: gym.Env, potential: Callable[..., Any] | None = None, gamma: float = 1.0) -> None:
         RecordConstructorArgs.__init__(self, potential=potential, gamma=gamma)
         gym.Wrapper.__init__(self, env)
         check("gamma", gamma, 0 <= gamma <= 1, "in [0, 1]")

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from textgym.packages import require
+
 
 def has_adapters(model: PreTrainedModel) -> bool:
     """Whether a model carries adapters."""
@@ -31,10 +33,9 @@ def add_lora(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[s
         ImportError: PEFT is not installed.
         ValueError: The model carries adapters already, or an option that PEFT refuses.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError('lora needs peft: pip install "textgym[peft]"') from error
+    require("peft", "lora", "peft")
+    from peft import LoraConfig
+
     if has_adapters(model):
         raise ValueError(f"lora must be None for a model that has adapters already: {str(path)!r}")
     model.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else str(path)

@@ -63,7 +63,6 @@ def processes() -> Iterator[Measurement]:
 
 
 def _prepare(keep: bool, threads: int) -> None:
-
     torch.set_num_threads(threads)
     if keep:
         keep_freed_memory()
@@ -80,5 +79,4 @@ def take_steps() -> float:
 
 @functools.cache
 def _step() -> Callable[[], float]:
-
     return gradient_step(False)

@@ -124,7 +124,7 @@ class HtmlRow(NamedTuple):
 
 def html_table(table: Table) -> dict[str, Any]:
     """A table as the template wants it: its columns without the task, and its rows grouped by task."""
-    grouped = table.columns[0] == "task"
+    grouped = "task" in table.columns[:1]
     groups = itertools.groupby(table.rows, key=lambda row: row[0] if grouped else None)
     return {
         "note": table.note,

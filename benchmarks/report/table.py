@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.report.intervals import Interval
 
@@ -31,6 +32,11 @@ class Table:
     names: int = 2
     formats: Mapping[str, str] = field(default_factory=dict)
     bars: Mapping[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, title: str, note: str, rows: Sequence[Mapping[str, Cell]], **options: Any) -> Table:
+        """A table of rows that map columns, the same in each, to cells."""
+        return cls(title, note, [*rows[0]] if rows else [], [[*row.values()] for row in rows], **options)
 
     def texts(self, row: Sequence[Cell]) -> list[str]:
         """A row's cells as text."""

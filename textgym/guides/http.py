@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import ipaddress
 import json
 import math
@@ -21,6 +20,8 @@ from textgym.guides.base import Author, Completion, GuideRequest
 from textgym.guides.budget import Budget, BudgetExceeded, Ledger, Usage, is_amount
 from textgym.guides.completion_cache import CompletionCache
 from textgym.guides.templates import chat_messages, completions_template, without_echo
+from textgym.packages import require
+from textgym.tokenization import as_continuation
 
 # openai is imported for the first completion, so that a guide is made quickly.
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ class HTTPGuide:
         budget: Budget | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",
     ) -> None:
-        if importlib.util.find_spec("openai") is None:
-            raise ImportError('HTTPGuide needs openai: pip install "textgym[http]"')
+        require("http", "HTTPGuide", "openai")
         check("model", model, isinstance(model, str) and bool(model), "the name of a model at the server")
         check("api", api, api in ("completions", "chat"), '"completions" or "chat"')
         check("timeout", timeout, is_amount(timeout) and timeout > 0, "a finite number of seconds > 0")
@@ -194,8 +194,6 @@ class HTTPGuide:
 
     def _continuation(self, request: GuideRequest, text: str, answer: str) -> str:
         """Return what an answer adds to prompt, prefix and `text`."""
-        from textgym.tokenization import as_continuation
-
         written = request.prefix + text
         if self.api == "chat":
             rest = without_echo(answer, request.prompt + written, written)
