@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from textgym.decoding import Decoding
 from textgym.storage import new_folder
@@ -114,7 +115,9 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
         hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
     # Only tensors and plain values: nothing in the file can run code.
     state = torch.load(training / "state.pt", map_location="cpu", weights_only=True)
-    return Checkpoint(Path(path), hyperparameters, description["frozen"], {**state, "env": _to_arrays(state["env"])})
+    # As arrays, as an environment has them.
+    state["env"] = tree_map(lambda value: value.numpy() if isinstance(value, torch.Tensor) else value, state["env"])
+    return Checkpoint(Path(path), hyperparameters, description["frozen"], state)
 
 
 def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:
@@ -141,12 +144,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return str(value) if isinstance(value, Path | torch.device) else value
-
-
-def _to_arrays(value: Any) -> Any:
-    """Nested containers with tensors as arrays, as an environment has them."""
-    if isinstance(value, dict):
-        return {key: _to_arrays(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_arrays(item) for item in value]
-    return value.numpy() if isinstance(value, torch.Tensor) else value

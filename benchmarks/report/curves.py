@@ -82,21 +82,17 @@ def lines(runs: Runs) -> list[Line]:
 
 def as_csv(runs: Runs) -> str:
     """CSV with one row per iteration of every run: task, algo, seed and the scalars of its history."""
-    scalars = dict.fromkeys(
-        key
+    rows = [
+        {key: record[key] for key in ("task", "algo", "seed")}
+        | {key: value for key, value in entry.items() if isinstance(value, int | float)}
         for record in runs.records
         for entry in record["history"]
-        for key, value in entry.items()
-        if isinstance(value, int | float)
-    )
+    ]
+    columns = dict.fromkeys(["task", "algo", "seed", *(key for row in rows for key in row)])
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, ["task", "algo", "seed", *scalars], restval="", extrasaction="ignore", lineterminator="\n"
-    )
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for record in runs.records:
-        for entry in record["history"]:
-            writer.writerow(entry | {key: record[key] for key in ("task", "algo", "seed")})
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -113,10 +109,10 @@ def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
     Raises:
         ImportError: Matplotlib is not installed.
     """
-    tasks = list(dict.fromkeys(line.task for line in lines))
-    axes_shown = ("tokens", "num_guide_tokens", "seconds")
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
+    tasks = list(dict.fromkeys(line.task for line in lines))
+    axes_shown = ("tokens", "num_guide_tokens", "seconds")
     picture = figure(2.5 + 4 * len(tasks), 3.1 * len(axes_shown))
     grid = picture.subplots(len(axes_shown), len(tasks), squeeze=False, sharey="col")
     legend = {}

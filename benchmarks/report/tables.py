@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -202,6 +202,12 @@ def metrics(analysis: Analysis) -> Table:
     if left_out:
         note += f" Left out: {listed(left_out)}."
     return Table("Metrics", note, ["task", "algorithm", *(name.replace("_", " ") for name in names)], rows)
+
+
+#: All tables by name, in the order of a report.
+TABLES: dict[str, Callable[[Analysis], Table]] = {
+    table.__name__: table for table in (results, aggregate, improvement, comparisons, metrics, costs)
+}
 
 
 def _worth(analysis: Analysis) -> str:

@@ -67,12 +67,8 @@ def _keywords(words: list[str], post: list[str], other: list[str], rng: np.rando
 
 #: Texts that are worse than the author's summary.
 CORRUPTIONS: Mapping[str, Callable[[list[str], list[str], list[str], np.random.Generator], list[str]]] = {
-    "other": _other,
-    "shuffled": _shuffled,
-    "repeated": _repeated,
-    "truncated": _truncated,
-    "sentence": _sentence,
-    "keywords": _keywords,
+    corrupt.__name__.removeprefix("_"): corrupt
+    for corrupt in (_other, _shuffled, _repeated, _truncated, _sentence, _keywords)
 }
 
 
