@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -72,23 +73,21 @@ def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) 
     from transformers import AutoTokenizer  # imports torch
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    wrong = f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}"
     kind: Any = AutoTokenizer
+    options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        if gguf_file is None:
-            # These classes are what the tokenizer file says; AutoTokenizer would use the class of the model's family.
-            declared = get_tokenizer_config(str(path)).get("tokenizer_class")
-            if declared in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-                kind = PreTrainedTokenizerFast
-            tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
-        else:
-            tokenizer = kind.from_pretrained(str(path), gguf_file=gguf_file, trust_remote_code=False)
+        if gguf_file is not None:
+            options["gguf_file"] = gguf_file
+        # These classes are what the tokenizer file says; AutoTokenizer would use the class of the model's family.
+        elif get_tokenizer_config(str(path)).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            kind = PreTrainedTokenizerFast
+        tokenizer = kind.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}"
-        ) from error
+        raise ValueError(f"{wrong}: {error}") from error
     # For a model without tokenizer, transformers makes one of nothing but the special tokens of its architecture.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}, which has none")
+        raise ValueError(f"{wrong}, which has none")
     return tokenizer
 
 
@@ -174,7 +173,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
 def _joins(tokenizer: PreTrainedTokenizerBase) -> bool | None:
     texts = ["a", " a", "  a", "\n a", "a ", "."]
     try:
-        letter, *ids = tokenizer(["x", *texts], add_special_tokens=False, verbose=False)["input_ids"]
+        letter, *ids = encode(tokenizer, ["x", *texts])
     except Exception:  # tokenizers raise it where a word has no token
         return None
     return decode(tokenizer, [*ids, *([*letter, *line] for line in ids)]) == [*texts, *("x" + text for text in texts)]
@@ -228,7 +227,7 @@ def check_embedded(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, i
         mask: (B, S), nonzero where `input_ids` is valid.
 
     Raises:
-        ValueError: There is such a token; the message names it.
+        ValueError: There is such a token.
     """
     embeddings: Any = model.get_input_embeddings()
     embedded = embeddings.weight.shape[0]
@@ -290,7 +289,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except Exception:  # a template that shows no answers can raise anything
         return None
     _, _, after = text.rpartition(place)
-    ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if place in text and after else []
+    ids = encode(tokenizer, [after])[0] if place in text and after else []
     return next((id for id in ids if id in tokenizer.added_tokens_decoder and id != tokenizer.unk_token_id), None)
 
 
@@ -356,8 +355,8 @@ def encode_prompts(
         ValueError: A prompt that is too long without its body, or that has no tokens at all.
     """
     if not tokenizer.is_fast:
-        arguments = (max_prompt_tokens, truncation_side, add_special_tokens)
-        return [_encode_parts(tokenizer, parts, *arguments) for parts in prompts]
+        how = (max_prompt_tokens, truncation_side, add_special_tokens)
+        return [_encode_parts(tokenizer, parts, *how) for parts in prompts]
     texts = ["".join(parts) for parts in prompts]
     encoded = tokenizer(
         texts,
@@ -380,9 +379,8 @@ def encode_prompts(
             inside = [i for i, (low, high) in enumerate(offsets) if low >= start and high <= end and not special[i]]
             if len(inside) < excess:
                 raise _too_long(max_prompt_tokens, len(ids) - len(inside), text)
-            first, last = (
-                (inside[-excess], inside[-1]) if truncation_side == "right" else (inside[0], inside[excess - 1])
-            )
+            dropped = inside[-excess:] if truncation_side == "right" else inside[:excess]
+            first, last = dropped[0], dropped[-1]
             ids = ids[:first] + ids[last + 1 :]
             # A token that is partly of the part before or after the body stays, and so does its text.
             text = text[: max(start, offsets[first - 1][1] if first else 0)] + text[offsets[last][1] :]
@@ -398,7 +396,7 @@ def _encode_parts(
     add_special_tokens: bool,
 ) -> tuple[str, list[int]]:
     """Encode each part of a prompt alone, for tokenizers that do not say which characters a token covers."""
-    before, body, after = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts)
+    before, body, after = encode(tokenizer, parts)
     if not before + body + after:
         raise ValueError(f"a prompt must have at least one token, got {''.join(parts)!r}")
     letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True, verbose=False)
@@ -419,12 +417,8 @@ def _encode_parts(
 def has_bos_twice(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:
     """Whether a tokenizer put a BOS before a text that begins with one, as texts of a chat template do."""
     bos = tokenizer.bos_token
-    return (
-        bool(bos)
-        and text.startswith(bos)
-        and not text.startswith(2 * bos)
-        and [*ids[:2]] == 2 * [tokenizer.bos_token_id]
-    )
+    once = bool(bos) and text.startswith(bos) and not text.startswith(2 * bos)
+    return once and [*ids[:2]] == 2 * [tokenizer.bos_token_id]
 
 
 def _too_long(max_prompt_tokens: int, needed: int, text: str) -> ValueError:
@@ -477,29 +471,24 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
     texts = [as_continuation(prompt, text) for text in texts]
     end = prompt[-_LAST_CHARACTERS:]
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
     def loses_space(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each text would be read with other space at its start than it has."""
         read = decode_continuations(tokenizer, [context] * len(ids), [line[: 2 * _LAST_TOKENS] for line in ids])
         return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
 
-    ids = encode(texts)
+    ids = encode(tokenizer, texts)
     if not end or _vocabulary(tokenizer).joins is not False:
         return ids
-    context = Context(encode([end])[0], end)
+    context = Context(encode(tokenizer, [end])[0], end)
     wrong = [i for i, lost in enumerate(loses_space(texts, ids)) if lost]
     for anchor in (end, *_ANCHORS):
         if not wrong:
             break
-        before = encode([anchor])[0]
-        tried = encode([anchor + texts[i] for i in wrong])
+        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)])
         after = [line[len(before) :] if line[: len(before)] == before else None for line in tried]
         good = {i: line for i, line in zip(wrong, after, strict=True) if line}
-        for (i, line), lost in zip(
-            good.items(), loses_space([texts[i] for i in good], list(good.values())), strict=True
-        ):
+        losses = loses_space([texts[i] for i in good], list(good.values()))
+        for (i, line), lost in zip(good.items(), losses, strict=True):
             if not lost:
                 ids[i] = line
                 wrong.remove(i)
@@ -557,7 +546,7 @@ def decode_continuations(
         elif whole.startswith(complete):
             text = whole[len(complete) :]
         else:  # single bytes spoil all bytes before them while they make no character
-            letter = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+            letter = encode(tokenizer, ["a"])[0]
             alone, begun = decode(tokenizer, [letter, [*letter, *ids]])
             text = begun[len(alone) :]
         lost = before and before == before.rstrip() and shown != shown.rstrip()
@@ -579,27 +568,27 @@ def decode_by_author(
     Returns:
         Pairs (author, text).
     """
-    stretches = [
-        (author, [token for _, token in pairs])
-        for author, pairs in groupby(zip(authors, token_ids, strict=True), key=lambda pair: int(pair[0]))
-    ]
-    contexts = [context]
-    for _, ids in stretches:
-        contexts.append(Context([*contexts[-1].ids, *ids], ""))
-    texts = decode_continuations(tokenizer, contexts[:-1], [ids for _, ids in stretches])
-    return [(author, text) for (author, _), text in zip(stretches, texts, strict=True)]
+    written_by, stretches, contexts = [], [], [context]
+    for author, pairs in groupby(zip(authors, token_ids, strict=True), key=lambda pair: int(pair[0])):
+        written_by.append(author)
+        stretches.append([token for _, token in pairs])
+        contexts.append(Context([*contexts[-1].ids, *stretches[-1]], ""))
+    texts = decode_continuations(tokenizer, contexts[:-1], stretches)
+    return list(zip(written_by, texts, strict=True))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts as they stand, without special tokens (see `encode_continuation` for continuations)."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
     """Decode whole texts without special tokens (see `decode_continuations` for continuations)."""
     if not ids:
         return []
-    kind, usual = type(tokenizer), PreTrainedTokenizerFast
-    if tokenizer.is_fast and (kind._decode, kind.decode, kind.batch_decode) == (
-        usual._decode,
-        usual.decode,
-        usual.batch_decode,
-    ):  # which do this for each text, after looking at the type of every id
+    methods = attrgetter("_decode", "decode", "batch_decode")
+    if tokenizer.is_fast and methods(type(tokenizer)) == methods(PreTrainedTokenizerFast):
+        # These do the same for each text, after looking at the type of every id.
         decode_one = tokenizer.backend_tokenizer.decode
         return [decode_one(line, skip_special_tokens=True) for line in ids]
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -691,7 +680,7 @@ class StopCriteria:
         contexts = [NO_CONTEXT] * len(token_ids) if contexts is None else contexts
         kept = [list(ids[:-1]) if len(ids) and self.tokens[ids[-1]] else list(ids) for ids in token_ids]
         return [
-            text[: min(self._starts(text), default=None)]
+            text[: min((text.index(string) for string in self._strings if string in text), default=None)]
             for text in decode_continuations(self._tokenizer, contexts, kept)
         ]
 
@@ -701,8 +690,8 @@ class StopCriteria:
             return np.zeros(tokens.shape, bool)
         new = np.unique(tokens[self._near[tokens] < 0]).tolist()
         # After a letter, because decoded alone some tokens lose a leading space.
-        letter = self._tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"] if new else []
-        (start, *texts) = decode(self._tokenizer, [letter, *([*letter, token] for token in new)])
+        letter = encode(self._tokenizer, ["a"])[0] if new else []
+        start, *texts = decode(self._tokenizer, [letter, *([*letter, token] for token in new)])
         last = {string[-1] for string in self._strings} | {"\ufffd"}
         self._near[new] = [not last.isdisjoint(text[len(start) :]) for text in texts]
         return self._near[tokens] > 0
@@ -711,9 +700,6 @@ class StopCriteria:
         """Whether the text of token ids holds a string, for each of n."""
         texts = decode_continuations(self._tokenizer, contexts, token_ids)
         return [any(string in text for string in self._strings) for text in texts]
-
-    def _starts(self, text: str) -> list[int]:
-        return [text.index(string) for string in self._strings if string in text]
 
 
 Ends = StopCriteria  # its old name

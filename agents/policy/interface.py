@@ -204,8 +204,8 @@ class Actor(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, device: str | torch.device = "auto", **arguments: Any) -> Any:
-        """Read what `save_pretrained` wrote."""
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Read what `save_pretrained` wrote: ``from_pretrained(path, device="auto", ...)``."""
 
 
 class Policy(Actor):
@@ -269,17 +269,8 @@ class Policy(Actor):
 
     @abstractmethod
     def shift_values(self, of: Continuation, shift: float) -> None:
-        """Add a constant to one of the two value functions.
-
-        Args:
-            of: The value function.
-            shift: The constant.
-        """
+        """Add the constant `shift` to one of the two value functions."""
 
     @abstractmethod
     def copy_values(self, to: Continuation) -> None:
-        """Make one of the two value functions equal to the other.
-
-        Args:
-            to: The value function that changes.
-        """
+        """Make the value function `to` equal to the other."""

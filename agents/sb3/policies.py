@@ -293,10 +293,8 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
             deterministic: Take the most probable actions.
             action_masks: bool (n, actions), True where allowed; None for all.
         """
-        states = self._states(obs)
-        distribution = self._masked(obs, states, action_masks)
+        distribution, values = self._masked(obs, action_masks)
         actions = self._choose(obs, distribution, deterministic)
-        values = self.language_model.heads["value"](at_least_float32(states))
         return actions, values, distribution.log_prob(actions)
 
     def _predict(self, observation: Observation, deterministic: bool = False, action_masks: Any = None) -> Tensor:  # type: ignore[override]
@@ -320,30 +318,30 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
             actions: (n,).
             action_masks: (n, actions), nonzero where allowed; None for all.
         """
-        states = self._states(obs)
-        distribution = self._masked(obs, states, action_masks)
-        values = self.language_model.heads["value"](at_least_float32(states))
+        distribution, values = self._masked(obs, action_masks)
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def get_distribution(self, obs: Observation, action_masks: Any = None) -> MaskableCategoricalDistribution:  # type: ignore[override]
         """The distribution of the next action under the masks."""
-        return self._masked(obs, self._states(obs), action_masks)
+        return self._masked(obs, action_masks)[0]
 
-    def _masked(self, obs: Observation, states: Tensor, action_masks: Any) -> MaskableCategoricalDistribution:
+    def _masked(self, obs: Observation, action_masks: Any) -> tuple[MaskableCategoricalDistribution, Tensor]:
+        """The distributions of the next actions under the masks, and the values (n, 1) of the states."""
+        states = self._states(obs)
         log_probs = self._log_probs(states)
-        allowed = None if action_masks is None else torch.as_tensor(action_masks, device=log_probs.device) != 0
+        allowed = None
+        if action_masks is not None:
+            allowed = torch.as_tensor(action_masks, device=log_probs.device).view_as(log_probs) != 0
         if self.masking_model is not None:
             with torch.no_grad():
                 scores = self._log_probs(self._states(obs, self.masking_model), self.masking_model)
             in_nucleus = nucleus(scores, self.top_p).isfinite()
             in_nucleus[:, vocabulary_size(self.language_model.tokenizer) :] = True
-            both = in_nucleus if allowed is None else in_nucleus & allowed.view_as(in_nucleus)
-            allowed = (
-                both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed.view_as(in_nucleus))
-            )
+            both = in_nucleus if allowed is None else in_nucleus & allowed
+            allowed = both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed)
         distribution = MaskableCategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
         distribution.apply_masking(allowed)
-        return distribution
+        return distribution, self.language_model.heads["value"](at_least_float32(states))
 
 
 class _Reader:

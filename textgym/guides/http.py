@@ -21,7 +21,7 @@ from textgym.guides.budget import Budget, BudgetExceeded, Ledger, Usage, is_amou
 from textgym.guides.completion_cache import CompletionCache
 from textgym.guides.templates import chat_messages, completions_template, without_echo
 from textgym.packages import require
-from textgym.tokenization import as_continuation
+from textgym.tokenization import as_continuation, encode
 
 # openai is imported for the first completion, so that a guide is made quickly.
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class HTTPGuide:
                     continue
                 written = len(completions[request].token_ids or ())
                 texts[request] += self._continuation(request, texts[request], answer.text)
-                ids = tokenizer(texts[request], add_special_tokens=False, verbose=False)["input_ids"]
+                ids = encode(tokenizer, [texts[request]])[0]
                 finished = answer.finish_reason not in ("length", "content_filter")
                 completions[request] = Completion(token_ids=tuple(ids[: request.max_new_tokens]), finished=finished)
                 left = request.max_new_tokens - len(ids)

@@ -21,6 +21,7 @@ from textgym.tokenization import (
     as_chat,
     check_embedded,
     check_vocabulary,
+    encode,
     encode_continuation,
     end_ids,
     has_bos_twice,
@@ -222,7 +223,7 @@ class LocalGuide:
                 finished = written_to_end is not None
                 (text,) = ends.texts([ids if written_to_end is None else written_to_end], [before[i]])
                 completions[i] = Completion(text=text, finished=finished)
-                length = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                length = len(encode(tokenizer, [text])[0])
                 if not finished and length < requests[i].max_new_tokens and limits[i] < room[i]:
                     again.append(i)
                     limits[i] = int(min(2 * limits[i], room[i]))
@@ -361,5 +362,4 @@ def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str) -> list[int]:
     """Encode a user's message to a chat model and the beginning of the answer."""
-    asked = as_chat(tokenizer, text) + prefix.lstrip()
-    return tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]
+    return encode(tokenizer, [as_chat(tokenizer, text) + prefix.lstrip()])[0]
