@@ -65,16 +65,10 @@ def write_checkpoint(
     state: Mapping[str, Any],
     card: ModelCard,
 ) -> None:
-    """Write a checkpoint, replacing an existing one.
+    """Write a checkpoint of an algorithm, by its name and arguments, into a folder, replacing an existing one.
 
-    Args:
-        path: The folder.
-        policy: The policy.
-        algorithm: Name of the algorithm.
-        hyperparameters: Its arguments.
-        models: Models other than the policy, by file name without suffix.
-        state: The algorithm's `training_state`: nested dicts and lists of arrays, tensors and numbers.
-        card: The model card.
+    `models` are those other than the policy, by file name without suffix; `state` is the algorithm's `training_state`,
+    nested dicts and lists of arrays, tensors and numbers.
     """
     with new_folder(path) as folder:
         policy.save_pretrained(folder)
@@ -93,12 +87,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Checkpoint:
-    """Read a checkpoint, except its models.
-
-    Args:
-        path: The folder.
-        algorithm: Name of the algorithm that must have written it.
-        writer: Name of the method that writes checkpoints, for errors.
+    """Read a checkpoint, except its models; `writer` is the name of the method that writes it, for errors.
 
     Raises:
         ValueError: `path` is no checkpoint of this algorithm.

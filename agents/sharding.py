@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,17 +104,16 @@ def whole(state: Any) -> Any:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimiser state of whole tensors."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = copy(state)
-    state["state"] = {
-        index: {
-            name: _shard_like(value, parameters[index])
-            if isinstance(parameters[index], DTensor) and value.shape == parameters[index].shape
-            else value
-            for name, value in values.items()
-        }
+
+    def fit(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        like_weights = isinstance(parameter, DTensor) and value.shape == parameter.shape
+        return _shard_like(value, parameter) if like_weights else value
+
+    fitting = {
+        index: {name: fit(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict({**state, "state": fitting})
 
 
 def _shard_like(value: torch.Tensor, like: DTensor) -> DTensor:

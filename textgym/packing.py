@@ -165,11 +165,8 @@ class _KeysAndValuesKnown(Exception):
 class _OnlyWanted:
     """Around a decoder's last layer: leave only the tokens whose states are wanted, and put zeros for the others.
 
-    The layer runs twice: over the other tokens until their keys and values are known, then over those wanted.
-
-    Args:
-        wanted: (n,) int64, in ascending order.
-        count: Tokens in all.
+    Of `count` tokens in all, `wanted`, int64 (n,), are in ascending order. The layer runs twice: over the other tokens
+    until their keys and values are known, then over those wanted.
     """
 
     def __init__(self, wanted: Tensor, count: int) -> None:
@@ -219,12 +216,9 @@ class _OnlyWanted:
 
 
 class Grid:
-    """Rows of texts of different lengths, to which packed tokens are spread and from which they are gathered.
+    """Rows with `lengths` (B,) tokens, to which packed tokens are spread and from which they are gathered.
 
-    Args:
-        lengths: (B,) int64, tokens of each row.
-        columns: Columns of the grid.
-        right: Whether texts stand at its right end; else at its left.
+    Texts stand at the left end of all `columns`, or with `right` at their right end.
     """
 
     def __init__(self, lengths: Tensor, columns: int, right: bool = False) -> None:
@@ -456,10 +450,7 @@ def trials(model: PreTrainedModel) -> range:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile the decoder's layers, and whole steps of a `PackedCache`, for any number of tokens and texts.
-
-    Compiled code is kept on disk for the next process.
-    """
+    """Compile the decoder's layers, and whole steps of a `PackedCache`, for any sizes; code is kept on disk."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     for layer in decoder_layers(model):
         if layer._compiled_call_impl is None:

@@ -98,11 +98,10 @@ class Seq2SeqCache(PaddedCache):
         start = decoder_start(model)
         super().__init__(model, [np.concatenate([start, new]) for _, new in texts], steps)
         self._prompts = [torch.from_numpy(prompt) for prompt, _ in texts]
-        self._embedding: Any = None
-        self._ragged = bool((self._positions < self._width).any())
-        if self._ragged:  # else columns are positions
+        self._ragged = bool((self._positions < self._width).any())  # else columns are positions
+        if self._ragged:
             _check_positions(model)
-            self._embedding = getattr(model.get_decoder(), "embed_positions", None)
+        self._embedding: Any = getattr(model.get_decoder(), "embed_positions", None) if self._ragged else None
         self._table: Tensor | None = None
 
     def prefill(self) -> Tensor:

@@ -116,9 +116,7 @@ def _trained_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
 def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with ``<|endoftext|>`` (0) as EOS and ``<|pad|>`` (1) as padding.
 
-    Args:
-        texts: The texts to train on.
-        vocab_size: Most tokens; pairs that occur only once are not merged.
+    It has at most `vocab_size` tokens; pairs that occur only once are not merged.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -199,12 +197,10 @@ def unused_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedded: int) -> None:
-    """Refuse a tokenizer that cannot belong to a model.
+    """Refuse a tokenizer that cannot belong to a model that embeds `embedded` tokens.
 
-    Args:
-        tokenizer: The tokenizer. Tokens that were added to its vocabulary may be more than the model embeds (Gemma 3's
-            token for images, CodeLlama's for gaps, a padding token), if EOS is not one of them.
-        embedded: Tokens that the model embeds.
+    Tokens that were added to its vocabulary may be more than that (Gemma 3's token for images, CodeLlama's for gaps, a
+    padding token), if EOS is not one of them.
 
     Raises:
         ValueError: It cannot.
@@ -218,16 +214,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedded: int) -> None:
 
 
 def check_embedded(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, input_ids: Any, mask: Any) -> None:
-    """Refuse texts with tokens that a model does not embed.
-
-    Args:
-        tokenizer: The tokenizer of the texts.
-        model: The model.
-        input_ids: (B, S) integers, an array or a tensor.
-        mask: (B, S), nonzero where `input_ids` is valid.
+    """Refuse texts (B, S), arrays or tensors that are valid where `mask` is nonzero, with tokens not in the model.
 
     Raises:
-        ValueError: There is such a token.
+        ValueError: There is a token that the model does not embed.
     """
     embeddings: Any = model.get_input_embeddings()
     embedded = embeddings.weight.shape[0]
@@ -249,13 +239,10 @@ def eos_first(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> t
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, of_model: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a text of a model, EOS first.
+    """The tokens that end a text of a model, EOS first; `of_model` is `eos_token_id` of its generation config.
 
-    Args:
-        tokenizer: The tokenizer.
-        of_model: `eos_token_id` of the model's generation config. Every entry of a list counts. A single id counts only
-            where the tokenizer has it as an added token, as every token that ends a text is: a config that nobody wrote
-            names an arbitrary token of another vocabulary.
+    Every entry of a list counts. A single id counts only where the tokenizer has it as an added token, as every token
+    that ends a text is: a config that nobody wrote names an arbitrary token of another vocabulary.
     """
     if isinstance(of_model, int):
         of_model = [of_model] if of_model in tokenizer.added_tokens_decoder else []
@@ -557,16 +544,9 @@ def decode_continuations(
 def decode_by_author(
     tokenizer: PreTrainedTokenizerBase, context: Context, token_ids: Sequence[int], authors: Sequence[int] | np.ndarray
 ) -> list[tuple[int, str]]:
-    """Split a text into stretches of one author each, and decode each as a continuation of everything before it.
+    """Split T tokens by their authors' codes into stretches of one each; returns pairs of author and decoded text.
 
-    Args:
-        tokenizer: The tokenizer.
-        context: Everything before the text.
-        token_ids: T token ids.
-        authors: For each its author's code (see `textgym.guides.base.Author`).
-
-    Returns:
-        Pairs (author, text).
+    Each stretch is decoded as a continuation of everything before it, of which `context` is before all of them.
     """
     written_by, stretches, contexts = [], [], [context]
     for author, pairs in groupby(zip(authors, token_ids, strict=True), key=lambda pair: int(pair[0])):
@@ -661,13 +641,7 @@ class StopCriteria:
         return ended
 
     def cut(self, ids: Sequence[int], begun: Sequence[int] = (), context: Context = NO_CONTEXT) -> list[int] | None:
-        """Cut token ids after the one with which the text ends; None where it does not end.
-
-        Args:
-            ids: New token ids.
-            begun: Token ids of the same text before them.
-            context: Everything before the text.
-        """
+        """Cut token ids after the one with which the text, `begun` before them, ends; None where it does not end."""
         array = np.asarray(ids, np.int64)
         near = self.tokens[array] | self._can_complete(array)
         for length in (np.flatnonzero(near) + 1).tolist():

@@ -18,12 +18,7 @@ from textgym.tokenization import decode
 
 
 class AnyText(spaces.Text):
-    """Text of any characters; samples are of ASCII's.
-
-    Args:
-        max_length: Most characters.
-        seed: Seed of samples.
-    """
+    """Text of at most `max_length` characters of any kind; samples are of ASCII's."""
 
     def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
         super().__init__(max_length, min_length=0, charset=string.printable, seed=seed)
@@ -99,8 +94,7 @@ class DenseReward(gym.Wrapper, RecordConstructorArgs):
 
     def _potential_of_text(self) -> float:
         potential = self._potential or self._engine.reward_function
-        values = potential(**self._engine.reward_arguments([0]))
-        return float(split_parts(values, 1, "potential")[0][0])
+        return float(split_parts(potential(**self._engine.reward_arguments([0])), 1, "potential")[0][0])
 
 
 class FrozenPrompts(gym.Wrapper, RecordConstructorArgs):

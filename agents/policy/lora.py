@@ -54,9 +54,7 @@ def add_lora(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[s
 def train_adapters(model: PreTrainedModel, file: str | os.PathLike | None = None) -> None:
     """Make a model's adapters trainable, in float32 if the model has a half precision.
 
-    Args:
-        model: The model.
-        file: The file of the adapters, which is read again without rounding; None for new adapters.
+    Those of a `file` are read from it again, without rounding.
     """
     from peft import set_peft_model_state_dict
 

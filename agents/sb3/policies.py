@@ -286,13 +286,7 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
     def forward(  # type: ignore[override]
         self, obs: Observation, deterministic: bool = False, action_masks: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose actions (see `CausalLMActorCriticPolicy.forward`).
-
-        Args:
-            obs: "input_ids" and "attention_mask", each (n, P+T).
-            deterministic: Take the most probable actions.
-            action_masks: bool (n, actions), True where allowed; None for all.
-        """
+        """Choose actions that masks (n, actions) allow (see `CausalLMActorCriticPolicy.forward`)."""
         distribution, values = self._masked(obs, action_masks)
         actions = self._choose(obs, distribution, deterministic)
         return actions, values, distribution.log_prob(actions)
@@ -311,13 +305,7 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
     def evaluate_actions(  # type: ignore[override]
         self, obs: Observation, actions: Tensor, action_masks: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Evaluate given actions (see `CausalLMActorCriticPolicy.evaluate_actions`).
-
-        Args:
-            obs: "input_ids" and "attention_mask", each (n, P+T).
-            actions: (n,).
-            action_masks: (n, actions), nonzero where allowed; None for all.
-        """
+        """Evaluate actions under masks (n, actions) (see `CausalLMActorCriticPolicy.evaluate_actions`)."""
         distribution, values = self._masked(obs, action_masks)
         return values, distribution.log_prob(actions), distribution.entropy()
 
@@ -345,13 +333,7 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
 
 
 class _Reader:
-    """Rows of a rollout that were read together, each of which then costs one token per step.
-
-    Args:
-        sampler: Their sampler.
-        obs: "input_ids" and "attention_mask", arrays (n, P+T).
-        rows: (n,), which rows of the rollout they are.
-    """
+    """Rows (n,) of a rollout that were read together, each of which then costs one token per step."""
 
     def __init__(self, sampler: TokenSampler, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
         self.sampler, self._texts, self._rows = sampler, obs, rows
@@ -433,7 +415,7 @@ def _unwritten(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn
 
 
 class _Texts:
-    """Merges texts that are prefixes of one another into shared rows.
+    """Merges n texts that are prefixes of one another into shared rows.
 
     Args:
         input_ids: (n, S); valid tokens of a row can have padding on both sides.

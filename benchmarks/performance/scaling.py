@@ -71,11 +71,7 @@ def figures_of(rounds: int, sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def draw(figures: list[dict[str, Any]], path: Path) -> None:
-    """Draw tokens a second against each size.
-
-    Args:
-        figures: What `figures_of` yields.
-        path: The picture, PNG.
+    """Draw tokens a second against each size, of what `figures_of` yields, as PNG.
 
     Raises:
         ImportError: Matplotlib is not installed.

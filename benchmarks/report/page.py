@@ -28,13 +28,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 
 def render(analysis: Analysis, lines: Sequence[Line], title: str) -> str:
-    """Return the page as HTML.
-
-    Args:
-        analysis: The runs.
-        lines: Their learning curves.
-        title: The page's title.
-    """
+    """Return the page about runs and their learning curves, as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -158,13 +152,8 @@ def _details(task: str, algo: str, group: list[Record]) -> Iterator[dict[str, An
             | {"evaluation": {key: part for key, part in record["evaluation"].items() if not isinstance(part, list)}}
             for record in alike
         ]
-        seeds = [record["seed"] for record in alike]
-        yield {
-            "task": task,
-            "algo": algo,
-            "seeds": seeds,
-            "parts": {key: alike[0][key] for key in SETTINGS} | {"runs": runs},
-        }
+        parts = {key: alike[0][key] for key in SETTINGS} | {"runs": runs}
+        yield {"task": task, "algo": algo, "seeds": [record["seed"] for record in alike], "parts": parts}
 
 
 def _data(analysis: Analysis, lines: Sequence[Line]) -> dict[str, Any]:

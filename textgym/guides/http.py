@@ -76,14 +76,6 @@ class HTTPGuide:
         api_key_env: Environment variable with the key, which is stored nowhere else. A server on this machine is used
             without a key where the variable is not set; None sends no key.
 
-    Attributes:
-        author: `Author.GUIDE`.
-        can_hand_off: True.
-        fingerprint: 16 hex digits that change with the model's name, api, template, decoding, stop and extra body, but
-            not with the URL.
-        usage: The `Usage` so far. Copies of a guide share it and the budget; a pickled guide counts from zero, so each
-            process has a budget of its own.
-
     Raises:
         ImportError: openai is not installed.
         ValueError: An argument is not allowed, or there is no key for a server on another machine.
@@ -134,12 +126,15 @@ class HTTPGuide:
 
     @property
     def usage(self) -> Usage:
-        """The use so far, in this process."""
+        """The `Usage` so far.
+
+        Copies of a guide share it and the budget. A pickled guide counts from zero: each process has its own budget.
+        """
         return self._ledger.usage
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the model's name and all other arguments that its texts depend on."""
+        """16 hex digits that change with model, api, template, decoding, stop and extra body, but not with the URL."""
         parts = [self.api, self.model, self.template, self._sampling, self.stop, self.extra_body]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -209,17 +204,13 @@ class HTTPGuide:
         if isinstance(self.template, str):
             body["prompt"] = self.template.format(**filled)
         else:
-            body["messages"] = [
-                {"role": message["role"], "content": message["content"].format(**filled)} for message in self.template
-            ]
+            body["messages"] = [message | {"content": message["content"].format(**filled)} for message in self.template]
         # Newer models of OpenAI refuse the old name, other servers do not know the new one.
         newer = self.api == "chat" and (urlsplit(self.base_url).hostname or "").endswith("openai.com")
         body["max_completion_tokens" if newer else "max_tokens"] = limit
         if self._sampled:
             body["seed"] = request.seed & 0x7FFFFFFF  # fits the integers of every server
-        if self.stop:
-            body["stop"] = list(self.stop)
-        return body
+        return body | ({"stop": list(self.stop)} if self.stop else {})
 
     @property
     def _sampled(self) -> bool:

@@ -66,14 +66,8 @@ class LocalGuide:
             then the answer, of which the prefix is the start.
         stop: Strings before which a text ends. It also ends at EOS, at the tokens in the model's generation config and,
             with `chat`, at the token that closes an answer. The name of a special token means that token.
-        quantization: As for `textgym.models.load_model`, where a model is loaded.
-        gguf_file: As for `textgym.models.load_model`, where a model is loaded.
-
-    Attributes:
-        author: `Author.GUIDE`.
-        can_hand_off: True.
-        fingerprint: 16 hex digits that change with the weights, the decoding and the template; the first access loads
-            the model.
+        quantization: As for `textgym.models.load_model`.
+        gguf_file: As for `textgym.models.load_model`.
 
     Raises:
         ValueError: An argument is not allowed, or, when they are loaded, model or tokenizer cannot be found or do not
@@ -147,7 +141,7 @@ class LocalGuide:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the weights, the decoding and the template."""
+        """16 hex digits that change with the weights, decoding and template; the first access loads the model."""
         self._load()
         if self._fingerprint is None:
             more = [*([] if self.dtype is None else [self.dtype]), *([self._asks] if self._asks else [])]

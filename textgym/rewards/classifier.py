@@ -78,9 +78,7 @@ class SentimentReward:
         self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> np.ndarray:
         """Return P(positive) of N texts, float64 (N,), without use of references (see `RewardFunction`)."""
-        return self.probabilities(
-            [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        )
+        return self.probabilities([prompt + text for prompt, text in zip(prompts, completions, strict=True)])
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Return P(positive) of N whole texts, float64 (N,)."""
@@ -95,9 +93,6 @@ def sentiment_reward(source: str) -> SentimentReward:
     """Return IMDB's reward, a model that is trained on the source's training reviews in seconds and cached.
 
     The training texts are as long as those of episodes: the `fragment` of each review, and a random window of it.
-
-    Args:
-        source: "mini", "hub" or a folder.
     """
     train = load_split("imdb", "train", source)
     recipe = {

@@ -207,11 +207,7 @@ class CiderCoverageReward:
 
 
 def cider_coverage_reward(source: str) -> CiderCoverageReward:
-    """Return CommonGen's reward with the document frequencies of the source's training references.
-
-    Args:
-        source: "mini", "hub" or a folder.
-    """
+    """Return CommonGen's reward with the document frequencies of the source's training references."""
     train = load_split("commongen", "train", source)
     recipe = f"cider-d {CIDER_WEIGHT} coverage {COVERAGE_WEIGHT} {train.fingerprint}"
     return CiderCoverageReward(

@@ -209,11 +209,7 @@ class PreferenceReward:
 
 
 def preference_reward(source: str) -> PreferenceReward:
-    """Return TL;DR's learned reward, which is trained on the source's training posts and cached.
-
-    Args:
-        source: "mini", "hub" or a folder.
-    """
+    """Return TL;DR's learned reward, which is trained on the source's training posts and cached."""
     train = load_split("tldr", "train", source)
     recipe = {
         "model": "Bradley-Terry, logistic regression on differences of summary features, 1",
