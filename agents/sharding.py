@@ -32,16 +32,12 @@ def uses_fsdp() -> bool:
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
-    for name, value, needed, why in (
-        ("version", os.environ.get("FSDP_VERSION", "1"), "2", "the first version wraps modules"),
-        ("offload_params", os.environ.get("FSDP_OFFLOAD_PARAMS", "false"), "false", "weights stay on the device"),
-        (
-            "cpu_ram_efficient_loading",
-            os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"),
-            "false",
-            "guides and rewards would have empty weights in all processes but the first",
-        ),
+    for name, default, needed, why in (
+        ("version", "1", "2", "the first version wraps modules"),
+        ("offload_params", "false", "false", "weights stay on the device"),
+        ("cpu_ram_efficient_loading", "false", "false", "guides and rewards would be empty in all processes but one"),
     ):
+        value = os.environ.get(f"FSDP_{name.upper()}", default)
         if value.lower() != needed:
             raise ValueError(f"fsdp_{name} must be {needed}, got {value}: {why} (see examples/accelerate/fsdp.yaml)")
     return True

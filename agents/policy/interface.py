@@ -165,7 +165,7 @@ class Actor(nn.Module, ABC):
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
     ) -> list[str]:
-        """Continue texts.
+        """Continue texts, without hand-offs.
 
         Args:
             prompts: N texts.
@@ -185,7 +185,7 @@ class Actor(nn.Module, ABC):
         mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
         input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
         input_ids[mask] = np.concatenate(encoded)
-        sampler = self.sampler(
+        sampler = self.without_handoff().sampler(
             {"input_ids": input_ids, "attention_mask": mask},
             seeds=np.random.default_rng(seed).integers(2**63, size=len(prompts)),
             max_new_tokens=max_new_tokens,
@@ -197,6 +197,10 @@ class Actor(nn.Module, ABC):
         if self.tokenizer.is_fast and self.tokenizer.backend_tokenizer.decoder is None:
             return [text.removeprefix(" ") for text in texts]  # the space between words is not part of the text
         return texts
+
+    def without_handoff(self) -> Self:
+        """The same actor without the hand-off, which shares its weights."""
+        return self
 
     @abstractmethod
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -381,6 +381,8 @@ class LanguageModelPolicy(Policy):
 
     def without_handoff(self) -> Self:
         """The same policy without the hand-off, which shares its weights."""
+        if not self.can_hand_off:
+            return self
         alone = self._twin(self.model)
         for name in alone.heads:
             alone.heads[name] = self.heads[name]
@@ -417,15 +419,6 @@ class LanguageModelPolicy(Policy):
         # At every use, since a copy of a compiled model is not compiled.
         if self.compiled and can_pack(self.model):
             compile_layers(self.model)
-
-    def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
-    ) -> list[str]:
-        """Continue texts (see `Actor.generate`), without hand-offs."""
-        alone = self.without_handoff() if self.can_hand_off else self
-        return super(LanguageModelPolicy, alone).generate(
-            prompts, max_new_tokens=max_new_tokens, decoding=decoding, seed=seed
-        )
 
 
 class CausalLMPolicy(LanguageModelPolicy):

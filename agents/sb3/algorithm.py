@@ -287,9 +287,6 @@ class SB3Policy(Actor):
     Args:
         model: The algorithm.
         tokenizer: The tokenizer whose ids are its actions.
-
-    Attributes:
-        model: The algorithm.
     """
 
     def __init__(self, model: BaseAlgorithm, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -43,14 +43,9 @@ DASHES = ("solid", "dash", "dot")
 
 
 class Line(NamedTuple):
-    """The learning curves of a row on a task.
+    """The learning curves of a row on a task: `x` by `AXES`, and `y` by `CURVES`, NaN where a run has no value.
 
-    Attributes:
-        task: The task.
-        algo: The row.
-        seeds: Its seeds.
-        x: For each of `AXES`, float (seeds, points).
-        y: For each of `CURVES`, float (seeds, points), NaN where a run has no value.
+    Each is float (seeds, points).
     """
 
     task: str

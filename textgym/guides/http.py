@@ -139,11 +139,7 @@ class HTTPGuide:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-        """Continue every request.
-
-        Args:
-            requests: N requests.
-            tokenizer: The environment's tokenizer.
+        """Continue every request (see `Guide.complete`).
 
         Returns:
             N completions in ids; empty and unfinished where the budget is spent and ``when_spent`` is "unguided".

@@ -111,14 +111,7 @@ class LocalGuide:
         self._fingerprint: str | None = None
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-        """Complete every request.
-
-        Args:
-            requests: N requests.
-            tokenizer: The environment's tokenizer.
-
-        Returns:
-            N completions: ids where the vocabularies are the same, else texts.
+        """Continue every request (see `Guide.complete`), in ids where the vocabularies are the same, else in text.
 
         Raises:
             ValueError: The model or its tokenizer cannot be loaded, or a text is too long for the model.

@@ -185,15 +185,7 @@ def columns_of(metric: Metric) -> tuple[str, ...]:
 
 
 def measure(name: str, metric: Metric, columns: Mapping[str, Any]) -> dict[str, float]:
-    """Compute a metric.
-
-    Args:
-        name: Its name.
-        metric: The metric.
-        columns: All of `COLUMNS`, each N long.
-
-    Returns:
-        Its numbers by name.
+    """Compute a metric from all of `COLUMNS`, each N long; returns its numbers by name.
 
     Raises:
         ValueError: It returns no number by name.

@@ -115,14 +115,9 @@ class _Features:
     def of_groups(
         self, documents: Sequence[list[str]], groups: Sequence[Sequence[list[str]]]
     ) -> scipy.sparse.csr_array:
-        """Return the features of several summaries per document.
+        """Return the features of several summaries per document (a prompt with its post), all as tokens.
 
-        Args:
-            documents: N documents (prompts with their posts), as tokens.
-            groups: For each its summaries, as tokens.
-
-        Returns:
-            float64 (M, dense + hashed), one row for each of the M summaries, in order.
+        They are float64 (M, dense + hashed), one row for each of the M summaries, in order.
         """
         from scipy.sparse import csr_array, hstack
 
