@@ -102,8 +102,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def fit(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        like_weights = isinstance(parameter, DTensor) and value.shape == parameter.shape
-        return _shard_like(value, parameter) if like_weights else value
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            return _shard_like(value, parameter)
+        return value
 
     fitting = {
         index: {name: fit(value, parameters[index]) for name, value in values.items()}

@@ -44,10 +44,9 @@ class TextObservation(gym.ObservationWrapper, RecordConstructorArgs):
     def __init__(self, env: gym.Env) -> None:
         RecordConstructorArgs.__init__(self)
         gym.ObservationWrapper.__init__(self, env)
-        inside = _text_env(env)
-        tokenizer = self._tokenizer = inside.tokenizer
+        self._tokenizer = _text_env(env).tokenizer
         # A token decodes to at most as many characters as its name has, and a space may stand before it.
-        longest = 1 + max(map(len, tokenizer.get_vocab()))
+        longest = 1 + max(map(len, self._tokenizer.get_vocab()))
         self.observation_space = AnyText(longest * env.observation_space["input_ids"].shape[0])  # type: ignore[index]
 
     def observation(self, observation: dict[str, np.ndarray]) -> str:

@@ -21,9 +21,8 @@ from textgym.guides.budget import Budget, BudgetExceeded, Ledger, Usage, is_amou
 from textgym.guides.completion_cache import CompletionCache
 from textgym.guides.templates import chat_messages, completions_template, without_echo
 from textgym.packages import require
-from textgym.tokenization import as_continuation, encode
 
-# openai is imported for the first completion, so that a guide is made quickly.
+# openai and transformers are imported for the first completion, so that a guide is made quickly.
 if TYPE_CHECKING:
     from openai import OpenAI
     from transformers import PreTrainedTokenizerBase
@@ -157,6 +156,8 @@ class HTTPGuide:
             self._ledger.add(seconds=time.perf_counter() - started)
 
     def _complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
+        from textgym.tokenization import encode
+
         # Without sampling, requests that differ only in their seeds are the same.
         asked = [request if self._sampled else replace(request, seed=0) for request in requests]
         texts = dict.fromkeys(asked, "")
@@ -185,6 +186,8 @@ class HTTPGuide:
 
     def _continuation(self, request: GuideRequest, text: str, answer: str) -> str:
         """Return what an answer adds to prompt, prefix and `text`."""
+        from textgym.tokenization import as_continuation
+
         written = request.prefix + text
         if self.api == "chat":
             rest = without_echo(answer, request.prompt + written, written)

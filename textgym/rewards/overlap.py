@@ -134,11 +134,6 @@ def _stems(word: str) -> frozenset[str]:
     return lemmas.get(word, frozenset()) | {stemmer.stem(word.removesuffix("'s"))}
 
 
-def concepts_of(prompt: str) -> list[str]:
-    """Return the concepts of a prompt: its words after the last "with:", else all its words."""
-    return words_of(prompt.rpartition("with:")[2])
-
-
 def coverage(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
     """Return the fraction of concepts that each text uses, in any inflected form.
 
@@ -154,7 +149,7 @@ def coverage(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
     """
     fractions = np.zeros(len(prompts))
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        concepts = concepts_of(prompt)
+        concepts = words_of(prompt.rpartition("with:")[2])
         written = frozenset().union(*map(_stems, words_of(completion)))
         fractions[i] = np.mean([not written.isdisjoint(_stems(concept)) for concept in concepts]) if concepts else 0.0
     return fractions
