@@ -28,19 +28,12 @@ TRAINING = "training"  # the subfolder of a checkpoint with the state of the tra
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint other than the policy.
-
-    Attributes:
-        path: The folder.
-        hyperparameters: The arguments of the algorithm.
-        frozen: Names of the policy's parameters that are not trained.
-        state: The algorithm's `training_state`.
-    """
+    """The contents of a checkpoint other than the policy."""
 
     path: Path
     hyperparameters: dict[str, Any]
-    frozen: list[str]
-    state: dict[str, Any]
+    frozen: list[str]  # names of the policy's parameters that are not trained
+    state: dict[str, Any]  # the algorithm's `training_state`
 
     def load_models(self, models: Mapping[str, nn.Module], policy: Policy) -> None:
         """Load the weights of the models other than the policy.

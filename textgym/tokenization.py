@@ -128,24 +128,16 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTr
 
 
 class _Vocabulary(NamedTuple):
-    """Facts about a tokenizer's vocabulary that are looked up often.
+    """Facts about a tokenizer's vocabulary that are looked up often."""
 
-    Attributes:
-        size: The largest id plus one.
-        gaps: The ids below that are no token.
-        ordinary: bool (size,), tokens that are text in any context: neither special nor a byte.
-        joins: Whether texts are encoded and decoded to the same alone and after others, space included, except for
-            bytes that are part of a character; None for tokenizers that encode only words of their vocabulary.
-        whole: Whether tokens looked up so far are of whole characters.
-        decoded: Texts of the ends of some contexts.
-    """
-
-    size: int
-    gaps: tuple[int, ...]
-    ordinary: np.ndarray
+    size: int  # the largest id plus one
+    gaps: tuple[int, ...]  # ids below that are no token
+    ordinary: np.ndarray  # bool (size,), tokens that are text in any context: neither special nor a byte
+    # Whether texts are encoded and decoded to the same alone and after others, space included, except for bytes that
+    # are part of a character; None for tokenizers that encode only words of their vocabulary.
     joins: bool | None
-    whole: dict[int, bool]
-    decoded: dict[tuple[int, ...], str]
+    whole: dict[int, bool]  # whether tokens looked up so far are of whole characters
+    decoded: dict[tuple[int, ...], str]  # texts of the ends of some contexts
 
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -423,12 +415,7 @@ def as_continuation(prompt: str, text: str) -> str:
 
 
 class Context(NamedTuple):
-    """Everything before new tokens.
-
-    Attributes:
-        ids: Its token ids.
-        text: Its text, as readers of the new text see it.
-    """
+    """Everything before new tokens: its token ids, and its text as readers of the new text see it."""
 
     ids: Sequence[int] = ()
     text: str = ""

@@ -11,7 +11,7 @@ import numpy as np
 
 from textgym.checks import check_int, check_one_of
 from textgym.data.sources import load_split
-from textgym.data.splits import Split, SplitName
+from textgym.data.splits import SPLITS, Split
 from textgym.rewards.trained import Trained, load_or_train
 
 if TYPE_CHECKING:
@@ -123,9 +123,7 @@ def _train_sentiment(train: Split, source: str) -> tuple[dict[str, np.ndarray], 
     model = LogisticRegression(C=INVERSE_REGULARISATION, solver="liblinear", fit_intercept=False)
     weights = model.fit(features(texts), labels).coef_[0].astype(np.float32)
     report: dict[str, Any] = {"seconds": time.perf_counter() - started, "training_texts": len(texts)}
-
-    splits: tuple[SplitName, ...] = ("validation", "test")
-    for name in splits:
+    for name in SPLITS[1:]:
         split = load_split("imdb", name, source)
         held_out = np.array([row["label"] for row in split.rows])
         p = expit(features([fragment(row["text"]) for row in split.rows]) @ weights)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textgym.data.sources import load_split, post_prompt
-from textgym.data.splits import Split, SplitName
+from textgym.data.splits import SPLITS, Split
 from textgym.rewards.trained import Trained, load_or_train
 
 if TYPE_CHECKING:
@@ -263,8 +263,7 @@ def _train_preference(train: Split, source: str) -> tuple[dict[str, np.ndarray],
         "training_pairs": differences.shape[0],
         "author_score_deviation": float(scores.std()),
     }
-    splits: tuple[SplitName, ...] = ("validation", "test")
-    for name in splits:
+    for name in SPLITS[1:]:
         split = load_split("tldr", name, source)
         scores = (features.of_groups(*_variants(split)) @ weights).reshape(-1, kinds)
         accuracies = (scores[:, :1] > scores[:, 1:]).mean(axis=0)
