@@ -23,9 +23,6 @@ class PackedCache:
         model: A causal language model for which `can_pack` holds.
         texts: n arrays of token ids, none of them empty.
         steps: Most tokens that will follow.
-
-    Attributes:
-        compiled: Whether the model's layers are compiled, so that steps are too.
     """
 
     def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
@@ -42,6 +39,7 @@ class PackedCache:
             )
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._past: Tensor
+        # Where the model's layers are compiled, steps are too.
         self.compiled = decoder_layers(model)[0]._compiled_call_impl is not None
 
     def prefill(self) -> Tensor:

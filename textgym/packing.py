@@ -247,10 +247,6 @@ class PackedTexts:
         contexts: (B,) int64, the context that each continuation continues; None where there are only contexts.
         lengths: (B,) int64, tokens of each continuation; zero is allowed.
         store: Called with each layer's index, keys and values of all tokens; None where no cache needs them.
-
-    Attributes:
-        context_grid: Places of the tokens of contexts.
-        grid: Places of the tokens of continuations, where there are any.
     """
 
     def __init__(

@@ -29,12 +29,9 @@ def decoder_start(model: PreTrainedModel) -> list[int]:
 
 
 def encode(model: PreTrainedModel, prompts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Read prompts in the encoder, each different one once.
+    """Read prompts (B, S) in the encoder, each different one once.
 
-    Args:
-        model: A sequence-to-sequence language model.
-        prompts: (B, S) int64, prompts that begin in the first column; columns after a prompt are never read.
-        lengths: (B,) int64 of at least 1.
+    They begin in the first column; columns after `lengths` (B,), each at least 1, are never read.
 
     Returns:
         The states (G, S, d) of the G different prompts, their mask (G, S) int64, and which of them each prompt is (B,).

@@ -61,11 +61,7 @@ def load_tokenizer(
 
 
 def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Args:
-        path: Hub id or folder.
-        gguf_file: The GGUF file there with model and tokenizer, if it is one.
+    """Load the tokenizer of a model from its hub id or folder, or from a GGUF file there.
 
     Raises:
         ValueError: There is no tokenizer.
@@ -273,12 +269,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def template_parts(tokenizer: PreTrainedTokenizerBase, template: str, chat: bool) -> tuple[str, str]:
-    """The texts that a template puts before and after a prompt.
+    """The texts that a template with ``{prompt}`` puts before and after a prompt.
 
-    Args:
-        tokenizer: The tokenizer, whose chat template is used with `chat`.
-        template: A text with ``{prompt}``.
-        chat: Whether the filled template is a user's message to a chat model, which answers next.
+    With `chat` the filled template is a user's message in the tokenizer's chat template, which the model answers next.
 
     Raises:
         ValueError: The template does not hold ``{prompt}`` once and no other field, or `chat` is True without a chat
@@ -433,12 +426,8 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
     """Encode texts that continue a prompt, without an EOS.
 
     A SentencePiece tokenizer adds or removes a space before a text that is encoded alone. Where decoding the tokens
-    after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out.
-
-    Args:
-        tokenizer: The tokenizer.
-        prompt: The text before each of them.
-        texts: Continuations; a leading space is added where there is none (see `as_continuation`).
+    after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out. A leading space is
+    added where there is none (see `as_continuation`).
     """
     if not texts:
         return []
@@ -485,15 +474,10 @@ def _end_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[int
 def decode_continuations(
     tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]
 ) -> list[str]:
-    """Decode token ids that continue contexts: the decoded whole less the decoded context.
+    """Decode n sequences of token ids that continue n contexts: the decoded whole less the decoded context.
 
     All new tokens are decoded here, for rewards, guides, stop strings, infos and renderings. Decoded alone,
     SentencePiece and WordPiece tokens lose the space before the first word.
-
-    Args:
-        tokenizer: The tokenizer.
-        contexts: n contexts.
-        token_ids: n sequences of the ids that follow them.
 
     Returns:
         n texts without special tokens. Where the tokens of a context have lost the space at the end of its text (those

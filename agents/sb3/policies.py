@@ -125,11 +125,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         }
 
     def forward(self, obs: Observation, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Choose actions.
-
-        Args:
-            obs: "input_ids" and "attention_mask", each (n, P+T).
-            deterministic: Take the most probable actions.
+        """Choose actions after texts (n, P+T), the most probable ones if `deterministic`.
 
         Returns:
             Actions, int64 (n,), values (n, 1), and log-probabilities (n,).
@@ -184,15 +180,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         return Decoding(greedy=True, min_new_tokens=decoding.min_new_tokens) if deterministic else decoding
 
     def evaluate_actions(self, obs: Observation, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Evaluate given actions.
-
-        Args:
-            obs: "input_ids" and "attention_mask", each (n, P+T).
-            actions: (n,).
-
-        Returns:
-            Values (n, 1), log-probabilities (n,) and entropies (n,).
-        """
+        """Values (n, 1), log-probabilities (n,) and entropies (n,) of actions (n,) after texts (n, P+T)."""
         result = evaluate_transitions(self.language_model, obs, actions)
         return result.values[:, None], result.log_probs, result.entropy
 

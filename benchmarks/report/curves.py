@@ -94,12 +94,8 @@ def as_csv(runs: Runs) -> str:
 def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
     """Draw rewards against all tokens, guide tokens and seconds: interquartile means over seeds, intervals as bands.
 
-    Validation rewards if a task has them, else training rewards.
-
-    Args:
-        lines: The curves.
-        algos: All rows in the profile's order, which gives each its colour.
-        path: The picture, PNG.
+    Validation rewards if a task has them, else training rewards. The picture is a PNG; `algos` are all rows in the
+    profile's order, which gives each its colour.
 
     Raises:
         ImportError: Matplotlib is not installed.

@@ -34,12 +34,7 @@ TASKS_NEEDED = 2
 
 
 class Findings:
-    """The passages of a page.
-
-    Args:
-        folder: The benchmark folder, with its report.
-        page: Path of the page, to which the paths in it are relative.
-    """
+    """The passages of a page about a benchmark folder with its report; paths in the page are relative to it."""
 
     def __init__(self, folder: Path, page: Path) -> None:
         self.folder, self.page = folder, page

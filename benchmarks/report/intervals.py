@@ -180,13 +180,8 @@ class PromptBootstrap:
 def coverage(seeds: int) -> float:
     """Simulate how often the interval of `interquartile_mean` on one task holds the true mean of normal scores.
 
-    A bootstrap never goes beyond the values it resamples, so that with few of them its intervals are too narrow.
-
-    Args:
-        seeds: Number of runs, at least 2.
-
-    Returns:
-        A probability, to about 0.01; nominally it is 0.95.
+    Returns a probability to about 0.01, nominally 0.95, for two `seeds` or more. A bootstrap never goes beyond the
+    values it resamples, so that with few of them its intervals are too narrow.
     """
     rng = np.random.default_rng(0)
     result = stats.bootstrap(

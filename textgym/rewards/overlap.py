@@ -66,15 +66,7 @@ class CiderDScorer:
         return self
 
     def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        """Score N candidates.
-
-        Args:
-            candidates: N texts.
-            references: For each its reference texts; a candidate without references scores 0.
-
-        Returns:
-            float64 (N,), each in [0, 10].
-        """
+        """Score N candidates, each by its references: float64 (N,) in [0, 10], 0 without references."""
         scores = np.zeros(len(candidates))
         for i, (candidate, texts) in enumerate(zip(candidates, references, strict=True)):
             if texts:
@@ -135,17 +127,11 @@ def _stems(word: str) -> frozenset[str]:
 
 
 def coverage(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-    """Return the fraction of concepts that each text uses, in any inflected form.
+    """Return the fraction of concepts that each of N texts uses, in any inflected form: float64 (N,) in [0, 1].
 
-    Two words are forms of one lemma where the English Snowball stemmer gives them the same stem, or by a table of
-    irregular verbs and nouns.
-
-    Args:
-        prompts: N prompts, "generate a sentence with: c1 c2 c3" or the concepts alone.
-        completions: N texts.
-
-    Returns:
-        float64 (N,) in [0, 1]; 0 for a prompt without concepts.
+    A prompt is "generate a sentence with: c1 c2 c3" or the concepts alone; without concepts the fraction is 0. Two
+    words are forms of one lemma where the English Snowball stemmer gives them the same stem, or by a table of irregular
+    verbs and nouns.
     """
     fractions = np.zeros(len(prompts))
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -160,13 +146,7 @@ def rouge(
 ) -> dict[str, np.ndarray]:
     """Return F1 of ROUGE (Lin 2004) with Porter stemming by the `rouge-score` package, the best over references.
 
-    Args:
-        kinds: Names of the package: "rouge1", "rouge2", "rougeL".
-        completions: N texts.
-        references: For each its reference texts.
-
-    Returns:
-        For each kind float64 (N,) in [0, 1]; 0 for a text without references.
+    For each of `kinds` ("rouge1", "rouge2", "rougeL") it is float64 (N,) in [0, 1]; 0 for a text without references.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
