@@ -86,10 +86,9 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
         ValueError: `path` is no checkpoint of this algorithm.
     """
     training = Path(path) / TRAINING
-    try:
-        description = json.loads((training / "algorithm.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"path must be a folder written by {writer}, got {str(path)!r}") from error
+    if not (training / "algorithm.json").is_file():
+        raise ValueError(f"path must be a folder written by {writer}, got {str(path)!r}")
+    description = json.loads((training / "algorithm.json").read_text())
     if description["algorithm"] != algorithm:
         raise ValueError(f"path must hold a checkpoint of {algorithm!r}, got one of {description['algorithm']!r}")
     hyperparameters = description["hyperparameters"]

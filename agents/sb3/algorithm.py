@@ -315,14 +315,12 @@ class SB3Policy(Actor):
         Raises:
             ValueError: `path` is no such folder.
         """
-        try:
-            description = json.loads((Path(path) / CLASS_FILE).read_text())
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"path must be a folder written by SB3Policy.save_pretrained, got {str(path)!r}"
-            ) from error
+        folder = Path(path)
+        if not (folder / CLASS_FILE).is_file():
+            raise ValueError(f"path must be a folder written by SB3Policy.save_pretrained, got {str(path)!r}")
+        description = json.loads((folder / CLASS_FILE).read_text())
         sb3_class = getattr(importlib.import_module(description["module"]), description["class"])
-        return cls(sb3_class.load(Path(path) / ZIP_FILE, device=device), pretrained_tokenizer(path))
+        return cls(sb3_class.load(folder / ZIP_FILE, device=device), pretrained_tokenizer(path))
 
 
 class _PredictSampler:

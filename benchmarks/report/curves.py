@@ -113,10 +113,8 @@ def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
         curve = "eval/reward" if validated else "reward"
         for line in of_task:
             place = algos.index(line.algo)
-            style = {
-                "color": COLOURS[place % len(COLOURS)][0],
-                "linestyle": ("-", "--", ":")[place // len(COLOURS) % len(DASHES)],
-            }
+            colour = COLOURS[place % len(COLOURS)][0]
+            dash = ("-", "--", ":")[place // len(COLOURS) % len(DASHES)]
             points = line.over_seeds(curve)
             there = np.array([point is not None for point in points])
             values, low, high = np.array([point for point in points if point is not None]).reshape(-1, 3).T
@@ -125,8 +123,8 @@ def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
                 if not x[-1]:  # no guide
                     continue
                 panel = grid[row, column]
-                (legend[line.algo],) = panel.plot(x[there], values, linewidth=1.5, **style)
-                panel.fill_between(x[there], low, high, color=style["color"], alpha=0.12, linewidth=0)
+                (legend[line.algo],) = panel.plot(x[there], values, dash, color=colour, linewidth=1.5)
+                panel.fill_between(x[there], low, high, color=colour, alpha=0.12, linewidth=0)
         for row, axis in enumerate(axes_shown):
             panel = grid[row, column]
             panel.set(xlabel=AXES[axis])
