@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from textgym.positions import short_context
-from textgym.precision import autocast, is_half, nearly_equal
+from textgym.precision import autocast, fast_dtype, is_half, nearly_equal  # noqa: F401  (fast_dtype used to be here)
 from textgym.storage import cache_dir
 
 ATTENTION, COMPILED_ATTENTION = "textgym_packed", "textgym_packed_compiled"
