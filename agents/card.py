@@ -28,16 +28,10 @@ def model_card(
     parts: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
 ) -> ModelCard:
-    """Make the card; it contains no local paths.
+    """Make the card of a policy that was trained on an environment; it contains no local paths.
 
-    Args:
-        policy: The policy.
-        env: The environment it was trained on.
-        algorithm: Name of the algorithm.
-        load: Name of the method that continues the training.
-        training: The amount of training, in words.
-        parts: Guide and reward by name, None if unused.
-        history: One record per iteration.
+    `load` is the name of the method that continues the training, `training` its amount in words, `parts` are guide and
+    reward by name (None if unused), and `history` has a record for each iteration.
     """
     model = policy.model if isinstance(policy, LanguageModelPolicy) else None
     seq2seq = model is not None and model.config.is_encoder_decoder
@@ -61,8 +55,9 @@ def model_card(
         known = "" if fingerprint is None or Path(fingerprint).exists() else f", fingerprint `{fingerprint}`"
         if part is not None:
             rows[name] = getattr(part, "__name__", type(part).__name__) + known
-    scores = {name: value for record in history for name, value in record.items() if _is_score(name)}
-    rows |= {name: f"{value:.4f}" for name, value in scores.items()}
+    for record in history:  # the last evaluation counts
+        scores = [name for name in record if name.startswith(("eval/reward", "eval/length", "validation_"))]
+        rows |= {name: f"{record[name]:.4f}" for name in scores}
     if history:
         rows["Iteration"] = str(history[-1]["iteration"])
     use = f"agents.{'LanguageModelPolicy' if model is not None else type(policy).__name__}.from_pretrained(folder)"
@@ -76,10 +71,6 @@ def model_card(
         + ("" if model is None else f"; transformers opens the folder as a `{type(model).__name__}`")
         + ".\n"
     )
-
-
-def _is_score(name: str) -> bool:
-    return name.startswith(("eval/reward", "eval/length", "validation_"))
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from textgym.decoding import Decoding
 from textgym.storage import new_folder
@@ -27,19 +28,12 @@ TRAINING = "training"  # the subfolder of a checkpoint with the state of the tra
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint other than the policy.
-
-    Attributes:
-        path: The folder.
-        hyperparameters: The arguments of the algorithm.
-        frozen: Names of the policy's parameters that are not trained.
-        state: The algorithm's `training_state`.
-    """
+    """The contents of a checkpoint other than the policy."""
 
     path: Path
     hyperparameters: dict[str, Any]
-    frozen: list[str]
-    state: dict[str, Any]
+    frozen: list[str]  # names of the policy's parameters that are not trained
+    state: dict[str, Any]  # the algorithm's `training_state`
 
     def load_models(self, models: Mapping[str, nn.Module], policy: Policy) -> None:
         """Load the weights of the models other than the policy.
@@ -64,16 +58,10 @@ def write_checkpoint(
     state: Mapping[str, Any],
     card: ModelCard,
 ) -> None:
-    """Write a checkpoint, replacing an existing one.
+    """Write a checkpoint of an algorithm, by its name and arguments, into a folder, replacing an existing one.
 
-    Args:
-        path: The folder.
-        policy: The policy.
-        algorithm: Name of the algorithm.
-        hyperparameters: Its arguments.
-        models: Models other than the policy, by file name without suffix.
-        state: The algorithm's `training_state`: nested dicts and lists of arrays, tensors and numbers.
-        card: The model card.
+    `models` are those other than the policy, by file name without suffix; `state` is the algorithm's `training_state`,
+    nested dicts and lists of arrays, tensors and numbers.
     """
     with new_folder(path) as folder:
         policy.save_pretrained(folder)
@@ -92,21 +80,15 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Checkpoint:
-    """Read a checkpoint, except its models.
-
-    Args:
-        path: The folder.
-        algorithm: Name of the algorithm that must have written it.
-        writer: Name of the method that writes checkpoints, for errors.
+    """Read a checkpoint, except its models; `writer` is the name of the method that writes it, for errors.
 
     Raises:
         ValueError: `path` is no checkpoint of this algorithm.
     """
     training = Path(path) / TRAINING
-    try:
-        description = json.loads((training / "algorithm.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"path must be a folder written by {writer}, got {str(path)!r}") from error
+    if not (training / "algorithm.json").is_file():
+        raise ValueError(f"path must be a folder written by {writer}, got {str(path)!r}")
+    description = json.loads((training / "algorithm.json").read_text())
     if description["algorithm"] != algorithm:
         raise ValueError(f"path must hold a checkpoint of {algorithm!r}, got one of {description['algorithm']!r}")
     hyperparameters = description["hyperparameters"]
@@ -114,8 +96,10 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
         hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
     # Only tensors and plain values: nothing in the file can run code.
     state = torch.load(training / "state.pt", map_location="cpu", weights_only=True)
-    arrays = {name: _to_arrays(state[name]) for name in ("env", "curriculum") if name in state}
-    return Checkpoint(Path(path), hyperparameters, description["frozen"], state | arrays)
+    # As arrays, as environments and curricula have them.
+    for name in {"env", "curriculum"} & state.keys():
+        state[name] = tree_map(lambda value: value.numpy() if isinstance(value, torch.Tensor) else value, state[name])
+    return Checkpoint(Path(path), hyperparameters, description["frozen"], state)
 
 
 def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:
@@ -142,12 +126,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return str(value) if isinstance(value, Path | torch.device) else value
-
-
-def _to_arrays(value: Any) -> Any:
-    """Nested containers with tensors as arrays, as an environment has them."""
-    if isinstance(value, dict):
-        return {key: _to_arrays(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_arrays(item) for item in value]
-    return value.numpy() if isinstance(value, torch.Tensor) else value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,16 +32,12 @@ def uses_fsdp() -> bool:
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
-    for name, value, needed, why in (
-        ("version", os.environ.get("FSDP_VERSION", "1"), "2", "the first version wraps modules"),
-        ("offload_params", os.environ.get("FSDP_OFFLOAD_PARAMS", "false"), "false", "weights stay on the device"),
-        (
-            "cpu_ram_efficient_loading",
-            os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"),
-            "false",
-            "guides and rewards would have empty weights in all processes but the first",
-        ),
+    for name, default, needed, why in (
+        ("version", "1", "2", "the first version wraps modules"),
+        ("offload_params", "false", "false", "weights stay on the device"),
+        ("cpu_ram_efficient_loading", "false", "false", "guides and rewards would be empty in all processes but one"),
     ):
+        value = os.environ.get(f"FSDP_{name.upper()}", default)
         if value.lower() != needed:
             raise ValueError(f"fsdp_{name} must be {needed}, got {value}: {why} (see examples/accelerate/fsdp.yaml)")
     return True
@@ -105,17 +100,17 @@ def whole(state: Any) -> Any:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimiser state of whole tensors."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = copy(state)
-    state["state"] = {
-        index: {
-            name: _shard_like(value, parameters[index])
-            if isinstance(parameters[index], DTensor) and value.shape == parameters[index].shape
-            else value
-            for name, value in values.items()
-        }
+
+    def fit(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            return _shard_like(value, parameter)
+        return value
+
+    fitting = {
+        index: {name: fit(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict({**state, "state": fitting})
 
 
 def _shard_like(value: torch.Tensor, like: DTensor) -> DTensor:

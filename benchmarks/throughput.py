@@ -50,6 +50,7 @@ def throughput(
     from benchmarks.comparison.results import write_text
     from benchmarks.performance import environments, processes, training
     from benchmarks.performance.measurement import measure
+    from benchmarks.report.table import Table
 
     wanted = tuple(name.strip() for name in (only or "").split(","))
     kinds: dict[tuple[str, ...], Callable[[], Iterator[Measurement]]] = {
@@ -77,58 +78,51 @@ def throughput(
                         figures.append(measure(measurement, rounds))
     if not figures:
         raise ValueError(f"only must name some of the figures, got {only!r}")
-    columns, rows = _table(figures)
+    rows = [_row(figure) for figure in figures]
     table = ConsoleTable()
-    for column in columns:
+    for column in rows[0]:
         table.add_column(column, no_wrap=column != "settings")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row.values())
     console.print(table)
     if json_file is not None:
         write_text(json_file, json.dumps(figures, indent=2) + "\n")
     if page is not None:
-        write_text(page, _page(columns, rows, rounds))
+        write_text(page, f"# Throughput\n\n{Table.of('Figures', _conditions(rounds), rows).markdown()}\n")
     return figures
 
 
-def _table(figures: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Columns, of which two are names, and rows of cells."""
+def _row(figure: dict[str, Any]) -> dict[str, str]:
+    """A figure as the cells of a table, by column."""
 
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    columns = ["figure", "reference", "ratio", "ours", "its value", "unit", "settings"]
-    rows = [
-        [
-            figure["name"],
-            figure["reference"] or "-",
-            number(figure["ratio"], ".2f"),
-            number(figure["value"], ",.4g"),
-            number(figure["reference_value"], ",.4g"),
-            figure["unit"],
-            figure["settings"],
-        ]
-        for figure in figures
-    ]
-    return columns, rows
+    return {
+        "figure": figure["name"],
+        "reference": figure["reference"] or "-",
+        "ratio": number(figure["ratio"], ".2f"),
+        "ours": number(figure["value"], ",.4g"),
+        "its value": number(figure["reference_value"], ",.4g"),
+        "unit": figure["unit"],
+        "settings": figure["settings"],
+    }
 
 
-def _page(columns: list[str], rows: list[list[str]], rounds: int) -> str:
-    """The table in Markdown, with what it was measured on."""
+def _conditions(rounds: int) -> str:
+    """How and on what the figures were measured."""
     import torch
     import transformers
 
     from benchmarks.performance.training import best_dtype
-    from benchmarks.report.table import Table
 
-    note = (
+    return (
         f"Medians of {rounds} runs of each after one that does not count, ours and the reference in turns, by "
         f"`python benchmarks/throughput.py {shlex.join(sys.argv[1:])}` on {os.cpu_count()} processors "
         f"({torch.backends.cpu.get_cpu_capability()}; bfloat16 {'is' if best_dtype() == 'bfloat16' else 'is not'} "
         f"fast), {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. A ratio above 1 says that ours is that many times as fast, or as small."
     )
-    return f"# Throughput\n\n{Table('Figures', note, columns, rows).markdown()}\n"
 
 
 def main() -> None:

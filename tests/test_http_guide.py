@@ -588,7 +588,7 @@ def test_naming_a_guide_is_quick_and_needs_the_extra():
         "import sys, copy, pickle; from textgym.guides.http import HTTPGuide;"
         "guide = HTTPGuide('m', base_url='http://localhost/v1'); pickle.loads(pickle.dumps(copy.deepcopy(guide)));"
         "assert not {'torch', 'openai', 'transformers'} & set(sys.modules)\n"
-        "import importlib.util; importlib.util.find_spec = lambda name: None\n"
+        "import textgym.packages; textgym.packages.find_spec = lambda name: None\n"
         "try: HTTPGuide('m')\n"
         "except ImportError as error: assert 'textgym[http]' in str(error)\n"
         "else: raise AssertionError"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from textgym.packing import Grid, PackedTexts, decode_packed, decoder_layers, text_decoder
@@ -22,9 +23,6 @@ class PackedCache:
         model: A causal language model for which `can_pack` holds.
         texts: n arrays of token ids, none of them empty.
         steps: Most tokens that will follow.
-
-    Attributes:
-        compiled: Whether the model's layers are compiled, so that steps are too.
     """
 
     def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
@@ -41,6 +39,7 @@ class PackedCache:
             )
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._past: Tensor
+        # Where the model's layers are compiled, steps are too.
         self.compiled = decoder_layers(model)[0]._compiled_call_impl is not None
 
     def prefill(self) -> Tensor:
@@ -136,15 +135,12 @@ class PaddedCache:
 
     def __init__(self, model: PreTrainedModel, texts: list[np.ndarray], steps: int) -> None:
         self.model = model
-        lengths = np.array([len(text) for text in texts])
-        width = int(lengths.max())
-        ids = np.zeros((len(texts), width), np.int64)
-        mask = np.zeros((len(texts), width + steps), np.int64)
-        for row, text in enumerate(texts):
-            ids[row, width - len(text) :] = text
-            mask[row, width - len(text) :] = 1
-        self._ids, self._mask = torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device)
-        self._width, self._positions = width, torch.from_numpy(lengths).to(model.device)
+        self._positions = torch.tensor([len(text) for text in texts], device=model.device)
+        self._width = int(self._positions.max())
+        ids = [torch.from_numpy(text).long() for text in texts]
+        self._ids = pad_sequence(ids, batch_first=True, padding_side="left").to(model.device)
+        columns = torch.arange(self._width + steps, device=model.device)
+        self._mask = (columns >= self._width - self._positions[:, None]).long()
         self._cache: Any = None
 
     def prefill(self) -> Tensor:

@@ -8,12 +8,7 @@ from transformers.utils import cached_file
 
 
 def file_beside(path: str | os.PathLike, name: str) -> str | None:
-    """Return the path of a file of a model's folder or repository; None where there is no such file.
-
-    Args:
-        path: Hub id or folder of the model.
-        name: The file's name.
-    """
+    """Return the path of the file of this name in a model's folder or repository `path`; None where there is none."""
     try:
         return cached_file(
             path,

@@ -26,9 +26,7 @@ _SERVED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def check_served(model: PreTrainedModel, copy_of: PreTrainedModel | None = None) -> None:
     """Refuse a causal model that cannot read texts in a batch: it is tried, once, on two short texts.
 
-    Args:
-        model: The model.
-        copy_of: The model of which it is a copy on the same device; if that has been tried, the copy is not.
+    Where the model of which it is a copy on the same device, `copy_of`, has been tried, the copy is not.
 
     Raises:
         ValueError: Rows of a batch, cached or not, or the head alone, differ from the model's results for single texts.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -24,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from textgym.positions import short_context
-from textgym.precision import autocast, is_half, nearly_equal
+from textgym.precision import autocast, fast_dtype, is_half, nearly_equal  # noqa: F401  (fast_dtype used to be here)
 from textgym.storage import cache_dir
 
 ATTENTION, COMPILED_ATTENTION = "textgym_packed", "textgym_packed_compiled"
@@ -166,11 +165,8 @@ class _KeysAndValuesKnown(Exception):
 class _OnlyWanted:
     """Around a decoder's last layer: leave only the tokens whose states are wanted, and put zeros for the others.
 
-    The layer runs twice: over the other tokens until their keys and values are known, then over those wanted.
-
-    Args:
-        wanted: (n,) int64, in ascending order.
-        count: Tokens in all.
+    Of `count` tokens in all, `wanted`, int64 (n,), are in ascending order. The layer runs twice: over the other tokens
+    until their keys and values are known, then over those wanted.
     """
 
     def __init__(self, wanted: Tensor, count: int) -> None:
@@ -220,12 +216,9 @@ class _OnlyWanted:
 
 
 class Grid:
-    """Rows of texts of different lengths, to which packed tokens are spread and from which they are gathered.
+    """Rows with `lengths` (B,) tokens, to which packed tokens are spread and from which they are gathered.
 
-    Args:
-        lengths: (B,) int64, tokens of each row.
-        columns: Columns of the grid.
-        right: Whether texts stand at its right end; else at its left.
+    Texts stand at the left end of all `columns`, or with `right` at their right end.
     """
 
     def __init__(self, lengths: Tensor, columns: int, right: bool = False) -> None:
@@ -254,10 +247,6 @@ class PackedTexts:
         contexts: (B,) int64, the context that each continuation continues; None where there are only contexts.
         lengths: (B,) int64, tokens of each continuation; zero is allowed.
         store: Called with each layer's index, keys and values of all tokens; None where no cache needs them.
-
-    Attributes:
-        context_grid: Places of the tokens of contexts.
-        grid: Places of the tokens of continuations, where there are any.
     """
 
     def __init__(
@@ -457,17 +446,8 @@ def trials(model: PreTrainedModel) -> range:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile the decoder's layers, and whole steps of a `PackedCache`, for any number of tokens and texts.
-
-    Compiled code is kept on disk for the next process.
-    """
+    """Compile the decoder's layers, and whole steps of a `PackedCache`, for any sizes; code is kept on disk."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     for layer in decoder_layers(model):
         if layer._compiled_call_impl is None:
             layer.compile(dynamic=True)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "fast_dtype":  # which used to be here
-        return importlib.import_module("textgym.precision").fast_dtype
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

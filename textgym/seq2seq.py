@@ -29,12 +29,9 @@ def decoder_start(model: PreTrainedModel) -> list[int]:
 
 
 def encode(model: PreTrainedModel, prompts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Read prompts in the encoder, each different one once.
+    """Read prompts (B, S) in the encoder, each different one once.
 
-    Args:
-        model: A sequence-to-sequence language model.
-        prompts: (B, S) int64, prompts that begin in the first column; columns after a prompt are never read.
-        lengths: (B,) int64 of at least 1.
+    They begin in the first column; columns after `lengths` (B,), each at least 1, are never read.
 
     Returns:
         The states (G, S, d) of the G different prompts, their mask (G, S) int64, and which of them each prompt is (B,).
@@ -98,11 +95,10 @@ class Seq2SeqCache(PaddedCache):
         start = decoder_start(model)
         super().__init__(model, [np.concatenate([start, new]) for _, new in texts], steps)
         self._prompts = [torch.from_numpy(prompt) for prompt, _ in texts]
-        self._embedding: Any = None
-        self._ragged = bool((self._positions < self._width).any())
-        if self._ragged:  # else columns are positions
+        self._ragged = bool((self._positions < self._width).any())  # else columns are positions
+        if self._ragged:
             _check_positions(model)
-            self._embedding = getattr(model.get_decoder(), "embed_positions", None)
+        self._embedding: Any = getattr(model.get_decoder(), "embed_positions", None) if self._ragged else None
         self._table: Tensor | None = None
 
     def prefill(self) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +15,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TEXTGYM_CACHE") or Path.home() / ".cache" / "textgym").expanduser()
 
 
+def _temporary(path: str | os.PathLike) -> tuple[Path, Path]:
+    """The path, whose parent folders are made, and a new name beside it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+
+
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file under a temporary name beside `path`; it takes the place of `path` when the block ends.
 
     If the block fails, `path` is what it was. Folders on the way are made.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    path, temporary = _temporary(path)
     temporary.touch(exist_ok=False)  # with the permissions of any new file, unlike those of mkstemp
     try:
         yield temporary
@@ -43,9 +47,8 @@ def new_folder(path: str | os.PathLike, *, keep_existing: bool = False) -> Itera
         path: The folder to make or replace.
         keep_existing: Leave a folder that is there by the end of the block, as where several processes make the same.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    path, temporary = _temporary(path)
+    temporary.mkdir()  # with the permissions of any new folder, unlike those of mkdtemp
     old = temporary.with_name(temporary.name + "-old")
     try:
         yield temporary

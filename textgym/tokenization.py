@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -60,11 +61,7 @@ def load_tokenizer(
 
 
 def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Args:
-        path: Hub id or folder.
-        gguf_file: The GGUF file there with model and tokenizer, if it is one.
+    """Load the tokenizer of a model from its hub id or folder, or from a GGUF file there.
 
     Raises:
         ValueError: There is no tokenizer.
@@ -72,23 +69,21 @@ def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) 
     from transformers import AutoTokenizer  # imports torch
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    wrong = f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}"
     kind: Any = AutoTokenizer
+    options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        if gguf_file is None:
-            # These classes are what the tokenizer file says; AutoTokenizer would use the class of the model's family.
-            declared = get_tokenizer_config(str(path)).get("tokenizer_class")
-            if declared in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-                kind = PreTrainedTokenizerFast
-            tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
-        else:
-            tokenizer = kind.from_pretrained(str(path), gguf_file=gguf_file, trust_remote_code=False)
+        if gguf_file is not None:
+            options["gguf_file"] = gguf_file
+        # These classes are what the tokenizer file says; AutoTokenizer would use the class of the model's family.
+        elif get_tokenizer_config(str(path)).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            kind = PreTrainedTokenizerFast
+        tokenizer = kind.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}: {error}"
-        ) from error
+        raise ValueError(f"{wrong}: {error}") from error
     # For a model without tokenizer, transformers makes one of nothing but the special tokens of its architecture.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError(f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}, which has none")
+        raise ValueError(f"{wrong}, which has none")
     return tokenizer
 
 
@@ -117,9 +112,7 @@ def _trained_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
 def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with ``<|endoftext|>`` (0) as EOS and ``<|pad|>`` (1) as padding.
 
-    Args:
-        texts: The texts to train on.
-        vocab_size: Most tokens; pairs that occur only once are not merged.
+    It has at most `vocab_size` tokens; pairs that occur only once are not merged.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -131,24 +124,16 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTr
 
 
 class _Vocabulary(NamedTuple):
-    """Facts about a tokenizer's vocabulary that are looked up often.
+    """Facts about a tokenizer's vocabulary that are looked up often."""
 
-    Attributes:
-        size: The largest id plus one.
-        gaps: The ids below that are no token.
-        ordinary: bool (size,), tokens that are text in any context: neither special nor a byte.
-        joins: Whether texts are encoded and decoded to the same alone and after others, space included, except for
-            bytes that are part of a character; None for tokenizers that encode only words of their vocabulary.
-        whole: Whether tokens looked up so far are of whole characters.
-        decoded: Texts of the ends of some contexts.
-    """
-
-    size: int
-    gaps: tuple[int, ...]
-    ordinary: np.ndarray
+    size: int  # the largest id plus one
+    gaps: tuple[int, ...]  # ids below that are no token
+    ordinary: np.ndarray  # bool (size,), tokens that are text in any context: neither special nor a byte
+    # Whether texts are encoded and decoded to the same alone and after others, space included, except for bytes that
+    # are part of a character; None for tokenizers that encode only words of their vocabulary.
     joins: bool | None
-    whole: dict[int, bool]
-    decoded: dict[tuple[int, ...], str]
+    whole: dict[int, bool]  # whether tokens looked up so far are of whole characters
+    decoded: dict[tuple[int, ...], str]  # texts of the ends of some contexts
 
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -174,7 +159,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
 def _joins(tokenizer: PreTrainedTokenizerBase) -> bool | None:
     texts = ["a", " a", "  a", "\n a", "a ", "."]
     try:
-        letter, *ids = tokenizer(["x", *texts], add_special_tokens=False, verbose=False)["input_ids"]
+        letter, *ids = encode(tokenizer, ["x", *texts])
     except Exception:  # tokenizers raise it where a word has no token
         return None
     return decode(tokenizer, [*ids, *([*letter, *line] for line in ids)]) == [*texts, *("x" + text for text in texts)]
@@ -200,12 +185,10 @@ def unused_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedded: int) -> None:
-    """Refuse a tokenizer that cannot belong to a model.
+    """Refuse a tokenizer that cannot belong to a model that embeds `embedded` tokens.
 
-    Args:
-        tokenizer: The tokenizer. Tokens that were added to its vocabulary may be more than the model embeds (Gemma 3's
-            token for images, CodeLlama's for gaps, a padding token), if EOS is not one of them.
-        embedded: Tokens that the model embeds.
+    Tokens that were added to its vocabulary may be more than that (Gemma 3's token for images, CodeLlama's for gaps, a
+    padding token), if EOS is not one of them.
 
     Raises:
         ValueError: It cannot.
@@ -219,16 +202,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedded: int) -> None:
 
 
 def check_embedded(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, input_ids: Any, mask: Any) -> None:
-    """Refuse texts with tokens that a model does not embed.
-
-    Args:
-        tokenizer: The tokenizer of the texts.
-        model: The model.
-        input_ids: (B, S) integers, an array or a tensor.
-        mask: (B, S), nonzero where `input_ids` is valid.
+    """Refuse texts (B, S), arrays or tensors that are valid where `mask` is nonzero, with tokens not in the model.
 
     Raises:
-        ValueError: There is such a token; the message names it.
+        ValueError: There is a token that the model does not embed.
     """
     embeddings: Any = model.get_input_embeddings()
     embedded = embeddings.weight.shape[0]
@@ -250,13 +227,10 @@ def eos_first(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> t
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, of_model: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a text of a model, EOS first.
+    """The tokens that end a text of a model, EOS first; `of_model` is `eos_token_id` of its generation config.
 
-    Args:
-        tokenizer: The tokenizer.
-        of_model: `eos_token_id` of the model's generation config. Every entry of a list counts. A single id counts only
-            where the tokenizer has it as an added token, as every token that ends a text is: a config that nobody wrote
-            names an arbitrary token of another vocabulary.
+    Every entry of a list counts. A single id counts only where the tokenizer has it as an added token, as every token
+    that ends a text is: a config that nobody wrote names an arbitrary token of another vocabulary.
     """
     if isinstance(of_model, int):
         of_model = [of_model] if of_model in tokenizer.added_tokens_decoder else []
@@ -290,17 +264,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except Exception:  # a template that shows no answers can raise anything
         return None
     _, _, after = text.rpartition(place)
-    ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"] if place in text and after else []
+    ids = encode(tokenizer, [after])[0] if place in text and after else []
     return next((id for id in ids if id in tokenizer.added_tokens_decoder and id != tokenizer.unk_token_id), None)
 
 
 def template_parts(tokenizer: PreTrainedTokenizerBase, template: str, chat: bool) -> tuple[str, str]:
-    """The texts that a template puts before and after a prompt.
+    """The texts that a template with ``{prompt}`` puts before and after a prompt.
 
-    Args:
-        tokenizer: The tokenizer, whose chat template is used with `chat`.
-        template: A text with ``{prompt}``.
-        chat: Whether the filled template is a user's message to a chat model, which answers next.
+    With `chat` the filled template is a user's message in the tokenizer's chat template, which the model answers next.
 
     Raises:
         ValueError: The template does not hold ``{prompt}`` once and no other field, or `chat` is True without a chat
@@ -356,8 +327,8 @@ def encode_prompts(
         ValueError: A prompt that is too long without its body, or that has no tokens at all.
     """
     if not tokenizer.is_fast:
-        arguments = (max_prompt_tokens, truncation_side, add_special_tokens)
-        return [_encode_parts(tokenizer, parts, *arguments) for parts in prompts]
+        how = (max_prompt_tokens, truncation_side, add_special_tokens)
+        return [_encode_parts(tokenizer, parts, *how) for parts in prompts]
     texts = ["".join(parts) for parts in prompts]
     encoded = tokenizer(
         texts,
@@ -380,9 +351,8 @@ def encode_prompts(
             inside = [i for i, (low, high) in enumerate(offsets) if low >= start and high <= end and not special[i]]
             if len(inside) < excess:
                 raise _too_long(max_prompt_tokens, len(ids) - len(inside), text)
-            first, last = (
-                (inside[-excess], inside[-1]) if truncation_side == "right" else (inside[0], inside[excess - 1])
-            )
+            dropped = inside[-excess:] if truncation_side == "right" else inside[:excess]
+            first, last = dropped[0], dropped[-1]
             ids = ids[:first] + ids[last + 1 :]
             # A token that is partly of the part before or after the body stays, and so does its text.
             text = text[: max(start, offsets[first - 1][1] if first else 0)] + text[offsets[last][1] :]
@@ -398,7 +368,7 @@ def _encode_parts(
     add_special_tokens: bool,
 ) -> tuple[str, list[int]]:
     """Encode each part of a prompt alone, for tokenizers that do not say which characters a token covers."""
-    before, body, after = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts)
+    before, body, after = encode(tokenizer, parts)
     if not before + body + after:
         raise ValueError(f"a prompt must have at least one token, got {''.join(parts)!r}")
     letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True, verbose=False)
@@ -419,12 +389,8 @@ def _encode_parts(
 def has_bos_twice(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:
     """Whether a tokenizer put a BOS before a text that begins with one, as texts of a chat template do."""
     bos = tokenizer.bos_token
-    return (
-        bool(bos)
-        and text.startswith(bos)
-        and not text.startswith(2 * bos)
-        and [*ids[:2]] == 2 * [tokenizer.bos_token_id]
-    )
+    once = bool(bos) and text.startswith(bos) and not text.startswith(2 * bos)
+    return once and [*ids[:2]] == 2 * [tokenizer.bos_token_id]
 
 
 def _too_long(max_prompt_tokens: int, needed: int, text: str) -> ValueError:
@@ -442,12 +408,7 @@ def as_continuation(prompt: str, text: str) -> str:
 
 
 class Context(NamedTuple):
-    """Everything before new tokens.
-
-    Attributes:
-        ids: Its token ids.
-        text: Its text, as readers of the new text see it.
-    """
+    """Everything before new tokens: its token ids, and its text as readers of the new text see it."""
 
     ids: Sequence[int] = ()
     text: str = ""
@@ -465,41 +426,32 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
     """Encode texts that continue a prompt, without an EOS.
 
     A SentencePiece tokenizer adds or removes a space before a text that is encoded alone. Where decoding the tokens
-    after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out.
-
-    Args:
-        tokenizer: The tokenizer.
-        prompt: The text before each of them.
-        texts: Continuations; a leading space is added where there is none (see `as_continuation`).
+    after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out. A leading space is
+    added where there is none (see `as_continuation`).
     """
     if not texts:
         return []
     texts = [as_continuation(prompt, text) for text in texts]
     end = prompt[-_LAST_CHARACTERS:]
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
     def loses_space(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each text would be read with other space at its start than it has."""
         read = decode_continuations(tokenizer, [context] * len(ids), [line[: 2 * _LAST_TOKENS] for line in ids])
         return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
 
-    ids = encode(texts)
+    ids = encode(tokenizer, texts)
     if not end or _vocabulary(tokenizer).joins is not False:
         return ids
-    context = Context(encode([end])[0], end)
+    context = Context(encode(tokenizer, [end])[0], end)
     wrong = [i for i, lost in enumerate(loses_space(texts, ids)) if lost]
     for anchor in (end, *_ANCHORS):
         if not wrong:
             break
-        before = encode([anchor])[0]
-        tried = encode([anchor + texts[i] for i in wrong])
+        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)])
         after = [line[len(before) :] if line[: len(before)] == before else None for line in tried]
         good = {i: line for i, line in zip(wrong, after, strict=True) if line}
-        for (i, line), lost in zip(
-            good.items(), loses_space([texts[i] for i in good], list(good.values())), strict=True
-        ):
+        losses = loses_space([texts[i] for i in good], list(good.values()))
+        for (i, line), lost in zip(good.items(), losses, strict=True):
             if not lost:
                 ids[i] = line
                 wrong.remove(i)
@@ -522,15 +474,10 @@ def _end_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[int
 def decode_continuations(
     tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]
 ) -> list[str]:
-    """Decode token ids that continue contexts: the decoded whole less the decoded context.
+    """Decode n sequences of token ids that continue n contexts: the decoded whole less the decoded context.
 
     All new tokens are decoded here, for rewards, guides, stop strings, infos and renderings. Decoded alone,
     SentencePiece and WordPiece tokens lose the space before the first word.
-
-    Args:
-        tokenizer: The tokenizer.
-        contexts: n contexts.
-        token_ids: n sequences of the ids that follow them.
 
     Returns:
         n texts without special tokens. Where the tokens of a context have lost the space at the end of its text (those
@@ -557,7 +504,7 @@ def decode_continuations(
         elif whole.startswith(complete):
             text = whole[len(complete) :]
         else:  # single bytes spoil all bytes before them while they make no character
-            letter = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+            letter = encode(tokenizer, ["a"])[0]
             alone, begun = decode(tokenizer, [letter, [*letter, *ids]])
             text = begun[len(alone) :]
         lost = before and before == before.rstrip() and shown != shown.rstrip()
@@ -568,38 +515,31 @@ def decode_continuations(
 def decode_by_author(
     tokenizer: PreTrainedTokenizerBase, context: Context, token_ids: Sequence[int], authors: Sequence[int] | np.ndarray
 ) -> list[tuple[int, str]]:
-    """Split a text into stretches of one author each, and decode each as a continuation of everything before it.
+    """Split T tokens by their authors' codes into stretches of one each; returns pairs of author and decoded text.
 
-    Args:
-        tokenizer: The tokenizer.
-        context: Everything before the text.
-        token_ids: T token ids.
-        authors: For each its author's code (see `textgym.guides.base.Author`).
-
-    Returns:
-        Pairs (author, text).
+    Each stretch is decoded as a continuation of everything before it, of which `context` is before all of them.
     """
-    stretches = [
-        (author, [token for _, token in pairs])
-        for author, pairs in groupby(zip(authors, token_ids, strict=True), key=lambda pair: int(pair[0]))
-    ]
-    contexts = [context]
-    for _, ids in stretches:
-        contexts.append(Context([*contexts[-1].ids, *ids], ""))
-    texts = decode_continuations(tokenizer, contexts[:-1], [ids for _, ids in stretches])
-    return [(author, text) for (author, _), text in zip(stretches, texts, strict=True)]
+    written_by, stretches, contexts = [], [], [context]
+    for author, pairs in groupby(zip(authors, token_ids, strict=True), key=lambda pair: int(pair[0])):
+        written_by.append(author)
+        stretches.append([token for _, token in pairs])
+        contexts.append(Context([*contexts[-1].ids, *stretches[-1]], ""))
+    texts = decode_continuations(tokenizer, contexts[:-1], stretches)
+    return list(zip(written_by, texts, strict=True))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts as they stand, without special tokens (see `encode_continuation` for continuations)."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
     """Decode whole texts without special tokens (see `decode_continuations` for continuations)."""
     if not ids:
         return []
-    kind, usual = type(tokenizer), PreTrainedTokenizerFast
-    if tokenizer.is_fast and (kind._decode, kind.decode, kind.batch_decode) == (
-        usual._decode,
-        usual.decode,
-        usual.batch_decode,
-    ):  # which do this for each text, after looking at the type of every id
+    methods = attrgetter("_decode", "decode", "batch_decode")
+    if tokenizer.is_fast and methods(type(tokenizer)) == methods(PreTrainedTokenizerFast):
+        # These do the same for each text, after looking at the type of every id.
         decode_one = tokenizer.backend_tokenizer.decode
         return [decode_one(line, skip_special_tokens=True) for line in ids]
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -672,13 +612,7 @@ class StopCriteria:
         return ended
 
     def cut(self, ids: Sequence[int], begun: Sequence[int] = (), context: Context = NO_CONTEXT) -> list[int] | None:
-        """Cut token ids after the one with which the text ends; None where it does not end.
-
-        Args:
-            ids: New token ids.
-            begun: Token ids of the same text before them.
-            context: Everything before the text.
-        """
+        """Cut token ids after the one with which the text, `begun` before them, ends; None where it does not end."""
         array = np.asarray(ids, np.int64)
         near = self.tokens[array] | self._can_complete(array)
         for length in (np.flatnonzero(near) + 1).tolist():
@@ -691,7 +625,7 @@ class StopCriteria:
         contexts = [NO_CONTEXT] * len(token_ids) if contexts is None else contexts
         kept = [list(ids[:-1]) if len(ids) and self.tokens[ids[-1]] else list(ids) for ids in token_ids]
         return [
-            text[: min(self._starts(text), default=None)]
+            text[: min((text.index(string) for string in self._strings if string in text), default=None)]
             for text in decode_continuations(self._tokenizer, contexts, kept)
         ]
 
@@ -701,8 +635,8 @@ class StopCriteria:
             return np.zeros(tokens.shape, bool)
         new = np.unique(tokens[self._near[tokens] < 0]).tolist()
         # After a letter, because decoded alone some tokens lose a leading space.
-        letter = self._tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"] if new else []
-        (start, *texts) = decode(self._tokenizer, [letter, *([*letter, token] for token in new)])
+        letter = encode(self._tokenizer, ["a"])[0] if new else []
+        start, *texts = decode(self._tokenizer, [letter, *([*letter, token] for token in new)])
         last = {string[-1] for string in self._strings} | {"\ufffd"}
         self._near[new] = [not last.isdisjoint(text[len(start) :]) for text in texts]
         return self._near[tokens] > 0
@@ -711,9 +645,6 @@ class StopCriteria:
         """Whether the text of token ids holds a string, for each of n."""
         texts = decode_continuations(self._tokenizer, contexts, token_ids)
         return [any(string in text for string in self._strings) for text in texts]
-
-    def _starts(self, text: str) -> list[int]:
-        return [text.index(string) for string in self._strings if string in text]
 
 
 Ends = StopCriteria  # its old name

@@ -16,16 +16,9 @@ from textgym.env import TextEnv
 from textgym.rewards import split_parts
 from textgym.tokenization import decode
 
-Potential = Callable[..., Any]
-
 
 class AnyText(spaces.Text):
-    """Text of any characters; samples are of ASCII's.
-
-    Args:
-        max_length: Most characters.
-        seed: Seed of samples.
-    """
+    """Text of at most `max_length` characters of any kind; samples are of ASCII's."""
 
     def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
         super().__init__(max_length, min_length=0, charset=string.printable, seed=seed)
@@ -51,10 +44,9 @@ class TextObservation(gym.ObservationWrapper, RecordConstructorArgs):
     def __init__(self, env: gym.Env) -> None:
         RecordConstructorArgs.__init__(self)
         gym.ObservationWrapper.__init__(self, env)
-        inside = _text_env(env)
-        tokenizer = self._tokenizer = inside.tokenizer
+        self._tokenizer = _text_env(env).tokenizer
         # A token decodes to at most as many characters as its name has, and a space may stand before it.
-        longest = 1 + max(map(len, tokenizer.get_vocab()))
+        longest = 1 + max(map(len, self._tokenizer.get_vocab()))
         self.observation_space = AnyText(longest * env.observation_space["input_ids"].shape[0])  # type: ignore[index]
 
     def observation(self, observation: dict[str, np.ndarray]) -> str:
@@ -79,7 +71,7 @@ class DenseReward(gym.Wrapper, RecordConstructorArgs):
         ValueError: `env` is not a text environment, or `gamma` is out of range.
     """
 
-    def __init__(self, env: gym.Env, potential: Potential | None = None, gamma: float = 1.0) -> None:
+    def __init__(self, env: gym.Env, potential: Callable[..., Any] | None = None, gamma: float = 1.0) -> None:
         RecordConstructorArgs.__init__(self, potential=potential, gamma=gamma)
         gym.Wrapper.__init__(self, env)
         check("gamma", gamma, 0 <= gamma <= 1, "in [0, 1]")
@@ -101,8 +93,7 @@ class DenseReward(gym.Wrapper, RecordConstructorArgs):
 
     def _potential_of_text(self) -> float:
         potential = self._potential or self._engine.reward_function
-        values = potential(**self._engine.reward_arguments([0]))
-        return float(split_parts(values, 1, "potential")[0][0])
+        return float(split_parts(potential(**self._engine.reward_arguments([0])), 1, "potential")[0][0])
 
 
 class FrozenPrompts(gym.Wrapper, RecordConstructorArgs):

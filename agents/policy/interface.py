@@ -165,7 +165,7 @@ class Actor(nn.Module, ABC):
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
     ) -> list[str]:
-        """Continue texts.
+        """Continue texts, without hand-offs.
 
         Args:
             prompts: N texts.
@@ -185,7 +185,7 @@ class Actor(nn.Module, ABC):
         mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
         input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
         input_ids[mask] = np.concatenate(encoded)
-        sampler = self.sampler(
+        sampler = self.without_handoff().sampler(
             {"input_ids": input_ids, "attention_mask": mask},
             seeds=np.random.default_rng(seed).integers(2**63, size=len(prompts)),
             max_new_tokens=max_new_tokens,
@@ -198,14 +198,18 @@ class Actor(nn.Module, ABC):
             return [text.removeprefix(" ") for text in texts]  # the space between words is not part of the text
         return texts
 
+    def without_handoff(self) -> Self:
+        """The same actor without the hand-off, which shares its weights."""
+        return self
+
     @abstractmethod
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the actor into a folder: weights as safetensors, tokenizer, and whatever else it needs."""
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, device: str | torch.device = "auto", **arguments: Any) -> Any:
-        """Read what `save_pretrained` wrote."""
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Read what `save_pretrained` wrote: ``from_pretrained(path, device="auto", ...)``."""
 
 
 class Policy(Actor):
@@ -269,17 +273,8 @@ class Policy(Actor):
 
     @abstractmethod
     def shift_values(self, of: Continuation, shift: float) -> None:
-        """Add a constant to one of the two value functions.
-
-        Args:
-            of: The value function.
-            shift: The constant.
-        """
+        """Add the constant `shift` to one of the two value functions."""
 
     @abstractmethod
     def copy_values(self, to: Continuation) -> None:
-        """Make one of the two value functions equal to the other.
-
-        Args:
-            to: The value function that changes.
-        """
+        """Make the value function `to` equal to the other."""

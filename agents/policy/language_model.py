@@ -7,7 +7,7 @@ import json
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -63,16 +63,10 @@ class LanguageModelPolicy(Policy):
     Dropout is always off: the module stays in evaluation mode, because the ratio of probabilities under two dropout
     masks would be noise.
 
-    This is the base of `CausalLMPolicy` and `Seq2SeqPolicy`; its `from_pretrained` returns the right one.
-
     A mixture of experts is trained as any other model: the auxiliary loss that balances its routers, which
-    ``config.output_router_logits`` adds, is not used.
-
-    The positions of a LongRoPE model are fixed for `context_length` (see `textgym.positions`), in the model itself.
-
-    The tokenizer can have more tokens than the model has embeddings (Gemma 3's has one for images): these are never
-    chosen, and a text that holds one is refused. All end tokens of the model's generation config are
-    `end_token_ids`.
+    ``config.output_router_logits`` adds, is not used. The positions of a LongRoPE model are fixed for `context_length`
+    (see `textgym.positions`), in the model itself. The tokenizer can have more tokens than the model has embeddings
+    (Gemma 3's has one for images): these are never chosen, and a text that holds one is refused.
 
     With adapters (LoRA) only these and the heads are trained, and copies (the reference policy, a separate critic, a
     guide made of the model) share the frozen weights.
@@ -159,12 +153,8 @@ class LanguageModelPolicy(Policy):
         lora: Mapping[str, Any] | None = None,
         quantization: Literal["4bit"] | None = None,
         gguf_file: str | None = None,
-        **arguments: Any,
     ) -> Self:
-        """Load a language model, with heads and decoding if they were saved with it.
-
-        Called on `LanguageModelPolicy` itself it returns a `CausalLMPolicy` or a `Seq2SeqPolicy`, as the model's config
-        says.
+        """Load a `CausalLMPolicy` or a `Seq2SeqPolicy`, whichever the model is, with what was saved of the policy.
 
         Args:
             path: Hub id or folder with safetensors weights, or with PEFT adapters, whose training continues.
@@ -181,15 +171,12 @@ class LanguageModelPolicy(Policy):
             quantization: "4bit" keeps the model's linear layers in 4 bits, by bitsandbytes; such a model is trained by
                 adapters only. None: as saved with the policy, else not.
             gguf_file: A GGUF file at `path` to load the model from; the policy is saved like any other.
-            **arguments: Not allowed here; for subclasses.
 
         Raises:
             ImportError: What adapters, quantised weights or GGUF files need is not installed.
             ValueError: There is no model with safetensors weights or no tokenizer at `path`, or they do not fit; a
                 quantised model without adapters; `lora` for a model that has adapters.
         """
-        if arguments:
-            raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
         file = file_beside(path, POLICY_FILE)
         settings = {} if file is None else json.loads(Path(file).read_text())
         saved_dtype = getattr(torch, settings.get("dtype", "float32"))
@@ -286,7 +273,7 @@ class LanguageModelPolicy(Policy):
             prefix_lengths=prefix_lengths,
             max_new_tokens=max_new_tokens,
             value_head=self.heads["value"] if values else None,
-            handoff_head=self._handoff_head,
+            handoff_head=self.heads["handoff"] if self.can_hand_off else None,
             vocab_size=vocabulary_size(self.tokenizer),
             unused_ids=unused_ids(self.tokenizer),
             dtype=self._dtype,
@@ -388,19 +375,22 @@ class LanguageModelPolicy(Policy):
 
     def merged(self) -> Self:
         """The same policy with its adapters added to the weights of a copy of the model, for use without PEFT."""
-        twin = type(self)(merged(self.model), self.tokenizer, self.decoding, None, self.autocast, self.compiled)
+        twin = self._twin(merged(self.model))
         twin.heads, twin.can_hand_off = copy.deepcopy(self.heads), self.can_hand_off
-        return self._with_own_limits(twin)
+        return twin
 
     def without_handoff(self) -> Self:
         """The same policy without the hand-off, which shares its weights."""
-        alone = type(self)(self.model, self.tokenizer, self.decoding, None, self.autocast, self.compiled)
+        if not self.can_hand_off:
+            return self
+        alone = self._twin(self.model)
         for name in alone.heads:
             alone.heads[name] = self.heads[name]
-        return self._with_own_limits(alone)
+        return alone
 
-    def _with_own_limits(self, twin: Self) -> Self:
-        """`twin`, with this policy's prompt columns, context length and end tokens."""
+    def _twin(self, model: PreTrainedModel) -> Self:
+        """The same policy with another model, new heads and no hand-off."""
+        twin = type(self)(model, self.tokenizer, self.decoding, None, self.autocast, self.compiled)
         twin.prompt_columns, twin.context_length = self.prompt_columns, self.context_length
         twin.add_end_tokens(self.end_token_ids)
         return twin
@@ -429,19 +419,6 @@ class LanguageModelPolicy(Policy):
         # At every use, since a copy of a compiled model is not compiled.
         if self.compiled and can_pack(self.model):
             compile_layers(self.model)
-
-    @property
-    def _handoff_head(self) -> nn.Module | None:
-        return self.heads["handoff"] if self.can_hand_off else None
-
-    def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, decoding: Decoding | None = None, seed: int = 0
-    ) -> list[str]:
-        """Continue texts (see `Actor.generate`), without hand-offs."""
-        alone = self.without_handoff() if self.can_hand_off else self
-        return super(LanguageModelPolicy, alone).generate(
-            prompts, max_new_tokens=max_new_tokens, decoding=decoding, seed=seed
-        )
 
 
 class CausalLMPolicy(LanguageModelPolicy):

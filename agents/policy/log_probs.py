@@ -9,15 +9,7 @@ from torch import Tensor
 
 
 def log_prob_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of one token and entropy of each row of logits, with gradients.
-
-    Args:
-        logits: float (n, V).
-        tokens: int64 (n,).
-
-    Returns:
-        float (n,) each, in nats.
-    """
+    """Log-probabilities of tokens (n,) and entropies, both (n,), in nats, of logits (n, V), with gradients."""
     return _LogProbAndEntropy.apply(logits, tokens)  # type: ignore[no-any-return]
 
 

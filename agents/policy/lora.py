@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from textgym.packages import require
+
 
 def has_adapters(model: PreTrainedModel) -> bool:
     """Whether a model carries adapters."""
@@ -31,10 +33,9 @@ def add_lora(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[s
         ImportError: PEFT is not installed.
         ValueError: The model carries adapters already, or an option that PEFT refuses.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError('lora needs peft: pip install "textgym[peft]"') from error
+    require("peft", "lora", "peft")
+    from peft import LoraConfig
+
     if has_adapters(model):
         raise ValueError(f"lora must be None for a model that has adapters already: {str(path)!r}")
     model.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
@@ -53,9 +54,7 @@ def add_lora(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[s
 def train_adapters(model: PreTrainedModel, file: str | os.PathLike | None = None) -> None:
     """Make a model's adapters trainable, in float32 if the model has a half precision.
 
-    Args:
-        model: The model.
-        file: The file of the adapters, which is read again without rounding; None for new adapters.
+    Those of a `file` are read from it again, without rounding.
     """
     from peft import set_peft_model_state_dict
 

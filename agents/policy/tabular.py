@@ -76,7 +76,6 @@ class TabularPolicy(Policy):
         device: str | torch.device = "auto",
         states: States | None = None,
         decoding: Decoding | None = None,
-        **arguments: Any,
     ) -> TabularPolicy:
         """Read what `save_pretrained` wrote.
 
@@ -86,13 +85,10 @@ class TabularPolicy(Policy):
             states: The function that the policy was made with, which is not saved; that of a lock is
                 ``TabularPolicy.for_lock(env.lock).states``.
             decoding: None: the one saved with the policy.
-            **arguments: Not allowed here; for subclasses.
 
         Raises:
-            ValueError: No `states`, an unknown argument, or a folder that is not one of a tabular policy.
+            ValueError: No `states`, or a folder that is not one of a tabular policy.
         """
-        if arguments:
-            raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
         if states is None:
             raise ValueError("states must be given: the function from tokens to states that the policy was made with")
         folder = Path(path)
@@ -178,20 +174,7 @@ class TabularPolicy(Policy):
 
 
 class TabularSampler:
-    """The `textgym.sampling.TokenSampler` of a `TabularPolicy`: one token of every row per call.
-
-    Args:
-        policy: The policy.
-        observation: "input_ids" and "attention_mask", each (N, S).
-        seeds: (N,) integers.
-        max_new_tokens: Maximum number of new tokens of a text, prefix included: an int, or (N,) integers.
-        prefix_lengths: (N,) number of new tokens that the observation already holds; None for 0.
-        decoding: How tokens are chosen; None for the policy's own `decoding`.
-        values: Whether samples hold values.
-
-    Attributes:
-        rows: (n,) int64 array, indices into the N given rows of those still in the batch.
-    """
+    """The `textgym.sampling.TokenSampler` of a `TabularPolicy`, made from the arguments of `Actor.sampler`."""
 
     def __init__(
         self,
@@ -242,11 +225,7 @@ class TabularSampler:
         return Sample(tokens, log_probs, at_least_float32(policy.value_table[states]) if self._with_values else None)
 
     def keep(self, mask: np.ndarray) -> None:
-        """Remove rows from the batch.
-
-        Args:
-            mask: (n,) bool, which of `rows` stay; the next `sample` continues these.
-        """
+        """Leave only those of `rows` in the batch where `mask`, bool (n,), is True."""
         mask = np.asarray(mask)
         if mask.dtype != np.bool_ or mask.shape != self.rows.shape:
             raise ValueError(f"mask must be bool of shape {self.rows.shape}, got {mask.dtype} of shape {mask.shape}")

@@ -160,7 +160,7 @@ class SB3Algorithm(Algorithm):
         shared = {field.name: arguments.pop(field.name) for field in fields(Algorithm) if field.name in arguments}
         super().__init__(policy, env, **shared)
         named = {"minibatch_size": minibatch_size, "n_epochs": n_epochs, "learning_rate": learning_rate}
-        self.hyperparameters |= {**named, "kl_coef": kl_coef, **arguments}
+        self.hyperparameters |= named | {"kl_coef": kl_coef} | arguments
         check_draws(self.policy.decoding)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.name} runs in one process, got {self.accelerator.num_processes}")
@@ -181,20 +181,14 @@ class SB3Algorithm(Algorithm):
             if kl_coef:
                 self._penalty = KLPenalty(copy.deepcopy(self.policy).requires_grad_(False), kl_coef)
                 self._callbacks.append(self._penalty)
-            arguments["policy_kwargs"] = {
-                "model": self.policy,
-                "prompt_columns": self.env.max_prompt_tokens,
-                **arguments.get("policy_kwargs", {}),
-            }
+            given = {"model": self.policy, "prompt_columns": self.env.max_prompt_tokens}
+            arguments["policy_kwargs"] = given | arguments.get("policy_kwargs", {})
         self.model = _with_external_progress(self.sb3_class)(
             sb3_policy,
             VecMonitor(TextVecEnv(self.env)),
-            **{
-                **{name: value for name, value in own.items() if name in defaults},
-                "seed": int(hash64(self.seed)) >> 33,
-                "device": self.policy.device,
-                **arguments,
-            },
+            **{name: value for name, value in own.items() if name in defaults}
+            | {"seed": int(hash64(self.seed)) >> 33, "device": self.policy.device}
+            | arguments,
         )
         if sb3_policy == "MultiInputPolicy":
             self.policy = SB3Policy(self.model, self.policy.tokenizer)
@@ -270,8 +264,7 @@ class SB3Algorithm(Algorithm):
 
     def models(self) -> dict[str, nn.Module]:
         """Add the reference policy of the KL penalty."""
-        reference = None if self._penalty is None else self._penalty.reference
-        return {**super().models(), **({} if reference is None else {"reference": reference})}
+        return super().models() | ({} if self._penalty is None else {"reference": self._penalty.reference})
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from a `training_state`, with new episodes in place of unfinished ones.
@@ -294,9 +287,6 @@ class SB3Policy(Actor):
     Args:
         model: The algorithm.
         tokenizer: The tokenizer whose ids are its actions.
-
-    Attributes:
-        model: The algorithm.
     """
 
     def __init__(self, model: BaseAlgorithm, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -319,24 +309,18 @@ class SB3Policy(Actor):
             (new / CLASS_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike, *, device: str | torch.device = "auto", **arguments: Any
-    ) -> SB3Policy:
+    def from_pretrained(cls, path: str | os.PathLike, *, device: str | torch.device = "auto") -> SB3Policy:
         """Read what `save_pretrained` wrote. Stable-Baselines3's zips hold pickles: only open those you trust.
 
         Raises:
-            ValueError: `path` is no such folder, or an argument is unknown.
+            ValueError: `path` is no such folder.
         """
-        if arguments:
-            raise ValueError(f"from_pretrained got unknown arguments {sorted(arguments)}")
-        try:
-            description = json.loads((Path(path) / CLASS_FILE).read_text())
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"path must be a folder written by SB3Policy.save_pretrained, got {str(path)!r}"
-            ) from error
+        folder = Path(path)
+        if not (folder / CLASS_FILE).is_file():
+            raise ValueError(f"path must be a folder written by SB3Policy.save_pretrained, got {str(path)!r}")
+        description = json.loads((folder / CLASS_FILE).read_text())
         sb3_class = getattr(importlib.import_module(description["module"]), description["class"])
-        return cls(sb3_class.load(Path(path) / ZIP_FILE, device=device), pretrained_tokenizer(path))
+        return cls(sb3_class.load(folder / ZIP_FILE, device=device), pretrained_tokenizer(path))
 
 
 class _PredictSampler:
@@ -372,9 +356,8 @@ def _parameters(cls: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if "__init__" in base.__dict__:
-            found |= {
-                name: value.default for name, value in inspect.signature(base.__dict__["__init__"]).parameters.items()
-            }
+            parameters = inspect.signature(base.__dict__["__init__"]).parameters
+            found |= {name: value.default for name, value in parameters.items()}
     return found
 
 

@@ -125,11 +125,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         }
 
     def forward(self, obs: Observation, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Choose actions.
-
-        Args:
-            obs: "input_ids" and "attention_mask", each (n, P+T).
-            deterministic: Take the most probable actions.
+        """Choose actions after texts (n, P+T), the most probable ones if `deterministic`.
 
         Returns:
             Actions, int64 (n,), values (n, 1), and log-probabilities (n,).
@@ -184,15 +180,7 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
         return Decoding(greedy=True, min_new_tokens=decoding.min_new_tokens) if deterministic else decoding
 
     def evaluate_actions(self, obs: Observation, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Evaluate given actions.
-
-        Args:
-            obs: "input_ids" and "attention_mask", each (n, P+T).
-            actions: (n,).
-
-        Returns:
-            Values (n, 1), log-probabilities (n,) and entropies (n,).
-        """
+        """Values (n, 1), log-probabilities (n,) and entropies (n,) of actions (n,) after texts (n, P+T)."""
         result = evaluate_transitions(self.language_model, obs, actions)
         return result.values[:, None], result.log_probs, result.entropy
 
@@ -286,17 +274,9 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
     def forward(  # type: ignore[override]
         self, obs: Observation, deterministic: bool = False, action_masks: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose actions (see `CausalLMActorCriticPolicy.forward`).
-
-        Args:
-            obs: "input_ids" and "attention_mask", each (n, P+T).
-            deterministic: Take the most probable actions.
-            action_masks: bool (n, actions), True where allowed; None for all.
-        """
-        states = self._states(obs)
-        distribution = self._masked(obs, states, action_masks)
+        """Choose actions that masks (n, actions) allow (see `CausalLMActorCriticPolicy.forward`)."""
+        distribution, values = self._masked(obs, action_masks)
         actions = self._choose(obs, distribution, deterministic)
-        values = self.language_model.heads["value"](at_least_float32(states))
         return actions, values, distribution.log_prob(actions)
 
     def _predict(self, observation: Observation, deterministic: bool = False, action_masks: Any = None) -> Tensor:  # type: ignore[override]
@@ -313,47 +293,35 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCriticPolicy, MaskableActor
     def evaluate_actions(  # type: ignore[override]
         self, obs: Observation, actions: Tensor, action_masks: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Evaluate given actions (see `CausalLMActorCriticPolicy.evaluate_actions`).
-
-        Args:
-            obs: "input_ids" and "attention_mask", each (n, P+T).
-            actions: (n,).
-            action_masks: (n, actions), nonzero where allowed; None for all.
-        """
-        states = self._states(obs)
-        distribution = self._masked(obs, states, action_masks)
-        values = self.language_model.heads["value"](at_least_float32(states))
+        """Evaluate actions under masks (n, actions) (see `CausalLMActorCriticPolicy.evaluate_actions`)."""
+        distribution, values = self._masked(obs, action_masks)
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def get_distribution(self, obs: Observation, action_masks: Any = None) -> MaskableCategoricalDistribution:  # type: ignore[override]
         """The distribution of the next action under the masks."""
-        return self._masked(obs, self._states(obs), action_masks)
+        return self._masked(obs, action_masks)[0]
 
-    def _masked(self, obs: Observation, states: Tensor, action_masks: Any) -> MaskableCategoricalDistribution:
+    def _masked(self, obs: Observation, action_masks: Any) -> tuple[MaskableCategoricalDistribution, Tensor]:
+        """The distributions of the next actions under the masks, and the values (n, 1) of the states."""
+        states = self._states(obs)
         log_probs = self._log_probs(states)
-        allowed = None if action_masks is None else torch.as_tensor(action_masks, device=log_probs.device) != 0
+        allowed = None
+        if action_masks is not None:
+            allowed = torch.as_tensor(action_masks, device=log_probs.device).view_as(log_probs) != 0
         if self.masking_model is not None:
             with torch.no_grad():
                 scores = self._log_probs(self._states(obs, self.masking_model), self.masking_model)
             in_nucleus = nucleus(scores, self.top_p).isfinite()
             in_nucleus[:, vocabulary_size(self.language_model.tokenizer) :] = True
-            both = in_nucleus if allowed is None else in_nucleus & allowed.view_as(in_nucleus)
-            allowed = (
-                both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed.view_as(in_nucleus))
-            )
+            both = in_nucleus if allowed is None else in_nucleus & allowed
+            allowed = both if allowed is None else torch.where(both.any(1, keepdim=True), both, allowed)
         distribution = MaskableCategoricalDistribution(log_probs.shape[1]).proba_distribution(log_probs)
         distribution.apply_masking(allowed)
-        return distribution
+        return distribution, self.language_model.heads["value"](at_least_float32(states))
 
 
 class _Reader:
-    """Rows of a rollout that were read together, each of which then costs one token per step.
-
-    Args:
-        sampler: Their sampler.
-        obs: "input_ids" and "attention_mask", arrays (n, P+T).
-        rows: (n,), which rows of the rollout they are.
-    """
+    """Rows (n,) of a rollout that were read together, each of which then costs one token per step."""
 
     def __init__(self, sampler: TokenSampler, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
         self.sampler, self._texts, self._rows = sampler, obs, rows
@@ -435,7 +403,7 @@ def _unwritten(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn
 
 
 class _Texts:
-    """Merges texts that are prefixes of one another into shared rows.
+    """Merges n texts that are prefixes of one another into shared rows.
 
     Args:
         input_ids: (n, S); valid tokens of a row can have padding on both sides.

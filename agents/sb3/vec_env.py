@@ -74,10 +74,9 @@ class TextVecEnv(VecEnv):
         observation, rewards, dones, _, infos = self.env.step(self._actions)
         row_infos = [{**row_info(infos, row), "TimeLimit.truncated": False} for row in range(self.num_envs)]
         if dones.any():
+            last, (observation, infos) = observation, self.env.reset(options={"reset_mask": dones})
             for row in np.flatnonzero(dones).tolist():
-                row_infos[row]["terminal_observation"] = {name: ids[row].copy() for name, ids in observation.items()}
-            observation, infos = self.env.reset(options={"reset_mask": dones})
-            for row in np.flatnonzero(dones).tolist():
+                row_infos[row]["terminal_observation"] = {name: ids[row].copy() for name, ids in last.items()}
                 self.reset_infos[row] = row_info(infos, row)
         return observation, rewards.astype(np.float32), dones, row_infos
 

@@ -39,9 +39,8 @@ def environments() -> Iterator[Measurement]:
     def sync(rows: int) -> Any:
         return gym.vector.SyncVectorEnv([lambda: TextEnv(**arguments)] * rows)
 
-    yield Measurement(
-        "env_single", "steps/s", stepper(TextEnv(**arguments), 100), stepper(sync(1), 50), "SyncVectorEnv"
-    )
+    single = stepper(TextEnv(**arguments), 100)
+    yield Measurement("env_single", "steps/s", single, stepper(sync(1), 50), "SyncVectorEnv")
     for rows, episodes in ((1, 100), (64, 60), (1024, 12)):
         ours = stepper(TextVectorEnv(rows, **arguments), episodes)
         reference = stepper(sync(rows), max(1, 40 // rows))

@@ -9,23 +9,14 @@ from typing import Any, NamedTuple
 
 
 class Measurement(NamedTuple):
-    """Something of ours beside a reference.
-
-    Attributes:
-        name: Name of the figure.
-        unit: "s" for the time of one run, "MiB" for the number that a run returns; anything else is work per second.
-        ours: Does some work and returns its amount.
-        reference: The same for the reference, or None.
-        reference_name: What the reference is.
-        settings: Precision, trunk and group size, if they matter.
-    """
+    """Something of ours beside a reference, if there is one: each does some work and returns its amount."""
 
     name: str
-    unit: str
+    unit: str  # "s": the time of one run; "MiB": the number that a run returns; anything else: work per second
     ours: Callable[[], float]
     reference: Callable[[], float] | None
     reference_name: str
-    settings: str = ""
+    settings: str = ""  # precision, trunk and group size, if they matter
 
 
 def measure(measurement: Measurement, rounds: int) -> dict[str, Any]:

@@ -19,17 +19,15 @@ from textgym.process import keep_freed_memory
 def memory() -> Iterator[Measurement]:
     """Peak memory of a gradient step, beside that of the plain one."""
 
-    def peak(ours: bool, vocabulary: int) -> Callable[[], float]:
-        def measure() -> float:
-            # In a new process, since a process keeps memory that it has freed.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-                return processes.submit(step_memory, ours, vocabulary).result()
-
-        return measure
+    def peak(ours: bool, vocabulary: int) -> float:
+        # In a new process, since a process keeps memory that it has freed.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+            return processes.submit(step_memory, ours, vocabulary).result()
 
     for name, vocabulary in (("peak_memory", 4096), ("peak_memory_50k", 50257)):
         settings = f"float32, a gradient step on a minibatch of W, vocabulary {vocabulary}, beyond the weights"
-        yield Measurement(name, "MiB", peak(True, vocabulary), peak(False, vocabulary), "full logits", settings)
+        ours, plain = (functools.partial(peak, which, vocabulary) for which in (True, False))
+        yield Measurement(name, "MiB", ours, plain, "full logits", settings)
 
 
 def step_memory(ours: bool, vocabulary: int) -> float:
@@ -63,7 +61,6 @@ def processes() -> Iterator[Measurement]:
 
 
 def _prepare(keep: bool, threads: int) -> None:
-
     torch.set_num_threads(threads)
     if keep:
         keep_freed_memory()
@@ -80,5 +77,4 @@ def take_steps() -> float:
 
 @functools.cache
 def _step() -> Callable[[], float]:
-
     return gradient_step(False)

@@ -12,22 +12,9 @@ import torch
 import tyro
 
 from benchmarks.comparison.results import write_text
+from benchmarks.performance import workload
 from benchmarks.performance.measurement import Measurement, measure
 from benchmarks.performance.training import best_dtype
-from benchmarks.performance.workload import (
-    MINIBATCH,
-    NEW,
-    PROMPT,
-    VOCABULARY,
-    generate,
-    gradient_step,
-    language_model,
-    plain_gradient_step,
-    policy,
-    sample,
-    texts,
-    written,
-)
 from benchmarks.report.plots import figure, save
 from textgym.packages import require
 
@@ -46,44 +33,45 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 KINDS = {"sample": "sampling", "step": "gradient step"}
 
 
-def measurements(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> Iterator[Measurement]:
+def measurements(rows: int = workload.MINIBATCH, new: int = workload.NEW, **size: Any) -> Iterator[Measurement]:
     """Sampling and a gradient step, in tokens a second, each in float32 and at best settings."""
-    ids = texts(rows, vocabulary=size.get("vocab_size", VOCABULARY))
-    model, seeds = language_model(**size), itertools.count()
+    ids = workload.texts(rows, vocabulary=size.get("vocab_size", workload.VOCABULARY))
+    model, seeds = workload.language_model(**size), itertools.count()
 
     def plain_sample() -> float:
-        return written(generate(model, torch.from_numpy(ids), new=new)[:, PROMPT:])
+        return workload.written(workload.generate(model, torch.from_numpy(ids), new=new)[:, workload.PROMPT :])
 
     for best in (False, True):
         settings = f"{best_dtype()}, compiled" if best else "float32"
-        writer = policy(best, new=new, **size)
+        writer = workload.policy(best, new=new, **size)
 
         def ours(writer: Any = writer) -> float:
-            return sample(writer, ids, new, next(seeds))
+            return workload.sample(writer, ids, new, next(seeds))
 
         suffix = "_best" if best else ""
         yield Measurement(f"sample{suffix}", "tokens/s", ours, plain_sample, "generate float32", settings)
-        ours_step, plain_step = gradient_step(best, rows, new, **size), plain_gradient_step(rows, new, **size)
-        yield Measurement(f"step{suffix}", "tokens/s", ours_step, plain_step, "full logits float32", settings)
+        step, plain_step = (
+            workload.gradient_step(best, rows, new, **size),
+            workload.plain_gradient_step(rows, new, **size),
+        )
+        yield Measurement(f"step{suffix}", "tokens/s", step, plain_step, "full logits float32", settings)
 
 
 def figures_of(rounds: int, sweeps: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Figures as `measure` returns them, with "sweep" and "x", the varied size."""
     for sweep in sweeps:
         for point in SWEEPS[sweep]:
-            (x,) = (
-                point.values() if len(point) == 1 else (sum(p.numel() for p in language_model(**point).parameters()),)
+            x = (
+                workload.language_model(**point).num_parameters()
+                if sweep == "parameters"
+                else next(iter(point.values()))
             )
             for measurement in measurements(**point):
                 yield {"sweep": sweep, "x": x, **measure(measurement, rounds)}
 
 
 def draw(figures: list[dict[str, Any]], path: Path) -> None:
-    """Draw tokens a second against each size.
-
-    Args:
-        figures: What `figures_of` yields.
-        path: The picture, PNG.
+    """Draw tokens a second against each size, of what `figures_of` yields, as PNG.
 
     Raises:
         ImportError: Matplotlib is not installed.

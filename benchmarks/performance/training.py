@@ -10,47 +10,27 @@ import torch
 
 from agents import ALGORITHMS
 from agents.group import GroupPolicyGradient
+from benchmarks.performance import workload
 from benchmarks.performance.measurement import Measurement
 from benchmarks.performance.peers import PEERS, trl
-from benchmarks.performance.workload import (
-    CLIP,
-    EPISODES,
-    EPOCHS,
-    GROUP,
-    KL_COEF,
-    LEARNING_RATE,
-    MINIBATCH,
-    NEW,
-    PROMPT,
-    SIZE,
-    PlainTrainer,
-    environment,
-    generate,
-    language_model,
-    policy,
-    sample,
-    text_flop,
-    texts,
-    written,
-)
 from textgym.precision import fast_dtype
 
 
 def sampling(family: str = "gpt2") -> Iterator[Measurement]:
     """Sampling of tokens with log-probabilities and values, beside `generate`, which returns neither."""
-    ids = texts()
+    ids = workload.texts()
     seeds = itertools.count()
 
     def ours(best: bool, stops: bool) -> Callable[[], float]:
-        writer = policy(best, stops, family=family)
-        return lambda: sample(writer, ids, NEW, next(seeds))
+        writer = workload.policy(best, stops, family=family)
+        return lambda: workload.sample(writer, ids, workload.NEW, next(seeds))
 
     def theirs(stops: bool, dtype: torch.dtype = torch.float32) -> Callable[[], float]:
-        model = language_model(stops, family)
+        model = workload.language_model(stops, family)
 
         def write() -> float:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                return written(generate(model, torch.from_numpy(ids), stops)[:, PROMPT:])
+                return workload.written(workload.generate(model, torch.from_numpy(ids), stops)[:, workload.PROMPT :])
 
         return write
 
@@ -73,15 +53,15 @@ def trainer(name: str, best: bool = False, family: str = "gpt2", **hyperparamete
     """An algorithm on the workload."""
     grouped = issubclass(ALGORITHMS[name], GroupPolicyGradient)
     return ALGORITHMS[name](
-        policy(best, family=family),
-        environment(guided=name in ("ppo++", "aggrevated"), best=best, family=family),
-        episodes_per_iteration=EPISODES,
-        minibatch_size=MINIBATCH,
-        n_epochs=EPOCHS,
-        learning_rate=LEARNING_RATE,
-        kl_coef=KL_COEF,
-        clip_range=CLIP,
-        **({"group_size": GROUP} if grouped else {}),
+        workload.policy(best, family=family),
+        workload.environment(guided=name in ("ppo++", "aggrevated"), best=best, family=family),
+        episodes_per_iteration=workload.EPISODES,
+        minibatch_size=workload.MINIBATCH,
+        n_epochs=workload.EPOCHS,
+        learning_rate=workload.LEARNING_RATE,
+        kl_coef=workload.KL_COEF,
+        clip_range=workload.CLIP,
+        **({"group_size": workload.GROUP} if grouped else {}),
         **hyperparameters,
     )
 
@@ -107,18 +87,18 @@ def updates(family: str = "gpt2") -> Iterator[Measurement]:
 
         def update() -> float:
             agent.update(rollout, credit)
-            return float(EPISODES * (PROMPT + NEW))
+            return float(workload.EPISODES * (workload.PROMPT + workload.NEW))
 
         return update
 
-    plain = PlainTrainer(family=family)
-    ids = torch.from_numpy(texts(new=NEW))
+    plain = workload.PlainTrainer(family=family)
+    ids = torch.from_numpy(workload.texts(new=workload.NEW))
     with torch.no_grad():
         log_probs, _, values = plain.judge(plain.model, ids)
 
     def theirs() -> float:
         plain.update(ids, log_probs, log_probs, values, 1)
-        return float(EPISODES * (PROMPT + NEW))
+        return float(workload.EPISODES * (workload.PROMPT + workload.NEW))
 
     name = "full logits, padded passes, AdamW, float32"
     yield Measurement("update", "tokens/s", ours(False), theirs, name, "float32, shared trunk")
@@ -127,17 +107,15 @@ def updates(family: str = "gpt2") -> Iterator[Measurement]:
 
 def iterations(peers: bool, rounds: int, family: str = "gpt2") -> Iterator[Measurement]:
     """Whole iterations: sampling, reference policy, and 16 gradient steps."""
-    for algorithm, group in (("ppo", 1), ("grpo", GROUP)):
+    for algorithm, group in (("ppo", 1), ("grpo", workload.GROUP)):
         trunk = "shared trunk" if algorithm == "ppo" else f"groups of {group}"
         variants = {
             "": (trainer(algorithm, family=family), f"float32, {trunk}"),
             "_best": (trainer(algorithm, best=True, family=family), f"{best_dtype()}, compiled, {trunk}"),
         }
         if algorithm == "ppo":
-            variants["_separate_critic"] = (
-                trainer("ppo", family=family, critic="separate"),
-                "float32, separate critic",
-            )
+            separate = trainer("ppo", family=family, critic="separate")
+            variants["_separate_critic"] = separate, "float32, separate critic"
         for suffix, (agent, settings) in variants.items():
             name = f"iteration_{algorithm}{suffix}"
             if peers:
@@ -146,7 +124,7 @@ def iterations(peers: bool, rounds: int, family: str = "gpt2") -> Iterator[Measu
                     yield Measurement(name, "s", iteration(agent), reference, reference_name, settings)
             else:
                 reference_name = "plain loop float32" + (", shared trunk" if algorithm == "ppo" else "")
-                plain = PlainTrainer(group, family=family).iterate
+                plain = workload.PlainTrainer(group, family=family).iterate
                 yield Measurement(name, "s", iteration(agent), plain, reference_name, settings)
 
     for name, algorithm in (("plus_plus", "ppo++"), ("aggrevated", "aggrevated")):
@@ -157,7 +135,7 @@ def iterations(peers: bool, rounds: int, family: str = "gpt2") -> Iterator[Measu
 
 def utilisation() -> Iterator[Measurement]:
     """Floating-point operations per second, counting the least that the workload needs, beside those of `torch.mm`."""
-    flop = EPISODES * text_flop(PROMPT + NEW - 1, NEW, **SIZE)
+    flop = workload.EPISODES * workload.text_flop(workload.PROMPT + workload.NEW - 1, workload.NEW, **workload.SIZE)
 
     def products(dtype: torch.dtype) -> Callable[[], float]:
         left, right = torch.randn(2, 2048, 2048).to(dtype)

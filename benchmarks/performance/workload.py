@@ -253,16 +253,11 @@ def plain_gradient_step(rows: int = MINIBATCH, new: int = NEW, **size: Any) -> C
 
 
 def text_flop(read: int, judged: int, *, n_embd: int, n_layer: int, **_: int) -> float:
-    """The least floating-point operations of a GPT-2's forward pass over one text.
+    """The least floating-point operations of a GPT-2's forward pass over `read` tokens, of which some are judged.
 
     24 d^2 a layer and token in the products with weights (4 d x d for attention, 8 d x d for the MLP, two operations
-    each), 4 d a layer for every pair of a token and one that it attends to, and 2 d V for every judged token's logits.
-
-    Args:
-        read: Tokens that the model reads.
-        judged: Tokens whose distribution is needed.
-        n_embd: d.
-        n_layer: Layers.
+    each), 4 d a layer for every pair of a token and one that it attends to, and 2 d V for every judged token's logits;
+    d is `n_embd`.
     """
     pairs = read * (read + 1) / 2
     return n_layer * (24 * n_embd**2 * read + 4 * n_embd * pairs) + 2 * n_embd * VOCABULARY * judged

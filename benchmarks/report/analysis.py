@@ -27,15 +27,10 @@ BASELINES = ("sl", "ppo")
 
 
 class Difference(NamedTuple):
-    """Two rows on one task: the difference of their rewards on the same prompts with the same seeds.
+    """Two rows on one task: the difference of their rewards on the same prompts with the same seeds."""
 
-    Attributes:
-        reward: Mean over prompts and seeds.
-        by_seed: The same for each seed that both rows have.
-    """
-
-    reward: Interval
-    by_seed: list[Interval]
+    reward: Interval  # mean over prompts and seeds
+    by_seed: list[Interval]  # for each seed that both rows have
 
 
 class Analysis:

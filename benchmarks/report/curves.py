@@ -43,14 +43,9 @@ DASHES = ("solid", "dash", "dot")
 
 
 class Line(NamedTuple):
-    """The learning curves of a row on a task.
+    """The learning curves of a row on a task: `x` by `AXES`, and `y` by `CURVES`, NaN where a run has no value.
 
-    Attributes:
-        task: The task.
-        algo: The row.
-        seeds: Its seeds.
-        x: For each of `AXES`, float (seeds, points).
-        y: For each of `CURVES`, float (seeds, points), NaN where a run has no value.
+    Each is float (seeds, points).
     """
 
     task: str
@@ -82,41 +77,33 @@ def lines(runs: Runs) -> list[Line]:
 
 def as_csv(runs: Runs) -> str:
     """CSV with one row per iteration of every run: task, algo, seed and the scalars of its history."""
-    scalars = dict.fromkeys(
-        key
+    rows = [
+        {key: record[key] for key in ("task", "algo", "seed")}
+        | {key: value for key, value in entry.items() if isinstance(value, int | float)}
         for record in runs.records
         for entry in record["history"]
-        for key, value in entry.items()
-        if isinstance(value, int | float)
-    )
+    ]
+    columns = dict.fromkeys(["task", "algo", "seed", *(key for row in rows for key in row)])
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, ["task", "algo", "seed", *scalars], restval="", extrasaction="ignore", lineterminator="\n"
-    )
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for record in runs.records:
-        for entry in record["history"]:
-            writer.writerow(entry | {key: record[key] for key in ("task", "algo", "seed")})
+    writer.writerows(rows)
     return text.getvalue()
 
 
 def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
     """Draw rewards against all tokens, guide tokens and seconds: interquartile means over seeds, intervals as bands.
 
-    Validation rewards if a task has them, else training rewards.
-
-    Args:
-        lines: The curves.
-        algos: All rows in the profile's order, which gives each its colour.
-        path: The picture, PNG.
+    Validation rewards if a task has them, else training rewards. The picture is a PNG; `algos` are all rows in the
+    profile's order, which gives each its colour.
 
     Raises:
         ImportError: Matplotlib is not installed.
     """
-    tasks = list(dict.fromkeys(line.task for line in lines))
-    axes_shown = ("tokens", "num_guide_tokens", "seconds")
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
+    tasks = list(dict.fromkeys(line.task for line in lines))
+    axes_shown = ("tokens", "num_guide_tokens", "seconds")
     picture = figure(2.5 + 4 * len(tasks), 3.1 * len(axes_shown))
     grid = picture.subplots(len(axes_shown), len(tasks), squeeze=False, sharey="col")
     legend = {}
@@ -126,10 +113,8 @@ def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
         curve = "eval/reward" if validated else "reward"
         for line in of_task:
             place = algos.index(line.algo)
-            style = {
-                "color": COLOURS[place % len(COLOURS)][0],
-                "linestyle": ("-", "--", ":")[place // len(COLOURS) % len(DASHES)],
-            }
+            colour = COLOURS[place % len(COLOURS)][0]
+            dash = ("-", "--", ":")[place // len(COLOURS) % len(DASHES)]
             points = line.over_seeds(curve)
             there = np.array([point is not None for point in points])
             values, low, high = np.array([point for point in points if point is not None]).reshape(-1, 3).T
@@ -138,8 +123,8 @@ def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
                 if not x[-1]:  # no guide
                     continue
                 panel = grid[row, column]
-                (legend[line.algo],) = panel.plot(x[there], values, linewidth=1.5, **style)
-                panel.fill_between(x[there], low, high, color=style["color"], alpha=0.12, linewidth=0)
+                (legend[line.algo],) = panel.plot(x[there], values, dash, color=colour, linewidth=1.5)
+                panel.fill_between(x[there], low, high, color=colour, alpha=0.12, linewidth=0)
         for row, axis in enumerate(axes_shown):
             panel = grid[row, column]
             panel.set(xlabel=AXES[axis])

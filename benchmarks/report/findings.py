@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -25,22 +25,16 @@ import tyro
 from benchmarks.comparison.results import Runs, write_text
 from benchmarks.report import tables
 from benchmarks.report.analysis import Analysis
-from benchmarks.report.table import Table
 from benchmarks.report.write import PICTURE
 
 # (row, baseline, whether the row's perplexity must not be higher): the row's interval of test reward lies above the
 # baseline's on at least `TASKS_NEEDED` tasks.
-CLAIMS = (("d2lols", "ppo", True), ("ppo++", "ppo", True), ("ppo", "sl", False))
+CLAIMS: tuple[tuple[str, str, bool], ...] = (("d2lols", "ppo", True), ("ppo++", "ppo", True), ("ppo", "sl", False))
 TASKS_NEEDED = 2
 
 
 class Findings:
-    """The passages of a page.
-
-    Args:
-        folder: The benchmark folder, with its report.
-        page: Path of the page, to which the paths in it are relative.
-    """
+    """The passages of a page about a benchmark folder with its report; paths in the page are relative to it."""
 
     def __init__(self, folder: Path, page: Path) -> None:
         self.folder, self.page = folder, page
@@ -49,7 +43,7 @@ class Findings:
             "made": self.made,
             "curves": self.curves,
             "claims": self.claims,
-            "table": self.table,
+            "table": lambda name: tables.TABLES[name](self.analysis).markdown(),
             "reward": lambda task, row: f"{self.analysis.reward(task, row):.3f}",
             "normalised": lambda row: f"{self.analysis.aggregate[row]:.2f}",
             "difference": lambda *key: f"{self.analysis.differences[key].reward:+.3f}",
@@ -102,21 +96,6 @@ class Findings:
             raise ValueError(f'{path} is missing: pip install "textgym[plots]" and write the report')
         return f"![Learning curves]({Path(os.path.relpath(path, self.page.parent)).as_posix()})"
 
-    def table(self, name: str) -> str:
-        """A table of the report."""
-        made: dict[str, Callable[[Analysis], Table]] = {
-            table.__name__: table
-            for table in (
-                tables.results,
-                tables.aggregate,
-                tables.improvement,
-                tables.comparisons,
-                tables.metrics,
-                tables.costs,
-            )
-        }
-        return made[name](self.analysis).markdown()
-
     def ratio(self, metric: str, task: str, row: str, baseline: str) -> str:
         """A ratio of two rows' metric."""
         found = self.analysis.ratio(task, row, baseline, metric)
@@ -136,7 +115,7 @@ class Findings:
 
     def claims(self, *key: str) -> str:
         """For each claim, or the one about a row and a baseline, the tasks on which it holds, and the evidence."""
-        asked: Sequence[tuple[str, str, bool]] = CLAIMS
+        asked = CLAIMS
         if key:
             row, baseline = key
             asked = ((row, baseline, True),)

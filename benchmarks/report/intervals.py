@@ -6,7 +6,8 @@ score, and seeds are resampled within each task (`interquartile_mean`, `probabil
 each prompt has one reward, and prompts are resampled (`PromptBootstrap`).
 
 All intervals are percentile bootstraps (Efron and Tibshirani 1993, chapter 13); `coverage` simulates how often they
-hold the true value.
+hold the true value. Scores of a task are float (seeds,), one for each run; scores of another shape, or that are not
+finite, raise ValueError.
 """
 
 from __future__ import annotations
@@ -51,10 +52,7 @@ def interquartile_mean(tasks: Sequence[ArrayLike]) -> Interval:
     All runs have the same weight: of n runs, the floor(n / 4) lowest and the floor(n / 4) highest are left out.
 
     Args:
-        tasks: For each task, float (seeds,), comparable between tasks.
-
-    Raises:
-        ValueError: There is no task, or a task's scores do not have this shape or are not finite.
+        tasks: One task's scores or more, comparable between tasks.
     """
     return Interval(*_over_seeds(_samples("tasks", tasks), _iqm).tolist())
 
@@ -66,11 +64,11 @@ def probability_of_improvement(first: Sequence[ArrayLike], second: Sequence[Arra
     (section 4.3 of the paper); seeds are resampled within each task and algorithm.
 
     Args:
-        first: For each task, float (seeds,): the scores x. Their scale does not matter.
+        first: The scores x of each task, on any scale.
         second: The other algorithm's scores y on the same tasks.
 
     Raises:
-        ValueError: The numbers of tasks differ, or scores do not have this shape or are not finite.
+        ValueError: The numbers of tasks differ.
     """
     samples = _samples("first", first), _samples("second", second)
     if len(samples[0]) != len(samples[1]):
@@ -86,17 +84,13 @@ def probability_of_improvement(first: Sequence[ArrayLike], second: Sequence[Arra
 
 
 def performance_profile(tasks: Sequence[ArrayLike], thresholds: ArrayLike) -> list[Interval]:
-    """For each threshold, the share of runs that score above it, averaged over tasks (section 4.2 of the paper).
+    """For each threshold, the share of runs that score above it, averaged over tasks: the paper's section 4.2.
 
-    This is the paper's run-score distribution; the intervals, seeds resampled within each task, hold for one threshold
-    at a time.
+    The intervals, seeds resampled within each task, hold for one threshold at a time.
 
     Args:
-        tasks: For each task, float (seeds,), comparable between tasks.
+        tasks: One task's scores or more, comparable between tasks.
         thresholds: float (thresholds,).
-
-    Raises:
-        ValueError: There is no task, or a task's scores do not have this shape or are not finite.
     """
     levels = np.asarray(thresholds, dtype=np.float64)
 
@@ -111,9 +105,6 @@ def learning_curve(scores: ArrayLike) -> list[Interval]:
 
     Args:
         scores: float (points, seeds).
-
-    Raises:
-        ValueError: Scores do not have this shape or are not finite.
     """
     array = np.asarray(scores, dtype=np.float64)
     if array.ndim != 2 or not array.size or not np.isfinite(array).all():
@@ -129,7 +120,7 @@ def ratio(first: ArrayLike, second: ArrayLike) -> Interval:
         second: The other algorithm's, above 0.
 
     Raises:
-        ValueError: Values do not have this shape, are not finite, or are not above 0.
+        ValueError: A value is not above 0.
     """
     samples = _samples("first and second", [first, second])
     if min(sample.min() for sample in samples) <= 0:
@@ -189,13 +180,8 @@ class PromptBootstrap:
 def coverage(seeds: int) -> float:
     """Simulate how often the interval of `interquartile_mean` on one task holds the true mean of normal scores.
 
-    A bootstrap never goes beyond the values it resamples, so that with few of them its intervals are too narrow.
-
-    Args:
-        seeds: Number of runs, at least 2.
-
-    Returns:
-        A probability, to about 0.01; nominally it is 0.95.
+    Returns a probability to about 0.01, nominally 0.95, for two `seeds` or more. A bootstrap never goes beyond the
+    values it resamples, so that with few of them its intervals are too narrow.
     """
     rng = np.random.default_rng(0)
     result = stats.bootstrap(

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -28,13 +28,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 
 def render(analysis: Analysis, lines: Sequence[Line], title: str) -> str:
-    """Return the page as HTML.
-
-    Args:
-        analysis: The runs.
-        lines: Their learning curves.
-        title: The page's title.
-    """
+    """Return the page about runs and their learning curves, as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -52,13 +46,9 @@ def render(analysis: Analysis, lines: Sequence[Line], title: str) -> str:
         script=_asset("script.js"),
         plotly=Markup(get_plotlyjs()),
         facts=_facts(runs),
-        results=tables.results(analysis),
-        aggregate=tables.aggregate(analysis),
-        improvement=tables.improvement(analysis),
-        probabilities=analysis.improvement,
+        **{name: made(analysis) for name, made in tables.TABLES.items() if name != "comparisons"},
         comparisons=tables.comparisons(analysis, runs.algos),
-        metrics=tables.metrics(analysis),
-        costs=tables.costs(analysis),
+        probabilities=analysis.improvement,
         runs=runs,
         baseline=next((algo for algo in reversed(BASELINES) if algo in runs.algos), None),
         points=POINTS,
@@ -90,41 +80,9 @@ def _facts(runs: Runs) -> dict[str, str]:
     }
 
 
-class Bar(NamedTuple):
-    """An interval drawn in a cell; positions are percentages of the cell's width, None where nothing is drawn.
-
-    Attributes:
-        low: Lower end of the interval.
-        high: Upper end.
-        value: The estimate.
-        mark: Where a vertical line marks a value.
-    """
-
-    low: str | None = None
-    high: str | None = None
-    value: str | None = None
-    mark: str | None = None
-
-
-class HtmlRow(NamedTuple):
-    """A row of a table on the page.
-
-    Attributes:
-        algo: The row's algorithm, by which the page filters.
-        baseline: The baseline that the algorithm is compared with.
-        names: Its first cells.
-        cells: The others: text, the number to sort by, and a bar.
-    """
-
-    algo: str
-    baseline: str | None
-    names: list[str]
-    cells: list[tuple[str, str | None, Bar | None]]
-
-
 def html_table(table: Table) -> dict[str, Any]:
     """A table as the template wants it: its columns without the task, and its rows grouped by task."""
-    grouped = table.columns[0] == "task"
+    grouped = "task" in table.columns[:1]
     groups = itertools.groupby(table.rows, key=lambda row: row[0] if grouped else None)
     return {
         "note": table.note,
@@ -134,8 +92,13 @@ def html_table(table: Table) -> dict[str, Any]:
     }
 
 
-def _html_rows(table: Table, rows: Sequence[Sequence[Cell]], start: int) -> Iterator[HtmlRow]:
-    """Rows of a table from column `start` on; those that are shown together share the scales of their bars."""
+def _html_rows(table: Table, rows: Sequence[Sequence[Cell]], start: int) -> Iterator[dict[str, Any]]:
+    """Rows of a table from column `start` on; those that are shown together share the scales of their bars.
+
+    Yields:
+        The algorithm and the baseline, by which the page filters; the first cells; and of the others the text, the
+        number to sort by and the bar.
+    """
     places = {column: place for place, column in enumerate(table.columns)}
     baseline = places.get("baseline")
     shown_together: dict[Cell | None, list[Sequence[Cell]]] = {}
@@ -149,12 +112,12 @@ def _html_rows(table: Table, rows: Sequence[Sequence[Cell]], start: int) -> Iter
             for column, cell, text in list(zip(table.columns, row, texts, strict=True))[table.names :]:
                 bar = _bar(cell, scales[column], table.bars[column]) if column in scales else None
                 cells.append((text, _leading_number(text), bar))
-            yield HtmlRow(
-                texts[places["algorithm"]],
-                None if baseline is None else texts[baseline],
-                texts[start : table.names],
-                cells,
-            )
+            yield {
+                "algo": texts[places["algorithm"]],
+                "baseline": None if baseline is None else texts[baseline],
+                "names": texts[start : table.names],
+                "cells": cells,
+            }
 
 
 def _leading_number(text: str) -> str | None:
@@ -170,16 +133,14 @@ def _scale(cells: Sequence[Cell], mark: float | None) -> tuple[float, float]:
     return (min(values), max(values)) if values else (0.0, 0.0)
 
 
-def _bar(cell: Cell, scale: tuple[float, float], mark: float | None) -> Bar:
-    low, high = scale
-    if not isinstance(cell, Interval) or high <= low:
-        return Bar()
-
-    def place(value: float) -> str:
-        return f"{100 * (value - low) / (high - low):.1f}%"
-
-    ends = (cell.low, cell.high) if np.isfinite(cell.low) else (cell.value, cell.value)
-    return Bar(place(ends[0]), place(ends[1]), place(cell.value), None if mark is None else place(mark))
+def _bar(cell: Cell, scale: tuple[float, float], mark: float | None) -> dict[str, str]:
+    """Where an interval and a mark are drawn, in percent of the cell's width; empty where nothing is."""
+    least, most = scale
+    if not isinstance(cell, Interval) or most <= least:
+        return {}
+    value, low, high = cell if np.isfinite(cell.low) else (cell.value,) * 3
+    places = {"value": value, "low": low, "high": high} | ({} if mark is None else {"mark": mark})
+    return {name: f"{100 * (place - least) / (most - least):.1f}%" for name, place in places.items()}
 
 
 def _details(task: str, algo: str, group: list[Record]) -> Iterator[dict[str, Any]]:
@@ -191,13 +152,8 @@ def _details(task: str, algo: str, group: list[Record]) -> Iterator[dict[str, An
             | {"evaluation": {key: part for key, part in record["evaluation"].items() if not isinstance(part, list)}}
             for record in alike
         ]
-        seeds = [record["seed"] for record in alike]
-        yield {
-            "task": task,
-            "algo": algo,
-            "seeds": seeds,
-            "parts": {key: alike[0][key] for key in SETTINGS} | {"runs": runs},
-        }
+        parts = {key: alike[0][key] for key in SETTINGS} | {"runs": runs}
+        yield {"task": task, "algo": algo, "seeds": [record["seed"] for record in alike], "parts": parts}
 
 
 def _data(analysis: Analysis, lines: Sequence[Line]) -> dict[str, Any]:

@@ -26,7 +26,5 @@ def figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     with new_file(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+        figure.savefig(temporary, format="png")

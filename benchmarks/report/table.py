@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.report.intervals import Interval
 
@@ -12,25 +13,21 @@ Cell = str | Interval
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first columns hold names and whose other columns hold numbers.
-
-    Attributes:
-        title: Its title.
-        note: What its numbers are.
-        columns: Headers. If the first one is "task", the page groups the rows by task.
-        rows: Cells, text or an interval.
-        names: Number of columns that hold names.
-        formats: Format of the intervals of a column; ".3f" for columns that are not given.
-        bars: Columns whose intervals the page also draws, each with a value to mark by a line, or None.
-    """
+    """A table whose first columns hold names and whose other columns hold numbers."""
 
     title: str
-    note: str
-    columns: Sequence[str]
+    note: str  # what its numbers are
+    columns: Sequence[str]  # if the first one is "task", the page groups the rows by task
     rows: Sequence[Sequence[Cell]]
-    names: int = 2
-    formats: Mapping[str, str] = field(default_factory=dict)
+    names: int = 2  # number of columns that hold names
+    formats: Mapping[str, str] = field(default_factory=dict)  # of a column's intervals; ".3f" where none is given
+    # Columns whose intervals the page also draws, each with a value to mark by a line, or None.
     bars: Mapping[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, title: str, note: str, rows: Sequence[Mapping[str, Cell]], **options: Any) -> Table:
+        """A table of rows that map columns, the same in each, to cells."""
+        return cls(title, note, [*rows[0]] if rows else [], [[*row.values()] for row in rows], **options)
 
     def texts(self, row: Sequence[Cell]) -> list[str]:
         """A row's cells as text."""

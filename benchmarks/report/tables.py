@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -22,23 +22,19 @@ def results(analysis: Analysis) -> Table:
     runs = analysis.runs
     handed_off = any(_hands_off(record) for record in runs.records)
     normalised = bool(analysis.scales)
-    rows: list[list[Cell]] = []
+    rows: list[dict[str, Cell]] = []
     for task, algo, group in runs.groups():
         score = analysis.reward(task, algo)
-        zero, one = analysis.scales.get(task, (np.nan, np.nan))
-        rows.append(
-            [
-                task,
-                algo,
-                score,
-                *([number((score.value - zero) / (one - zero), ".2f")] if normalised else []),
-                f"{mean(record['best_reward'] for record in group):.3f}",
-                *(number(mean(record["metrics"].get(name) for record in group)) for name in FLUENCY),
-                number(mean(record["history"][-1].get("kl") if record["history"] else None for record in group)),
-                *(_handoffs(group) if handed_off else []),
-                str(len(group)),
-            ]
-        )
+        row: dict[str, Cell] = {"task": task, "algorithm": algo, "test reward": score}
+        if normalised:
+            zero, one = analysis.scales.get(task, (np.nan, np.nan))
+            row["normalised"] = number((score.value - zero) / (one - zero), ".2f")
+        row["best checkpoint"] = f"{mean(record['best_reward'] for record in group):.3f}"
+        row |= {label: number(mean(run["metrics"].get(name) for run in group)) for name, label in FLUENCY.items()}
+        row["KL"] = number(mean(run["history"][-1].get("kl") if run["history"] else None for run in group))
+        if handed_off:
+            row |= _handoffs(group)
+        rows.append(row | {"seeds": str(len(group))})
     note = f"Test reward of the last checkpoint: interquartile mean over seeds, with {_worth(analysis)}"
     if normalised:
         note += f" Normalised, 0 is the mean of {ZERO} and 1 that of {ONE}."
@@ -56,41 +52,27 @@ def results(analysis: Analysis) -> Table:
             " Rows that were handed off learned when to let the guide finish a text; they are tested with the guide, "
             "and what its tokens cost is taken from their test reward."
         )
-    columns = [
-        "task",
-        "algorithm",
-        "test reward",
-        *(["normalised"] if normalised else []),
-        "best checkpoint",
-        *FLUENCY.values(),
-        "KL",
-        *(["guide tokens at test", "handed off"] if handed_off else []),
-        "seeds",
-    ]
-    return Table("Results", note, columns, rows, bars={"test reward": None})
+    return Table.of("Results", note, rows, bars={"test reward": None})
 
 
 def costs(analysis: Analysis) -> Table:
     """The cost of the runs of every row, means over seeds."""
     rows = []
     for task, algo, group in analysis.runs.groups():
-        policy, guide = (mean(record[key] for record in group) for key in ("policy_tokens", "guide_tokens"))
+        counts = {
+            key: mean(record[key.replace(" ", "_")] for record in group)
+            for key in ("episodes", "policy tokens", "guide tokens")
+        }
+        counts["all tokens"] = counts["policy tokens"] + counts["guide tokens"]
+        counts["seconds"] = mean(record["seconds"] for record in group)
         written = mean(record["evaluation"]["policy_tokens"] / len(record["evaluation"]["rewards"]) for record in group)
-        episodes, seconds = (mean(record[key] for record in group) for key in ("episodes", "seconds"))
-        rows.append(
-            [
-                task,
-                algo,
-                *(f"{count:,.0f}" for count in (episodes, policy, guide, policy + guide, seconds)),
-                f"{written:.1f}",
-            ]
-        )
-    return Table(
+        cells = {column: f"{count:,.0f}" for column, count in counts.items()}
+        rows.append({"task": task, "algorithm": algo, **cells, "tokens at test": f"{written:.1f}"})
+    return Table.of(
         "Costs",
         "Of one training run: episodes, tokens that the policy and the guide wrote, and seconds without evaluations "
         f"({ZERO}: those of its warm start, which all others share); then policy tokens written for one test prompt, "
         "texts that were not kept counted.",
-        ["task", "algorithm", "episodes", "policy tokens", "guide tokens", "all tokens", "seconds", "tokens at test"],
         rows,
     )
 
@@ -99,16 +81,16 @@ def aggregate(analysis: Analysis) -> Table:
     """Normalised scores over all tasks, and the probability of improvement over the baselines."""
     several = any(np.isfinite(score.low) for score in analysis.aggregate.values())
     baselines = [algo for algo in BASELINES if several and algo in analysis.aggregate]
+    better = {f"P(better than {baseline})": baseline for baseline in baselines}
     rows = [
-        [
-            algo,
-            score,
-            *(analysis.improvement.get((algo, baseline), "-") for baseline in baselines),
-            str(sum(len(analysis.runs.of(task, algo)) for task in analysis.scales)),
-        ]
+        {
+            "algorithm": algo,
+            "normalised score": score,
+            **{column: analysis.improvement.get((algo, baseline), "-") for column, baseline in better.items()},
+            "runs": str(sum(len(analysis.runs.of(task, algo)) for task in analysis.scales)),
+        }
         for algo, score in analysis.aggregate.items()
     ]
-    better = [f"P(better than {baseline})" for baseline in baselines]
     note = (
         f"No task has runs of both {ZERO} and {ONE}, which are 0 and 1 of normalised scores, so that there is no "
         "statistic across tasks."
@@ -127,10 +109,9 @@ def aggregate(analysis: Analysis) -> Table:
             note += f" Without {listed(left_out)}, which lacks a run of {ZERO} or {ONE}, or a distance between them."
         if missing := [algo for algo in analysis.runs.algos if algo not in analysis.aggregate]:
             note += f" Rows that did not run on all of these tasks are left out: {listed(missing)}."
-    return Table(
+    return Table.of(
         "Across tasks",
         note,
-        ["algorithm", "normalised score", *better, "runs"],
         rows,
         names=1,
         formats={"normalised score": ".2f"} | dict.fromkeys(better, ".2f"),
@@ -166,8 +147,9 @@ def comparisons(analysis: Analysis, baselines: Sequence[str] | None = None) -> T
         analysis: The runs.
         baselines: Rows to compare all others with; by default `BASELINES`, or the first row where neither ran.
     """
-    rows: list[list[Cell]] = []
+    rows: list[dict[str, Cell]] = []
     runs = analysis.runs
+    ratios = {metric: f"{label} ratio" for metric, label in FLUENCY.items()}
     for task in runs.tasks:
         present = [algo for algo in runs.algos if runs.of(task, algo)]
         chosen = [algo for algo in baselines or BASELINES if algo in present] or present[:1]
@@ -179,28 +161,26 @@ def comparisons(analysis: Analysis, baselines: Sequence[str] | None = None) -> T
                 continue
             verdicts = [difference.against(0) for difference in found.by_seed]
             rows.append(
-                [
-                    task,
-                    first,
-                    second,
-                    found.reward,
-                    found.reward.against(0),
-                    f"{verdicts.count('above')} / {verdicts.count('below')} of {len(verdicts)}",
-                    *(analysis.ratio(task, first, second, metric) or "-" for metric in FLUENCY),
-                ]
+                {
+                    "task": task,
+                    "algorithm": first,
+                    "baseline": second,
+                    "difference": found.reward,
+                    "verdict": found.reward.against(0),
+                    "seeds above / below": f"{verdicts.count('above')} / {verdicts.count('below')} of {len(verdicts)}",
+                    **{ratios[metric]: analysis.ratio(task, first, second, metric) or "-" for metric in FLUENCY},
+                }
             )
-    ratios = [f"{label} ratio" for label in FLUENCY.values()]
-    return Table(
+    return Table.of(
         "Paired comparisons",
         "Difference in test reward on the same prompts with the same seeds, with a 95% paired bootstrap interval over "
         "prompts: it speaks of these very policies on other prompts, not of other training seeds. Seeds above and "
         "below: in how many of them the same interval, of that seed alone, lies above and below zero. Perplexity and "
         "distinct-2: ratios of geometric means over seeds, with intervals over seeds. Each interval is for itself: of "
         "many rows that are alike, one in twenty would be told apart.",
-        ["task", "algorithm", "baseline", "difference", "verdict", "seeds above / below", *ratios],
         rows,
         names=3,
-        formats={"difference": "+.3f"} | dict.fromkeys(ratios, ".2f"),
+        formats={"difference": "+.3f"} | dict.fromkeys(ratios.values(), ".2f"),
         bars={"difference": 0.0},
     )
 
@@ -221,12 +201,13 @@ def metrics(analysis: Analysis) -> Table:
     )
     if left_out:
         note += f" Left out: {listed(left_out)}."
-    return Table(
-        "Metrics",
-        note,
-        ["task", "algorithm", *(name.replace("_", " ") for name in names)],
-        rows,
-    )
+    return Table("Metrics", note, ["task", "algorithm", *(name.replace("_", " ") for name in names)], rows)
+
+
+#: All tables by name, in the order of a report.
+TABLES: dict[str, Callable[[Analysis], Table]] = {
+    table.__name__: table for table in (results, aggregate, improvement, comparisons, metrics, costs)
+}
 
 
 def _worth(analysis: Analysis) -> str:
@@ -261,12 +242,16 @@ def _hands_off(record: Record) -> bool:
     return record["hyperparameters"]["env"].get("handoff", False)
 
 
-def _handoffs(group: Sequence[Record]) -> list[str]:
+def _handoffs(group: Sequence[Record]) -> dict[str, str]:
     """Guide tokens a test prompt, and the share of test texts handed off."""
     if not _hands_off(group[0]):
-        return ["-", "-"]
-    tokens = mean(record["evaluation"]["guide_tokens"] / len(record["evaluation"]["rewards"]) for record in group)
-    return [f"{tokens:.1f}", f"{mean(record['evaluation']['handoff_fraction'] for record in group):.0%}"]
+        return {"guide tokens at test": "-", "handed off": "-"}
+    tests = [record["evaluation"] for record in group]
+    tokens = mean(test["guide_tokens"] / len(test["rewards"]) for test in tests)
+    return {
+        "guide tokens at test": f"{tokens:.1f}",
+        "handed off": f"{mean(test['handoff_fraction'] for test in tests):.0%}",
+    }
 
 
 def _measured(record: Record) -> dict[str, float]:

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.comparison.results import Runs, write_text
-from benchmarks.report import page, tables
+from benchmarks.report import page
 from benchmarks.report.analysis import Analysis
 from benchmarks.report.curves import as_csv, draw, lines
+from benchmarks.report.tables import TABLES
 
 SUMMARY = "summary.json"
 PICTURE = "curves.png"
 
 
 class ReportFiles(NamedTuple):
-    """What `write_report` wrote."""
+    """What `write_report` wrote: the Markdown of `table.md`, and the path of `report.html`."""
 
     table: str
-    """The Markdown of `table.md`."""
     page: Path
-    """The path of `report.html`."""
 
 
 def write_report(folder: str | Path) -> ReportFiles:
@@ -36,8 +35,7 @@ def write_report(folder: str | Path) -> ReportFiles:
     folder = Path(folder)
     runs = Runs.read(folder)
     analysis = Analysis(runs)
-    shown = [tables.results(analysis), tables.aggregate(analysis), tables.improvement(analysis)]
-    shown += [tables.comparisons(analysis), tables.metrics(analysis), tables.costs(analysis)]
+    shown = [made(analysis) for made in TABLES.values()]
     table = "\n\n".join(part.markdown() for part in shown if part.rows or part.title == "Across tasks") + "\n"
     write_text(folder / "table.md", table)
     write_text(folder / SUMMARY, json.dumps(analysis.summary(), indent=2, allow_nan=False) + "\n")

@@ -44,10 +44,8 @@ def resolve_source(source: str | os.PathLike | None) -> str:
     Raises:
         ValueError: `source` is neither, or the folder does not exist.
     """
-    argument = "source"
-    if source is None:
-        source = os.environ.get("TEXTGYM_SOURCE") or "mini"
-        argument = "the environment variable TEXTGYM_SOURCE"
+    argument = "the environment variable TEXTGYM_SOURCE" if source is None else "source"
+    source = (os.environ.get("TEXTGYM_SOURCE") or "mini") if source is None else source
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"source must be 'mini', 'hub', a folder or None, got {type(source).__name__}: {source!r}")
     if source in ("mini", "hub"):
@@ -122,13 +120,12 @@ def _read(task_name: str, file: SplitName, source: str) -> datasets.Dataset:
 
 
 def _read_imdb(split: SplitName, source: str) -> list[Row]:
+    test = _reviews("test", source)
     if split == "test":
-        return _reviews("test", source)
-    test = {row["text"] for row in _reviews("test", source)}
-    wanted = split == "validation"
-    return [
-        row for row in _reviews("train", source) if _is_validation(row["text"]) == wanted and row["text"] not in test
-    ]
+        return test
+    seen, wanted = {row["text"] for row in test}, split == "validation"
+    train = _reviews("train", source)
+    return [row for row in train if _is_validation(row["text"]) == wanted and row["text"] not in seen]
 
 
 def _reviews(file: SplitName, source: str) -> list[Row]:

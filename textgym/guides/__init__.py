@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 
 from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest
-from textgym.guides.local import LocalGuide
 from textgym.guides.references import ReferenceGuide
 
 __all__ = ["Author", "CallableGuide", "Completion", "Guide", "GuideRequest", "load_guide"]
@@ -27,6 +26,8 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
     if guide == "references":
         return ReferenceGuide()
     if isinstance(guide, str | os.PathLike):
+        from textgym.guides.local import LocalGuide  # imports transformers, which guides behind a server do without
+
         return LocalGuide(guide)
     if callable(guide):
         return CallableGuide(guide)

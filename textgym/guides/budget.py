@@ -64,22 +64,21 @@ class Budget:
     when_spent: Literal["error", "unguided"] = "error"
 
     def __post_init__(self) -> None:
-        for name in ("calls", "tokens"):
-            value = getattr(self, name)
+        for name, value in (("calls", self.calls), ("tokens", self.tokens)):
             check(f"Budget.{name}", value, value is None or (is_int(value) and value >= 0), "None or an int >= 0")
         cost, prices = self.cost, self.prices
         check("Budget.cost", cost, cost is None or is_amount(cost), "None or a finite number >= 0")
         two = isinstance(prices, tuple) and len(prices) == 2 and all(map(is_amount, prices))
         check("Budget.prices", prices, two, "two finite numbers >= 0, of a prompt and of a completion token")
-        if self.cost is not None and not any(self.prices):
-            raise ValueError(f"Budget.cost={self.cost!r} needs Budget.prices")
+        if cost is not None and not any(prices):
+            raise ValueError(f"Budget.cost={cost!r} needs Budget.prices")
         check("Budget.when_spent", self.when_spent, self.when_spent in ("error", "unguided"), '"error" or "unguided"')
 
     def spent(self, usage: Usage) -> str | None:
         """Return which limit `usage` has reached, for an error; None for none."""
-        used = {"calls": usage.calls, "tokens": usage.prompt_tokens + usage.completion_tokens, "cost": usage.cost}
-        for name, value in used.items():
-            limit = getattr(self, name)
+        tokens = usage.prompt_tokens + usage.completion_tokens
+        limits = {"calls": (usage.calls, self.calls), "tokens": (tokens, self.tokens), "cost": (usage.cost, self.cost)}
+        for name, (value, limit) in limits.items():
             if limit is not None and value >= limit:
                 return f"{value:g} of {limit:g} {name}" if name == "cost" else f"{value:,} of {limit:,} {name}"
         return None

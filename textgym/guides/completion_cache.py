@@ -13,13 +13,10 @@ from textgym.storage import new_file
 
 
 class CompletionCache:
-    """Answers by request, in one JSON file each.
+    """Answers by request, in one JSON file each, in a folder that is made with the first answer.
 
     Several processes can share the folder: a file appears whole or not at all, and one that cannot be read counts as
     missing. No pickles are stored, so opening the folder of somebody else runs no code.
-
-    Args:
-        folder: The folder; it is made with the first answer.
 
     Raises:
         ValueError: `folder` is a file.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import ipaddress
 import json
 import math
@@ -21,8 +20,9 @@ from textgym.guides.base import Author, Completion, GuideRequest
 from textgym.guides.budget import Budget, BudgetExceeded, Ledger, Usage, is_amount
 from textgym.guides.completion_cache import CompletionCache
 from textgym.guides.templates import chat_messages, completions_template, without_echo
+from textgym.packages import require
 
-# openai is imported for the first completion, so that a guide is made quickly.
+# openai and transformers are imported for the first completion, so that a guide is made quickly.
 if TYPE_CHECKING:
     from openai import OpenAI
     from transformers import PreTrainedTokenizerBase
@@ -75,14 +75,6 @@ class HTTPGuide:
         api_key_env: Environment variable with the key, which is stored nowhere else. A server on this machine is used
             without a key where the variable is not set; None sends no key.
 
-    Attributes:
-        author: `Author.GUIDE`.
-        can_hand_off: True.
-        fingerprint: 16 hex digits that change with the model's name, api, template, decoding, stop and extra body, but
-            not with the URL.
-        usage: The `Usage` so far. Copies of a guide share it and the budget; a pickled guide counts from zero, so each
-            process has a budget of its own.
-
     Raises:
         ImportError: openai is not installed.
         ValueError: An argument is not allowed, or there is no key for a server on another machine.
@@ -108,8 +100,7 @@ class HTTPGuide:
         budget: Budget | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",
     ) -> None:
-        if importlib.util.find_spec("openai") is None:
-            raise ImportError('HTTPGuide needs openai: pip install "textgym[http]"')
+        require("http", "HTTPGuide", "openai")
         check("model", model, isinstance(model, str) and bool(model), "the name of a model at the server")
         check("api", api, api in ("completions", "chat"), '"completions" or "chat"')
         check("timeout", timeout, is_amount(timeout) and timeout > 0, "a finite number of seconds > 0")
@@ -134,21 +125,20 @@ class HTTPGuide:
 
     @property
     def usage(self) -> Usage:
-        """The use so far, in this process."""
+        """The `Usage` so far.
+
+        Copies of a guide share it and the budget. A pickled guide counts from zero: each process has its own budget.
+        """
         return self._ledger.usage
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the model's name and all other arguments that its texts depend on."""
+        """16 hex digits that change with model, api, template, decoding, stop and extra body, but not with the URL."""
         parts = [self.api, self.model, self.template, self._sampling, self.stop, self.extra_body]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-        """Continue every request.
-
-        Args:
-            requests: N requests.
-            tokenizer: The environment's tokenizer.
+        """Continue every request (see `Guide.complete`).
 
         Returns:
             N completions in ids; empty and unfinished where the budget is spent and ``when_spent`` is "unguided".
@@ -166,6 +156,8 @@ class HTTPGuide:
             self._ledger.add(seconds=time.perf_counter() - started)
 
     def _complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
+        from textgym.tokenization import encode
+
         # Without sampling, requests that differ only in their seeds are the same.
         asked = [request if self._sampled else replace(request, seed=0) for request in requests]
         texts = dict.fromkeys(asked, "")
@@ -180,7 +172,7 @@ class HTTPGuide:
                     continue
                 written = len(completions[request].token_ids or ())
                 texts[request] += self._continuation(request, texts[request], answer.text)
-                ids = tokenizer(texts[request], add_special_tokens=False, verbose=False)["input_ids"]
+                ids = encode(tokenizer, [texts[request]])[0]
                 finished = answer.finish_reason not in ("length", "content_filter")
                 completions[request] = Completion(token_ids=tuple(ids[: request.max_new_tokens]), finished=finished)
                 left = request.max_new_tokens - len(ids)
@@ -211,17 +203,13 @@ class HTTPGuide:
         if isinstance(self.template, str):
             body["prompt"] = self.template.format(**filled)
         else:
-            body["messages"] = [
-                {"role": message["role"], "content": message["content"].format(**filled)} for message in self.template
-            ]
+            body["messages"] = [message | {"content": message["content"].format(**filled)} for message in self.template]
         # Newer models of OpenAI refuse the old name, other servers do not know the new one.
         newer = self.api == "chat" and (urlsplit(self.base_url).hostname or "").endswith("openai.com")
         body["max_completion_tokens" if newer else "max_tokens"] = limit
         if self._sampled:
             body["seed"] = request.seed & 0x7FFFFFFF  # fits the integers of every server
-        if self.stop:
-            body["stop"] = list(self.stop)
-        return body
+        return body | ({"stop": list(self.stop)} if self.stop else {})
 
     @property
     def _sampled(self) -> bool:

@@ -15,13 +15,25 @@ import numpy as np
 from textgym.checks import check_int, check_texts
 from textgym.decoding import Decoding
 from textgym.guides.base import Author, Completion, GuideRequest
+from textgym.tokenization import (
+    Context,
+    StopCriteria,
+    as_chat,
+    check_embedded,
+    check_vocabulary,
+    encode,
+    encode_continuation,
+    end_ids,
+    has_bos_twice,
+    pretrained_tokenizer,
+    unused_ids,
+    vocabulary_size,
+)
 
 # torch is imported for the first completion, so that `gym.make` with a guide is quick.
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from textgym.tokenization import StopCriteria
 
 # Most tokens of the guide per token of the environment.
 _MOST_TOKENS_FOR_ONE = 16
@@ -54,14 +66,8 @@ class LocalGuide:
             then the answer, of which the prefix is the start.
         stop: Strings before which a text ends. It also ends at EOS, at the tokens in the model's generation config and,
             with `chat`, at the token that closes an answer. The name of a special token means that token.
-        quantization: As for `textgym.models.load_model`, where a model is loaded.
-        gguf_file: As for `textgym.models.load_model`, where a model is loaded.
-
-    Attributes:
-        author: `Author.GUIDE`.
-        can_hand_off: True.
-        fingerprint: 16 hex digits that change with the weights, the decoding and the template; the first access loads
-            the model.
+        quantization: As for `textgym.models.load_model`.
+        gguf_file: As for `textgym.models.load_model`.
 
     Raises:
         ValueError: An argument is not allowed, or, when they are loaded, model or tokenizer cannot be found or do not
@@ -105,22 +111,13 @@ class LocalGuide:
         self._fingerprint: str | None = None
 
     def complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-        """Complete every request.
-
-        Args:
-            requests: N requests.
-            tokenizer: The environment's tokenizer.
-
-        Returns:
-            N completions: ids where the vocabularies are the same, else texts.
+        """Continue every request (see `Guide.complete`), in ids where the vocabularies are the same, else in text.
 
         Raises:
             ValueError: The model or its tokenizer cannot be loaded, or a text is too long for the model.
         """
         if not requests:
             return []
-        from textgym.tokenization import check_vocabulary
-
         self._load()
         own = self._own_tokenizer or tokenizer
         try:
@@ -137,7 +134,7 @@ class LocalGuide:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the weights, the decoding and the template."""
+        """16 hex digits that change with the weights, decoding and template; the first access loads the model."""
         self._load()
         if self._fingerprint is None:
             more = [*([] if self.dtype is None else [self.dtype]), *([self._asks] if self._asks else [])]
@@ -167,7 +164,6 @@ class LocalGuide:
         self, requests: Sequence[GuideRequest], own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
     ) -> list[Completion]:
         from textgym.seq2seq import decoder_start
-        from textgym.tokenization import Context, encode_continuation
 
         ends = self._ends_of(own)
         positions = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None) or np.inf
@@ -214,7 +210,7 @@ class LocalGuide:
                 finished = written_to_end is not None
                 (text,) = ends.texts([ids if written_to_end is None else written_to_end], [before[i]])
                 completions[i] = Completion(text=text, finished=finished)
-                length = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                length = len(encode(tokenizer, [text])[0])
                 if not finished and length < requests[i].max_new_tokens and limits[i] < room[i]:
                     again.append(i)
                     limits[i] = int(min(2 * limits[i], room[i]))
@@ -231,7 +227,6 @@ class LocalGuide:
         """Generate at most `limits` tokens after each context, a pair of prompt and prefix in the guide's tokens."""
         from textgym.generation import generate
         from textgym.precision import fast_dtype
-        from textgym.tokenization import check_embedded, unused_ids, vocabulary_size
 
         whole = [np.array([*prompt, *prefix], np.int64) for prompt, prefix in contexts]
         mask = np.arange(max(map(len, whole))) < np.array([len(ids) for ids in whole])[:, None]
@@ -259,8 +254,6 @@ class LocalGuide:
 
     def _ends_of(self, own: PreTrainedTokenizerBase) -> StopCriteria:
         """Where what the model writes ends, in tokens of its own."""
-        from textgym.tokenization import StopCriteria, end_ids
-
         if self._ends[0] is not own:
             config = self._model.generation_config
             ids = end_ids(own, None if config is None else config.eos_token_id)
@@ -270,7 +263,6 @@ class LocalGuide:
     def _load(self) -> None:
         from textgym.model_checks import check_served
         from textgym.models import load_model, resolve_device
-        from textgym.tokenization import pretrained_tokenizer
 
         if self._model is None and self.path is not None:
             how: dict[str, Any] = {"quantization": self.quantization, "gguf_file": self.gguf_file}
@@ -347,8 +339,6 @@ def _modified(path: str) -> tuple[int, ...]:
 
 def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encode a text to be continued, with the special tokens that the model expects before it."""
-    from textgym.tokenization import has_bos_twice
-
     ids = tokenizer(text, verbose=False)["input_ids"]
     if has_bos_twice(tokenizer, text, ids):
         ids = ids[1:]
@@ -359,7 +349,4 @@ def _encode_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str) -> list[int]:
     """Encode a user's message to a chat model and the beginning of the answer."""
-    from textgym.tokenization import as_chat
-
-    asked = as_chat(tokenizer, text) + prefix.lstrip()
-    return tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]
+    return encode(tokenizer, [as_chat(tokenizer, text) + prefix.lstrip()])[0]

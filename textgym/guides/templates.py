@@ -63,13 +63,9 @@ def _has_fields(texts: Iterable[Any]) -> bool:
 
 
 def without_echo(answer: str, *befores: str) -> str | None:
-    """Return an answer without the repeated text at its start; None where it repeats none.
+    """Return an answer without the text of `befores`, the longest first, that it repeats at its start; else None.
 
     A single word counts as repeated only where it is repeated as a whole word: "and so" does not repeat "a".
-
-    Args:
-        answer: The answer.
-        *befores: Texts that it may repeat, the longest first.
     """
     begun = answer.lstrip()
     for before in befores:

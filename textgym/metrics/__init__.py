@@ -120,16 +120,13 @@ def check_metrics(metrics: Iterable[str | Metric]) -> None:
     Raises:
         ValueError: There is such an entry.
     """
-    unknown = [
-        metric
-        for metric in metrics
-        if (
-            metric not in NAMES
-            if isinstance(metric, str)
-            else isinstance(metric, type) or not isinstance(metric, Metric)
-        )
-    ]
-    if unknown:
+
+    def is_known(metric: Any) -> bool:
+        if isinstance(metric, str):
+            return metric in NAMES
+        return isinstance(metric, Metric) and not isinstance(metric, type)
+
+    if unknown := [metric for metric in metrics if not is_known(metric)]:
         raise ValueError(f"metrics must be of {list(NAMES)}, or objects with a method compute, got {unknown}")
 
 
@@ -188,22 +185,14 @@ def columns_of(metric: Metric) -> tuple[str, ...]:
 
 
 def measure(name: str, metric: Metric, columns: Mapping[str, Any]) -> dict[str, float]:
-    """Compute a metric.
-
-    Args:
-        name: Its name.
-        metric: The metric.
-        columns: All of `COLUMNS`, each N long.
-
-    Returns:
-        Its numbers by name.
+    """Compute a metric from all of `COLUMNS`, each N long; returns its numbers by name.
 
     Raises:
         ValueError: It returns no number by name.
     """
     values = metric.compute(**{column: columns[column] for column in columns_of(metric)})
-    numbers = {} if not isinstance(values, Mapping) else values
-    numbers = {str(key): float(value) for key, value in numbers.items() if isinstance(value, Real)}
+    named = values.items() if isinstance(values, Mapping) else ()
+    numbers = {str(key): float(value) for key, value in named if isinstance(value, Real)}
     if not numbers:
         raise ValueError(f"metric {name!r} must return numbers by name, got {values!r}")
     return numbers

@@ -6,7 +6,6 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -68,13 +67,13 @@ class SelfBleu(TextMetric):
             return {"self_bleu": 0.0}
         texts = [words_of(text) for text in predictions]
         counts = [[Counter(_ngrams(words, n)) for words in texts] for n in range(1, self.orders + 1)]
-        most = [_most(of_texts) for of_texts in counts]
+        most = [_two_highest(of_texts) for of_texts in counts]
         lengths = sorted(map(len, texts))
         total = 0.0
         for row, words in enumerate(texts):
             matches = [
-                sum(min(count, highest[ngram].besides(row)) for ngram, count in of_texts[row].items())
-                for of_texts, highest in zip(counts, most, strict=True)
+                sum(second[ngram] if count == first[ngram] else count for ngram, count in of_texts[row].items())
+                for of_texts, (first, second) in zip(counts, most, strict=True)
             ]
             if not matches[0]:
                 continue  # without a common word BLEU is 0
@@ -84,25 +83,15 @@ class SelfBleu(TextMetric):
         return {"self_bleu": total / len(texts)}
 
 
-class _Most(NamedTuple):
-    """The text with the highest count of an n-gram, that count, and the highest count in any other text."""
-
-    owner: int
-    first: int
-    second: int
-
-    def besides(self, row: int) -> int:
-        """Return the highest count in the texts other than this one."""
-        return self.second if row == self.owner else self.first
-
-
-def _most(counts: Sequence[Counter[Ngram]]) -> dict[Ngram, _Most]:
-    most: dict[Ngram, _Most] = {}
-    for row, of_text in enumerate(counts):
+def _two_highest(counts: Sequence[Counter[Ngram]]) -> tuple[Counter[Ngram], Counter[Ngram]]:
+    """Return the highest count of every n-gram in a text, and the highest in the other texts."""
+    first: Counter[Ngram] = Counter()
+    second: Counter[Ngram] = Counter()
+    for of_text in counts:
         for ngram, count in of_text.items():
-            owner, first, second = most.get(ngram, (row, 0, 0))
-            most[ngram] = _Most(row, count, first) if count > first else _Most(owner, first, max(second, count))
-    return most
+            second[ngram] = max(second[ngram], min(count, first[ngram]))
+            first[ngram] = max(first[ngram], count)
+    return first, second
 
 
 def _closest_other(lengths: Sequence[int], length: int) -> int:

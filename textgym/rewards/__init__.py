@@ -36,15 +36,10 @@ def check_reward(reward: str | os.PathLike[str] | RewardFunction | None, named: 
 def load_reward(
     reward: str | os.PathLike[str] | RewardFunction, named: Mapping[str, Callable[[str], RewardFunction]], source: str
 ) -> RewardFunction:
-    """Return a reward as a function.
-
-    Args:
-        reward: As for `check_reward`, but not None.
-        named: The task's rewards by name: functions of the data source.
-        source: The data source.
+    """Return a reward as a function; those that are `named` are functions of the data source.
 
     Raises:
-        ValueError: As for `check_reward`.
+        ValueError: It is none of those that `check_reward` allows.
     """
     check_reward(reward, named)
     if not isinstance(reward, str | os.PathLike):

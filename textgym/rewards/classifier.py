@@ -11,7 +11,7 @@ import numpy as np
 
 from textgym.checks import check_int, check_one_of
 from textgym.data.sources import load_split
-from textgym.data.splits import Split, SplitName
+from textgym.data.splits import SPLITS, Split
 from textgym.rewards.trained import Trained, load_or_train
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ class SentimentReward:
         self, *, prompts: Sequence[str], completions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> np.ndarray:
         """Return P(positive) of N texts, float64 (N,), without use of references (see `RewardFunction`)."""
-        return self.probabilities(
-            [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        )
+        return self.probabilities([prompt + text for prompt, text in zip(prompts, completions, strict=True)])
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Return P(positive) of N whole texts, float64 (N,)."""
@@ -95,9 +93,6 @@ def sentiment_reward(source: str) -> SentimentReward:
     """Return IMDB's reward, a model that is trained on the source's training reviews in seconds and cached.
 
     The training texts are as long as those of episodes: the `fragment` of each review, and a random window of it.
-
-    Args:
-        source: "mini", "hub" or a folder.
     """
     train = load_split("imdb", "train", source)
     recipe = {
@@ -128,9 +123,7 @@ def _train_sentiment(train: Split, source: str) -> tuple[dict[str, np.ndarray], 
     model = LogisticRegression(C=INVERSE_REGULARISATION, solver="liblinear", fit_intercept=False)
     weights = model.fit(features(texts), labels).coef_[0].astype(np.float32)
     report: dict[str, Any] = {"seconds": time.perf_counter() - started, "training_texts": len(texts)}
-
-    splits: tuple[SplitName, ...] = ("validation", "test")
-    for name in splits:
+    for name in SPLITS[1:]:
         split = load_split("imdb", name, source)
         held_out = np.array([row["label"] for row in split.rows])
         p = expit(features([fragment(row["text"]) for row in split.rows]) @ weights)

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,29 +28,8 @@ CIDER_WEIGHT = 1.0
 COVERAGE_WEIGHT = 0.25
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
-
-# Forms with another stem than their lemma, of common verbs and nouns: "<lemma> <form> ...".
-_IRREGULAR = """
-be am is are was were been being; bear bore borne born; beat beaten; become became; begin began begun; bend bent; bind
-bound; bite bit bitten; bleed bled; blow blew blown; break broke broken; breed bred; bring brought; build built; burn
-burnt; buy bought; calf calves; catch caught; child children; choose chose chosen; cling clung; come came; creep
-crept; deal dealt; dig dug; do does did done; draw drew drawn; dream dreamt; drink drank drunk; drive drove driven;
-eat ate eaten; elf elves; fall fell fallen; feed fed; feel felt; fight fought; find found; fireman firemen; fisherman
-fishermen; flee fled; fling flung; fly flew flown; foot feet; forbid forbade forbidden; forget forgot forgotten;
-forgive forgave forgiven; freeze froze frozen; get got gotten; give gave given; go goes went gone; goose geese;
-grandchild grandchildren; grind ground; grow grew grown; half halves; hang hung; have has had; hear heard; hide hid
-hidden; hold held; keep kept; kneel knelt; knife knives; know knew known; lay laid; lead led; leaf leaves; lean leant;
-leap leapt; learn learnt; leave left; lend lent; lie lay lain lying; life lives; light lit; loaf loaves; lose lost;
-make made; man men; mean meant; meet met; mouse mice; pay paid; person people; policeman policemen; ride rode ridden;
-ring rang rung; rise rose risen; run ran; say said; scarf scarves; see saw seen; seek sought; sell sold; send sent;
-sew sewn; shake shook shaken; shelf shelves; bookshelf bookshelves; shine shone; shoot shot; show shown; shrink shrank
-shrunk; sing sang sung; sink sank sunk; sit sat; sleep slept; slide slid; sling slung; snowman snowmen; speak spoke
-spoken; speed sped; spend spent; spin spun; spring sprang sprung; stand stood; steal stole stolen; stick stuck; sting
-stung; stride strode; strike struck; string strung; swear swore sworn; sweep swept; swell swollen; swim swam swum;
-swing swung; take took taken; teach taught; tear tore torn; tell told; think thought; throw threw thrown; tie tying;
-tooth teeth; understand understood; wake woke woken; wear wore worn; weave wove woven; weep wept; wife wives; win won;
-wind wound; wolf wolves; woman women; write wrote written
-"""
+# A line for each lemma: the lemma, and its forms that have another stem, of common verbs and nouns.
+_IRREGULAR = Path(__file__).with_name("irregular_forms.txt")
 
 
 def words_of(text: str) -> list[str]:
@@ -86,15 +66,7 @@ class CiderDScorer:
         return self
 
     def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        """Score N candidates.
-
-        Args:
-            candidates: N texts.
-            references: For each its reference texts; a candidate without references scores 0.
-
-        Returns:
-            float64 (N,), each in [0, 10].
-        """
+        """Score N candidates, each by its references: float64 (N,) in [0, 10], 0 without references."""
         scores = np.zeros(len(candidates))
         for i, (candidate, texts) in enumerate(zip(candidates, references, strict=True)):
             if texts:
@@ -140,8 +112,8 @@ def _stemmer() -> tuple[SnowballStemmer, dict[str, frozenset[str]]]:
 
     stemmer = SnowballStemmer("english")
     lemmas: dict[str, set[str]] = {}
-    for entry in _IRREGULAR.split(";"):
-        lemma, *forms = entry.split()
+    for line in _IRREGULAR.read_text(encoding="utf-8").splitlines():
+        lemma, *forms = line.split()
         for form in forms:
             lemmas.setdefault(form, set()).add(stemmer.stem(lemma))
     return stemmer, {form: frozenset(stems) for form, stems in lemmas.items()}
@@ -154,27 +126,16 @@ def _stems(word: str) -> frozenset[str]:
     return lemmas.get(word, frozenset()) | {stemmer.stem(word.removesuffix("'s"))}
 
 
-def concepts_of(prompt: str) -> list[str]:
-    """Return the concepts of a prompt: its words after the last "with:", else all its words."""
-    return words_of(prompt.rpartition("with:")[2])
-
-
 def coverage(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-    """Return the fraction of concepts that each text uses, in any inflected form.
+    """Return the fraction of concepts that each of N texts uses, in any inflected form: float64 (N,) in [0, 1].
 
-    Two words are forms of one lemma where the English Snowball stemmer gives them the same stem, or by a table of
-    irregular verbs and nouns.
-
-    Args:
-        prompts: N prompts, "generate a sentence with: c1 c2 c3" or the concepts alone.
-        completions: N texts.
-
-    Returns:
-        float64 (N,) in [0, 1]; 0 for a prompt without concepts.
+    A prompt is "generate a sentence with: c1 c2 c3" or the concepts alone; without concepts the fraction is 0. Two
+    words are forms of one lemma where the English Snowball stemmer gives them the same stem, or by a table of irregular
+    verbs and nouns.
     """
     fractions = np.zeros(len(prompts))
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        concepts = concepts_of(prompt)
+        concepts = words_of(prompt.rpartition("with:")[2])
         written = frozenset().union(*map(_stems, words_of(completion)))
         fractions[i] = np.mean([not written.isdisjoint(_stems(concept)) for concept in concepts]) if concepts else 0.0
     return fractions
@@ -185,13 +146,7 @@ def rouge(
 ) -> dict[str, np.ndarray]:
     """Return F1 of ROUGE (Lin 2004) with Porter stemming by the `rouge-score` package, the best over references.
 
-    Args:
-        kinds: Names of the package: "rouge1", "rouge2", "rougeL".
-        completions: N texts.
-        references: For each its reference texts.
-
-    Returns:
-        For each kind float64 (N,) in [0, 1]; 0 for a text without references.
+    For each of `kinds` ("rouge1", "rouge2", "rougeL") it is float64 (N,) in [0, 1]; 0 for a text without references.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -227,11 +182,7 @@ class CiderCoverageReward:
 
 
 def cider_coverage_reward(source: str) -> CiderCoverageReward:
-    """Return CommonGen's reward with the document frequencies of the source's training references.
-
-    Args:
-        source: "mini", "hub" or a folder.
-    """
+    """Return CommonGen's reward with the document frequencies of the source's training references."""
     train = load_split("commongen", "train", source)
     recipe = f"cider-d {CIDER_WEIGHT} coverage {COVERAGE_WEIGHT} {train.fingerprint}"
     return CiderCoverageReward(

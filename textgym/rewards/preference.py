@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textgym.data.sources import load_split, post_prompt
-from textgym.data.splits import Split, SplitName
+from textgym.data.splits import SPLITS, Split
 from textgym.rewards.trained import Trained, load_or_train
 
 if TYPE_CHECKING:
@@ -67,12 +67,8 @@ def _keywords(words: list[str], post: list[str], other: list[str], rng: np.rando
 
 #: Texts that are worse than the author's summary.
 CORRUPTIONS: Mapping[str, Callable[[list[str], list[str], list[str], np.random.Generator], list[str]]] = {
-    "other": _other,
-    "shuffled": _shuffled,
-    "repeated": _repeated,
-    "truncated": _truncated,
-    "sentence": _sentence,
-    "keywords": _keywords,
+    corrupt.__name__.removeprefix("_"): corrupt
+    for corrupt in (_other, _shuffled, _repeated, _truncated, _sentence, _keywords)
 }
 
 
@@ -119,14 +115,9 @@ class _Features:
     def of_groups(
         self, documents: Sequence[list[str]], groups: Sequence[Sequence[list[str]]]
     ) -> scipy.sparse.csr_array:
-        """Return the features of several summaries per document.
+        """Return the features of several summaries per document (a prompt with its post), all as tokens.
 
-        Args:
-            documents: N documents (prompts with their posts), as tokens.
-            groups: For each its summaries, as tokens.
-
-        Returns:
-            float64 (M, dense + hashed), one row for each of the M summaries, in order.
+        They are float64 (M, dense + hashed), one row for each of the M summaries, in order.
         """
         from scipy.sparse import csr_array, hstack
 
@@ -213,11 +204,7 @@ class PreferenceReward:
 
 
 def preference_reward(source: str) -> PreferenceReward:
-    """Return TL;DR's learned reward, which is trained on the source's training posts and cached.
-
-    Args:
-        source: "mini", "hub" or a folder.
-    """
+    """Return TL;DR's learned reward, which is trained on the source's training posts and cached."""
     train = load_split("tldr", "train", source)
     recipe = {
         "model": "Bradley-Terry, logistic regression on differences of summary features, 1",
@@ -276,8 +263,7 @@ def _train_preference(train: Split, source: str) -> tuple[dict[str, np.ndarray],
         "training_pairs": differences.shape[0],
         "author_score_deviation": float(scores.std()),
     }
-    splits: tuple[SplitName, ...] = ("validation", "test")
-    for name in splits:
+    for name in SPLITS[1:]:
         split = load_split("tldr", name, source)
         scores = (features.of_groups(*_variants(split)) @ weights).reshape(-1, kinds)
         accuracies = (scores[:, :1] > scores[:, 1:]).mean(axis=0)
