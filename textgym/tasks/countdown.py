@@ -141,7 +141,8 @@ class Countdown(Puzzle):
         if len(text) >= len(draws):
             return
         if fitting:
-            solution = choose(fitting, (), 1.0, float(seeding.uniform(int(draws[len(text)] * 2**53), len(text))))
+            # By a draw of its own: the one of this position decides the next sign.
+            solution = choose(fitting, (), 1.0, float(seeding.uniform(int(draws[len(text)] * 2**53))))
         else:
             solution = _closed(begun, given)
         for word in solution[len(begun) : len(begun) + len(draws) - len(text)]:

@@ -247,7 +247,7 @@ class WithPuzzle:
     puzzle: Puzzle
 
     def __init_subclass__(cls, puzzle: type[Puzzle]) -> None:
-        base: Callable = super(WithPuzzle, cls).__init__
+        base: Callable = super().__init__
         settings = [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default) for f in fields(puzzle)]
 
         def __init__(

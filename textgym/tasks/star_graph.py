@@ -11,6 +11,7 @@ from textgym import seeding
 from textgym.checks import check, check_int
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
+from textgym.task import SPLITS
 from textgym.tasks.procedural import Difficulty, Puzzle, WithPuzzle, choose
 
 
@@ -38,7 +39,7 @@ class StarGraph(Puzzle):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("nodes", self.nodes)
-        least = max(1 + d * (l - 1) for split in ("train", "test") for d, l in self.levels(split))
+        least = max(1 + arms * (length - 1) for split in SPLITS for arms, length in self.levels(split))
         check("nodes", self.nodes, self.nodes >= least, f">= {least}, the nodes of the largest graph")
 
     @property
@@ -107,9 +108,9 @@ class StarGraphEnv(WithPuzzle, TextEnv, puzzle=StarGraph):
     Description
         A star has d arms, on each of which l - 1 nodes follow the centre. The prompt is its edges, from the centre
         outward and in a random order, and the question: "3 8 | 41 7 | ... / 3 12 =", with the centre and the leaf that
-        is the goal. The text is the path, centre and goal included. Its second node is the only hard one: one of d, told
-        by the far end of its arm alone. After it every node is the only one that follows. Whoever is given a prefix
-        of the path is given the answer: a control for methods that restart from prefixes, which should not help.
+        is the goal. The text is the path, centre and goal included. Its second node is the only hard one: one of d,
+        told by the far end of its arm alone. After it every node is the only one that follows. Whoever is given a
+        prefix of the path is given the answer: a control for methods that restart from prefixes, which should not help.
 
         By Bachmann and Nagarajan (2024, arXiv 2403.06963), whose graphs and order of the text these are (their code
         has d = 2, l = 5, N = 50; it also separates the numbers by commas). That plain reinforcement sees no reward on
