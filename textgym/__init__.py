@@ -1,7 +1,8 @@
 """Gymnasium environments for token-level text generation with a guide language model.
 
-Importing this package registers ``textgym/IMDB-v0``, ``textgym/CommonGen-v0``, ``textgym/TLDR-v0``, and
-``textgym/CombinationLock-v0``, a test task with closed forms.
+Importing this package registers ``textgym/IMDB-v0``, ``textgym/CommonGen-v0``, ``textgym/TLDR-v0``,
+``textgym/CombinationLock-v0``, a test task with closed forms, and three puzzles whose answers are exactly right or
+wrong: ``textgym/ChainOfParities-v0``, ``textgym/Countdown-v0`` and ``textgym/StarGraph-v0``.
 """
 
 import warnings
@@ -40,6 +41,9 @@ for _name, _module in (
     ("CommonGen", "commongen"),
     ("TLDR", "tldr"),
     ("CombinationLock", "lock"),
+    ("ChainOfParities", "parities"),
+    ("Countdown", "countdown"),
+    ("StarGraph", "star_graph"),
 ):
     gym.register(
         f"textgym/{_name}-v0",

@@ -123,6 +123,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     return untrained.train_new_from_iterator(texts, vocab_size, min_frequency=2, show_progress=False)
 
 
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of ``<|endoftext|>`` (0) as EOS and whole words, separated by white space (1, 2, ...)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    whole = Tokenizer(models.WordLevel({word: token for token, word in enumerate((EOS, *words))}))
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token=EOS)
+
+
 class _Vocabulary(NamedTuple):
     """Facts about a tokenizer's vocabulary that are looked up often."""
 

@@ -221,14 +221,9 @@ class CombinationLock:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return a tokenizer with EOS and the symbols "s1", "s2", ..., separated by white space."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
+        from textgym.tokenization import word_tokenizer
 
-        from textgym.tokenization import EOS
-
-        words = Tokenizer(models.WordLevel({EOS: EOS_ID} | {f"s{i}": i for i in range(1, self.vocab_size)}))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=EOS)
+        return word_tokenizer([f"s{symbol}" for symbol in range(1, self.vocab_size)])
 
     @property
     def task(self) -> Task:
