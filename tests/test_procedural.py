@@ -26,7 +26,7 @@ from textgym.tasks.star_graph import StarGraph
 
 IDS = {
     "textgym/ChainOfParities-v0": {"length": 6, "train_length": (2, 3)},
-    "textgym/Countdown-v0": {"search": True},
+    "textgym/Countdown-v0": {"search": True, "train_problems": 64},
     "textgym/StarGraph-v0": {"nodes": 20},
 }
 SMALL = {"train_problems": 12, "test_problems": 6}
@@ -226,7 +226,8 @@ def test_countdown_reads_as_an_independent_reader(words, data):
 
 HOSTILE = (
     "9**9**9", "9 ** 9", "__import__ ( 'os' )", "a", "(" * 90 + "9" + ")" * 9, "(" * 100_000 + "9", "\u0669", "\uff19",
-    "9.0",     "1_0", "--9", "+ 9", "09", "0x9", "9 if 9 else 9", "[ 9 ]", "9 , 9", "9 // 1", "9\x00", "9e0", "9 9", "", "9 / 0",
+    "9.0", "1_0", "--9", "+ 9", "09",
+    "0x9", "9 if 9 else 9", "[ 9 ]", "9 , 9", "9 // 1", "9\x00", "9e0", "9 9", "", "9 / 0",
     "1" * 5000, "9 - 0", "9 == 9", "True", "9 # 1", "=> 9",
 )  # fmt: skip
 
