@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from dataclasses import fields
 from fractions import Fraction
 
 import gymnasium as gym
@@ -25,7 +26,7 @@ from textgym.tasks.star_graph import StarGraph
 
 IDS = {
     "textgym/ChainOfParities-v0": {"length": 6, "train_length": (2, 3)},
-    "textgym/Countdown-v0": {"search": True},
+    "textgym/Countdown-v0": {"search": True, "train_problems": 64},
     "textgym/StarGraph-v0": {"nodes": 20},
 }
 SMALL = {"train_problems": 12, "test_problems": 6}
@@ -224,8 +225,9 @@ def test_countdown_reads_as_an_independent_reader(words, data):
 
 
 HOSTILE = (
-    "9**9**9", "9 ** 9", "__import__ ( 'os' )", "a", "(" * 90 + "9" + ")" * 9, "(" * 100_000 + "9", "\u0669", "\uff19", "9.0",
-    "1_0", "--9", "+ 9", "09", "0x9", "9 if 9 else 9", "[ 9 ]", "9 , 9", "9 // 1", "9\x00", "9e0", "9 9", "", "9 / 0",
+    "9**9**9", "9 ** 9", "__import__ ( 'os' )", "a", "(" * 90 + "9" + ")" * 9, "(" * 100_000 + "9", "\u0669", "\uff19",
+    "9.0", "1_0", "--9", "+ 9", "09",
+    "0x9", "9 if 9 else 9", "[ 9 ]", "9 , 9", "9 // 1", "9\x00", "9e0", "9 9", "", "9 / 0",
     "1" * 5000, "9 - 0", "9 == 9", "True", "9 # 1", "=> 9",
 )  # fmt: skip
 
@@ -249,8 +251,14 @@ def test_countdown_refuses_what_is_no_expression(text):
             ChainOfParities(8),
             ChainOfParities(8, (2, 8), problem_seed=5, train_problems=60, copies_input=True, fork=True),
         ),
-        (Countdown(2), Countdown(3, 2, problem_seed=5, test_problems=500, search=True)),
-        (StarGraph(2, 2, nodes=6), StarGraph((2, 3), 2, problem_seed=5, nodes=6)),
+        (
+            Countdown(2, train_problems=300, test_problems=60),
+            Countdown(3, 2, problem_seed=5, train_problems=300, test_problems=60, search=True),
+        ),
+        (
+            StarGraph(2, 2, nodes=6, train_problems=200),
+            StarGraph((2, 3), 2, problem_seed=5, nodes=7, train_problems=200),
+        ),
     ],
 )
 def test_a_problem_belongs_to_one_split(first, second):
@@ -267,7 +275,7 @@ def test_a_mix_has_equal_shares_of_distinct_problems():
     assert np.bincount([row["length"] for row in rows])[[2, 10, 11]].tolist() == [100] * 3
     assert len({row["prompt"] for row in rows if row["length"] > 2}) == 200
     assert {row["length"] for row in puzzle.rows("test").rows} == {12}
-    assert puzzle.max_prompt_tokens, puzzle.max_new_tokens == (13, 25)
+    assert (puzzle.max_prompt_tokens, puzzle.max_new_tokens) == (13, 25)
     assert len({row["prompt"] for row in puzzle.rows("test").rows}) == 5
     assert puzzle.words == ChainOfParities(2).words
     assert Countdown(4, (2, 3)).words == Countdown(2, search=True).words
@@ -305,8 +313,8 @@ def test_environments(id):
     page = single.unwrapped.__doc__
     sections = ("Description", "Rewards", "Arguments", "Action Space", "Observation Space", "Starting State", "Info")
     assert [page.count(f"\n{section}\n") for section in sections] == [1] * len(sections)
-    for name in env.puzzle.__dataclass_fields__:
-        assert f"``{name}``" in page
+    for field in fields(env.puzzle):
+        assert f"``{field.name}``" in page
 
 
 @pytest.mark.parametrize("make", [gym.make, gym.make_vec])
