@@ -21,7 +21,7 @@ from textgym import Guidance
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
 
-IDS = ["textgym/IMDB-v0", "textgym/CommonGen-v0", "textgym/TLDR-v0", "textgym/CombinationLock-v0"]
+IDS = [id for id in gym.registry if id.startswith("textgym/")]
 ROOT = Path(__file__).parents[1]
 
 
