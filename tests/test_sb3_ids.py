@@ -12,7 +12,7 @@ import torch
 import textgym  # noqa: F401
 from agents.sb3 import TextVecEnv
 
-IDS = [id for id in gym.registry if id.startswith("textgym/")]
+IDS = ["textgym/IMDB-v0", "textgym/CommonGen-v0", "textgym/TLDR-v0", "textgym/CombinationLock-v0"]
 ON_POLICY = {"n_steps": 16}
 MINIBATCHES = {**ON_POLICY, "batch_size": 16}
 CLASSES = {

@@ -19,7 +19,7 @@ from textgym.guides import CallableGuide
 from textgym.tasks.lock import CombinationLock, LockGuide
 from textgym.wrappers import AnyText, DenseReward, FrozenPrompts, TextObservation
 
-IDS = [id for id in gym.registry if id.startswith("textgym/")]
+IDS = ["textgym/IMDB-v0", "textgym/CommonGen-v0", "textgym/TLDR-v0", "textgym/CombinationLock-v0"]
 
 
 @pytest.fixture
