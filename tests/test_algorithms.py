@@ -36,6 +36,7 @@ VARIANTS = {
     "guided rloo": ("rloo", {"beta": 0.7, "n_epochs": 2}),
     "guided rloo with a hand-off": ("rloo", {"beta": 0.7, "kl_penalty": "loss"}),
     "guided grpo": ("grpo", {"beta": 1.0, "lr_schedule": "linear", "schedule_episodes": 64}),
+    "vine-ppo with a hand-off": ("vine-ppo", {"kl_penalty": "reward", "tokens_per_step": 2, "rollouts_per_state": 3}),
 }
 
 
@@ -106,6 +107,7 @@ PIECES = {
     "grpo": {"length_norm": "text"},
     "grpo by batch": {"length_norm": "batch"},
     "grpo by horizon": {"length_norm": "horizon", "scale": "batch"},
+    "vine-ppo": {"tokens_per_step": 2, "rollouts_per_state": 3},
 }
 
 

@@ -49,6 +49,7 @@ AGENTS = {
     "d2lols": ("d2lols", {**UNEVEN, "tau": 1}),
     "gail": ("gail", {**UNEVEN}),
     "rloo": ("rloo", {**UNEVEN, "beta": 0.5}),
+    "vine-ppo": ("vine-ppo", {**UNEVEN, "tokens_per_step": 4, "rollouts_per_state": 3}),
 }
 AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "rloo")}
 # What `accelerate launch` tells the processes that it starts.
