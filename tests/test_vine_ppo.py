@@ -51,7 +51,7 @@ def test_advantages_are_differences_of_values_up_to_the_reward(lock_arguments, t
     )
     lock, (_, probs) = agent.env.lock, fixed_policy(agent.env.lock)
     rollout = agent.play()
-    rollout.sample_ids[:] = 5  # all prompts of a lock are the same one, but samples differ
+    rollout.sample_ids[:] = 5  # the samples of a lock are copies of one: so that all states are shared
     credit = agent.credit(rollout, agent.reference_log_probs(rollout))
     firsts, ends = set(), 0
     for row, text in enumerate(rollout.input_ids[:, rollout.prompt_columns :].tolist()):
@@ -79,7 +79,7 @@ def test_the_gradient_with_the_penalty_as_a_reward_is_that_of_the_objective(toke
         4096,
         small,
         policy=TabularPolicy.for_lock(make_env(LOCK_ID, num_envs=1, **small).lock),
-        rollouts_per_state=4096,
+        rollouts_per_state=1000,
         tokens_per_step=tokens_per_step,
         normalize_advantage=False,
         kl_penalty="reward",
@@ -105,6 +105,7 @@ def test_the_gradient_with_the_penalty_as_a_reward_is_that_of_the_objective(toke
     (exact,) = torch.autograd.grad(objective, logits)  # the gradient of l itself is zero in expectation
 
     rollout = agent.play()
+    rollout.sample_ids[:] = 5
     credit = agent.credit(rollout, agent.reference_log_probs(rollout))
     texts = rollout.input_ids[:, rollout.prompt_columns :]
     states = lock.states(texts)[:, :-1]
@@ -113,12 +114,13 @@ def test_the_gradient_with_the_penalty_as_a_reward_is_that_of_the_objective(toke
     gradients = torch.zeros(len(texts), *logits.shape, dtype=torch.float64)
     gradients.scatter_add_(1, states[:, :, None].expand_as(scores), scores)
     error = gradients.std(0) / len(texts) ** 0.5
-    assert ((gradients.mean(0) - exact).abs() <= 4 * error + 2e-3).all()
+    assert ((gradients.mean(0) - exact).abs() <= 4 * error + 8e-3).all()
     assert exact.abs().max() > 0.05
 
 
 def test_the_texts_behind_the_values_are_counted_and_not_trained_on(monkeypatch):
-    agent = make_agent(16, SMALL, rollouts_per_state=3, episodes_per_iteration=32)
+    policy = TabularPolicy.for_lock(make_env(LOCK_ID, num_envs=1, **SMALL).lock)
+    agent = make_agent(16, SMALL, policy, rollouts_per_state=3, tokens_per_step=2, episodes_per_iteration=32)
     played, collect = [], module.collect
     monkeypatch.setattr(module, "collect", lambda *rest, **more: played.append(collect(*rest, **more)) or played[-1])
     agent.learn(total_episodes=32)
@@ -171,7 +173,7 @@ def test_a_short_lock_is_opened_without_a_guide():
     settings = {**SETTINGS, "episodes_per_iteration": 64, "minibatch_size": 64}
     agent = VinePPO(policy, env, tokens_per_step=1, **settings)
     assert expected_reward(policy, env.lock) < 0.01
-    agent.learn(total_episodes=64 * 40)
+    agent.learn(total_episodes=64 * 25)
     assert expected_reward(policy, env.lock) > 0.9
 
 
