@@ -8,15 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_algorithms import GUIDE
 from test_lock import LOCK_ID, SMALL, fixed_policy, prefixes
 
 from agents import CausalLMPolicy, TabularPolicy, VinePPO
 from agents import vine_ppo as module
 from agents.evaluation import make_env
 from benchmarks.comparison.combination_lock import SETTINGS, expected_reward
+from textgym.guides import CallableGuide, Completion
+from textgym.seeding import hash64
 from textgym.tasks.lock import EOS_ID
 
+# Writes letters and others, so that its seed matters to the reward.
+GUIDE = CallableGuide(
+    lambda requests: [
+        Completion(token_ids=(20 + hash64(r.seed, np.arange(r.max_new_tokens)) % 200).astype(int).tolist())
+        for r in requests
+    ]
+)
 LOCKS = pytest.mark.parametrize("lock_arguments", [SMALL, SMALL | {"fork": True}], ids=["plain", "fork"])
 
 
