@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agents.reinforce import REINFORCE
     from agents.rloo import RLOO
     from agents.supervised import SL
+    from agents.vine_ppo import VinePPO
 
     ALGORITHMS: dict[str, type]
 
@@ -36,6 +37,7 @@ _ALGORITHMS = {
     "REINFORCE": "reinforce",
     "RLOO": "rloo",
     "GRPO": "grpo",
+    "VinePPO": "vine_ppo",
 }
 _MODULES = _ALGORITHMS | {
     "CausalLMPolicy": "policy",
@@ -66,6 +68,7 @@ __all__ = [
     "Policy",
     "Seq2SeqPolicy",
     "TabularPolicy",
+    "VinePPO",
     "evaluate",
     "register",
 ]

@@ -207,31 +207,53 @@ def ppo_loss(
             counts `decisions`.
         num_states: The same for states.
     """
-    num_decisions = (decisions.sum() if num_decisions is None else num_decisions).clamp(min=1)
+    num_decisions = decisions.sum() if num_decisions is None else num_decisions
     num_states = (states.sum() if num_states is None else num_states).clamp(min=1)
-    advantages, entropy, log_ratio = (
-        tensor.masked_fill(~decisions, 0) for tensor in (advantages, entropy, log_probs - old_log_probs)
+    policy = policy_terms(
+        log_probs=log_probs,
+        entropy=entropy,
+        old_log_probs=old_log_probs,
+        advantages=advantages,
+        decisions=decisions,
+        clip_range=clip_range,
+        num_decisions=num_decisions,
     )
     values, old_values, returns = (tensor.masked_fill(~states, 0) for tensor in (values, old_values, returns))
-    ratio = log_ratio.exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
-    policy_loss = -surrogate.sum() / num_decisions
-
     squared_error = (values - returns).square()
     if clip_range_vf is not None:
         clipped = old_values + (values - old_values).clamp(-clip_range_vf, clip_range_vf)
         squared_error = torch.maximum(squared_error, (clipped - returns).square())
     value_loss = 0.5 * squared_error.sum() / num_states
 
-    mean_entropy = entropy.sum() / num_decisions
+    loss = policy["policy_loss"] + vf_coef * value_loss
+    if ent_coef:  # a term of weight 0 would still be differentiated
+        loss = loss - ent_coef * policy["entropy"]
+    return PPOLoss(loss=loss, value_loss=value_loss, **policy)
+
+
+def policy_terms(
+    *,
+    log_probs: torch.Tensor,
+    entropy: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    decisions: torch.Tensor,
+    clip_range: float,
+    num_decisions: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The policy's terms of `ppo_loss`, which has the same arguments: means over decisions, by name."""
+    num_decisions = num_decisions.clamp(min=1)
+    advantages, entropy, log_ratio = (
+        tensor.masked_fill(~decisions, 0) for tensor in (advantages, entropy, log_probs - old_log_probs)
+    )
+    ratio = log_ratio.exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    terms = {"policy_loss": -surrogate.sum() / num_decisions, "entropy": entropy.sum() / num_decisions}
     with torch.no_grad():
         # http://joschu.net/blog/kl-approx.html: unbiased, never negative, and of less variance than -log_ratio
-        approx_kl = (ratio - 1 - log_ratio).sum() / num_decisions
-        clip_fraction = ((ratio - 1).abs() > clip_range).sum() / num_decisions
-    loss = policy_loss + vf_coef * value_loss
-    if ent_coef:  # a term of weight 0 would still be differentiated
-        loss = loss - ent_coef * mean_entropy
-    return PPOLoss(loss, policy_loss, value_loss, mean_entropy, approx_kl, clip_fraction)
+        terms["approx_kl"] = (ratio - 1 - log_ratio).sum() / num_decisions
+        terms["clip_fraction"] = ((ratio - 1).abs() > clip_range).sum() / num_decisions
+    return terms
 
 
 def token_rewards(

@@ -43,6 +43,7 @@ VARIANTS = {
     "grpo with rescue": ("grpo", {"dead_groups": "rescue", "success": 0.8}),
     "rloo with adaback and other samples": ("rloo", {"curriculum": "adaback", "dead_groups": "resample"}),
     "guided grpo": ("grpo", {"beta": 1.0, "lr_schedule": "linear", "schedule_episodes": 64}),
+    "vine-ppo with a hand-off": ("vine-ppo", {"kl_penalty": "reward", "tokens_per_step": 2, "rollouts_per_state": 3}),
 }
 
 
@@ -119,6 +120,7 @@ PIECES = {
     "grpo": {"length_norm": "text"},
     "grpo by batch": {"length_norm": "batch"},
     "grpo by horizon": {"length_norm": "horizon", "scale": "batch"},
+    "vine-ppo": {"tokens_per_step": 2, "rollouts_per_state": 3},
 }
 
 

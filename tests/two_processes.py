@@ -55,6 +55,7 @@ AGENTS = {
         {**UNEVEN, "curriculum": "adaback", "dead_groups": "rescue", "success": 0.3},
     ),
     "rloo with other samples": ("rloo", {**UNEVEN, "beta": 0.5, "dead_groups": "resample"}),
+    "vine-ppo": ("vine-ppo", {**UNEVEN, "tokens_per_step": 4, "rollouts_per_state": 3}),
 }
 AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "rloo")}
 # What `accelerate launch` tells the processes that it starts.
