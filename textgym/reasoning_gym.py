@@ -107,9 +107,9 @@ def task(
       string_insertion (not a Python list either, which is worth partial credit there);
     - for simple_integration and intermediate_integration, one that is not a formula of numbers, the question's
       variable, C, ``+ - * / **``, acos, asin, atan, cos, exp, log, sin and sqrt, without functions of functions, with
-      constant exponents and denominators, no 1e9, of moderate size (`_digits`). Unevaluated ``Integral(...)`` is none, with
-      which every question would be solved. SymPy then simplifies the formula, which can take it seconds: there is no
-      limit of time;
+      constant exponents and denominators, no 1e9, and of moderate size (`_digits`). Unevaluated ``Integral(...)``,
+      with which every question would be solved, is none. SymPy then simplifies the formula, which can take it seconds:
+      there is no limit of time;
     - a number of two digits for rubiks_cube and rush_hour, or an exponent of four digits for coin_flip, for which the
       verifier would work as long as the number is large, and "nan" for complex_arithmetic and number_sorting, which
       equals everything there.
