@@ -29,7 +29,7 @@ ANSWERED = {
     **dict.fromkeys(("ab", "binary_matrix", "caesar_cipher", "number_sorting", "spell_backward"), "algorithmic"),
     **dict.fromkeys(("spiral_matrix", "string_insertion", "word_sorting"), "algorithmic"),
     **dict.fromkeys(("arc_1d", "rearc"), "arc"),
-    **dict.fromkeys(("basic_arithmetic", "chain_sum", "fraction_simplification", "prime_factorization"), "arithmetic"),
+    **dict.fromkeys(("basic_arithmetic", "chain_sum", "power_function", "prime_factorization"), "arithmetic"),
     "bf": "code",
     **dict.fromkeys(("figlet_font", "needle_haystack"), "cognition"),
     **dict.fromkeys(("countdown", "mini_sudoku", "n_queens", "tower_of_hanoi"), "games"),

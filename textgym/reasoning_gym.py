@@ -157,7 +157,9 @@ def task(
         f"generator {generator!r}", config, {field.name for field in dataclasses.fields(kind)} - {"seed", "size"}
     )
     try:
-        kind(**config).validate()
+        made_config = kind(**config)
+        if hasattr(made_config, "validate"):
+            made_config.validate()
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"config must be valid for generator {generator!r}, got {config}: {error}") from error
     for name, number in (("max_prompt_tokens", max_prompt_tokens), ("max_new_tokens", max_new_tokens)):
@@ -286,7 +288,8 @@ class Questions:
 
     def _score(self, text: str, entry: dict[str, Any]) -> float:
         answer = text.strip()
-        with warnings.catch_warnings():  # of parsers about what they read
+        # Parsers warn of what they read, and verifiers print it.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             if not _is_readable(self.generator, answer, entry):
                 return 0.0
