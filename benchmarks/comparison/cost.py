@@ -11,10 +11,11 @@ import gymnasium as gym
 import torch
 from gymnasium.envs.registration import load_env_creator
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from benchmarks.comparison.jobs import Job, Run
 from benchmarks.comparison.runner import Benchmark
+from benchmarks.comparison.warm_start import model_config
 from benchmarks.profiles import TaskProfile
 from textgym.precision import fast_dtype
 from textgym.task import Task
@@ -42,7 +43,8 @@ def cost(job: Job) -> Cost:
     """Estimate the cost of a run, without its task's warm start.
 
     Every episode is sampled, read by the reference policy, and read forward and backward once per epoch; a guide writes
-    as much as the policy does; completions have the maximum length; tests and validation are sampled.
+    as much as the policy does; completions have the maximum length; tests and validation are sampled. Where the budget
+    is in tokens, every run that trains uses it up, in whole iterations.
 
     Raises:
         ValueError: The configuration of the start model cannot be read.
@@ -51,11 +53,12 @@ def cost(job: Job) -> Cost:
     prompt, new = lengths(task)
     judged = task.test_prompts * job.row.best_of
     trained = 0
-    if job.trains:
-        iterations = task.episodes // arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
+    if job.row.trains:
+        size = arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
+        iterations = task.episodes // size if task.episodes is not None else -(-(task.tokens or 0) // (size * new))
         evaluations = iterations // max(arguments.get("eval_every", 0), 1)
         judged += evaluations * arguments.get("eval_prompts", 0) * bool(arguments.get("eval_every"))
-        trained = task.episodes
+        trained = task.episodes or iterations * size
     passes = 3 * trained * (1 + arguments.get("n_epochs", 1)) + judged
     return Cost(trained, trained * new, 2 * parameters(job) * (prompt + new) * passes)
 
@@ -84,10 +87,7 @@ def parameters(job: Job) -> int:
     config: Any
     if job.base is None:
         assert shape is not None
-        size: dict[str, Any] = {"n_embd": shape.n_embd, "n_layer": shape.n_layer, "n_head": shape.n_head}
-        config = GPT2Config(
-            vocab_size=VOCAB_SIZE, n_positions=sum(lengths(job.task)), bos_token_id=None, eos_token_id=None, **size
-        )
+        config = model_config(shape, VOCAB_SIZE, sum(lengths(job.task)), None, None)
     else:
         try:
             config = AutoConfig.from_pretrained(job.base, trust_remote_code=False)
