@@ -13,6 +13,7 @@ from gymnasium.envs.registration import load_env_creator
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from agents.environments import make_env
 from benchmarks.comparison.jobs import Job, Run
 from benchmarks.comparison.runner import Benchmark
 from benchmarks.comparison.warm_start import model_config
@@ -50,7 +51,7 @@ def cost(job: Job) -> Cost:
         ValueError: The configuration of the start model cannot be read.
     """
     task, arguments = job.task, job.arguments
-    prompt, new = lengths(task)
+    prompt, new, _ = sizes(task)
     judged = task.test_prompts * job.row.best_of
     trained = 0
     if job.row.trains:
@@ -63,17 +64,21 @@ def cost(job: Job) -> Cost:
     return Cost(trained, trained * new, 2 * parameters(job) * (prompt + new) * passes)
 
 
-def lengths(task: TaskProfile) -> tuple[int, int]:
-    """P and T of a task's environment."""
+def sizes(task: TaskProfile) -> tuple[int, int, int]:
+    """P, T and the size of the vocabulary of a task's environment."""
     module, _, env_id = task.env_id.rpartition(":")
     if module:
         import_module(module)  # which registers it
     spec = gym.spec(env_id)
     creator: Any = load_env_creator(str(spec.entry_point))
-    default: Task = spec.kwargs.get("task") or creator.task
+    default: Task | None = spec.kwargs.get("task") or getattr(creator, "task", None)
+    if default is None:  # the environment makes it from its arguments, without data
+        env = make_env(env_id, num_envs=1, **task.env)
+        return env.max_prompt_tokens, env.max_new_tokens, env.vocab_size
     return (
         task.env.get("max_prompt_tokens", default.max_prompt_tokens),
         task.env.get("max_new_tokens", default.max_new_tokens),
+        VOCAB_SIZE,
     )
 
 
@@ -87,7 +92,8 @@ def parameters(job: Job) -> int:
     config: Any
     if job.base is None:
         assert shape is not None
-        config = model_config(shape, VOCAB_SIZE, sum(lengths(job.task)), None, None)
+        prompt, new, vocab_size = sizes(job.task)
+        config = model_config(shape, vocab_size, prompt + new, None, None)
     else:
         try:
             config = AutoConfig.from_pretrained(job.base, trust_remote_code=False)
