@@ -19,6 +19,7 @@ from agents.environments import make_env
 from agents.policy import Actor, LanguageModelPolicy
 from agents.processes import gather
 from agents.rollout import Rollout, collect
+from textgym.checks import check, is_int
 from textgym.decoding import Decoding
 from textgym.guidance import Guidance
 from textgym.guides.base import Author
@@ -53,8 +54,10 @@ class EvaluationResult:
         reward_accuracy: Held-out accuracy of a reward that is a trained model; None for others.
         decoding: How texts were decoded.
         seed: Seed of the sampling.
-        best_of: Number of texts per prompt, of which the one with the highest reward was kept.
-        rewards: float (N,), in the order of `sample_ids`.
+        best_of: Number of texts per prompt, of which the one with the highest reward was chosen.
+        samples_per_prompt: Number of texts per prompt, of which the first was chosen.
+        rewards: float (N,), of the chosen texts, in the order of `sample_ids`; so are the fields below, unless they
+            say otherwise.
         reward_parts: Mean of each part of the reward.
         metrics: Values of the metrics over all texts, by name.
         metric_signatures: What these values depend on besides the texts, by name of the metric.
@@ -66,8 +69,10 @@ class EvaluationResult:
         finish_reasons: N times "stop", "length" or "handoff".
         token_ids: N lists of the tokens after the prompt.
         authors: N lists of their authors (`textgym.guides.base.Author`).
-        policy_tokens: Number of tokens written by the policy, including texts that were not kept.
-        guide_tokens: Number of tokens written by a guide, including those texts.
+        all_completions: N lists of all n texts, n = `best_of` or `samples_per_prompt`, in the order they were drawn.
+        all_rewards: float (N, n), their rewards.
+        policy_tokens: Number of tokens written by the policy, of all texts.
+        guide_tokens: Number of tokens written by a guide, of all texts.
         seconds: Wall-clock time of generation and scoring.
     """
 
@@ -80,6 +85,7 @@ class EvaluationResult:
     decoding: Decoding
     seed: int
     best_of: int
+    samples_per_prompt: int
     rewards: np.ndarray
     reward_parts: dict[str, float]
     metrics: dict[str, float]
@@ -92,6 +98,8 @@ class EvaluationResult:
     finish_reasons: list[str]
     token_ids: list[list[int]] = field(repr=False)
     authors: list[list[int]] = field(repr=False)
+    all_completions: list[list[str]] = field(repr=False)
+    all_rewards: np.ndarray = field(repr=False)
     policy_tokens: int
     guide_tokens: int
     seconds: float
@@ -111,8 +119,33 @@ class EvaluationResult:
         """Share of the texts that a guide completed."""
         return float(np.mean([reason == "handoff" for reason in self.finish_reasons]))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything except texts and tokens, as values for JSON."""
+    def successes(self, success: float = 1.0) -> np.ndarray:
+        """How many of a prompt's n texts have a reward of at least `success`, int (N,)."""
+        return (self.all_rewards >= success).sum(1)
+
+    def solved(self, success: float = 1.0) -> np.ndarray:
+        """Whether any of a prompt's n texts has a reward of at least `success`, bool (N,)."""
+        return self.successes(success) > 0
+
+    def pass_at(self, k: int, success: float = 1.0) -> float:
+        """Estimate pass@k: the probability that one of k texts has a reward of at least `success` (see `pass_at`).
+
+        Args:
+            k: Number of texts, from 1 to n.
+            success: The least reward of a text that succeeds.
+
+        Raises:
+            ValueError: `k` is out of this range.
+        """
+        return pass_at(self.successes(success), self.all_rewards.shape[1], k)
+
+    def to_dict(self, success: float = 1.0) -> dict[str, Any]:
+        """Everything except texts and tokens, as values for JSON.
+
+        Args:
+            success: The least reward of a text that counts in "successes": for each prompt the number of such texts
+                among "texts_per_prompt", of which `pass_at` makes pass@k.
+        """
         return {
             "task": self.task,
             "split": self.split,
@@ -123,6 +156,7 @@ class EvaluationResult:
             "decoding": asdict(self.decoding),
             "seed": self.seed,
             "best_of": self.best_of,
+            "samples_per_prompt": self.samples_per_prompt,
             "num_prompts": len(self.rewards),
             "reward": self.reward,
             "reward_parts": self.reward_parts,
@@ -136,14 +170,20 @@ class EvaluationResult:
             "guide_tokens": self.guide_tokens,
             "seconds": self.seconds,
             "rewards": self.rewards.tolist(),
+            "texts_per_prompt": self.all_rewards.shape[1],
+            "success": success,
+            "successes": self.successes(success).tolist(),
             "sample_ids": self.sample_ids.tolist(),
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one JSON line per prompt: the prompt, its completion with tokens and authors, and the reward."""
+        """Write one JSON line per prompt: the prompt, its completion with tokens and authors, and the reward.
+
+        Where there are several texts per prompt, "all_completions" and "all_rewards" are there, too.
+        """
         lines = []
         for row in range(len(self.rewards)):
-            sample = {
+            sample: dict[str, Any] = {
                 "sample_id": int(self.sample_ids[row]),
                 "prompt": self.prompts[row],
                 "completion": self.completions[row],
@@ -153,9 +193,34 @@ class EvaluationResult:
                 "token_ids": self.token_ids[row],
                 "authors": [Author(author).name.lower() for author in self.authors[row]],
             }
+            if len(self.all_completions[row]) > 1:
+                sample["all_completions"] = self.all_completions[row]
+                sample["all_rewards"] = self.all_rewards[row].tolist()
             lines.append(json.dumps(sample, ensure_ascii=False))
         with new_file(path) as file:
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def pass_at(successes: Sequence[int] | np.ndarray, n: int, k: int) -> float:
+    """Estimate pass@k: the mean over prompts of the probability that one of k texts succeeds.
+
+    The unbiased estimate of Chen et al. 2021 (arXiv 2107.03374, equation 1), 1 - C(n-c, k) / C(n, k) for a prompt of
+    whose n texts c succeeded, as the product 1 - prod (1 - k/i) over i from n-c+1 to n, without large numbers.
+
+    Args:
+        successes: For each prompt the number c of texts that succeeded, integers (N,) in [0, n].
+        n: Number of texts per prompt.
+        k: Number of texts, from 1 to n.
+
+    Raises:
+        ValueError: `k` or one of `successes` is out of its range.
+    """
+    check("k", k, is_int(k) and 1 <= k <= n, f"an int from 1 to the number of texts per prompt, {n}")
+    counts = np.asarray(successes)
+    check("successes", successes, bool(((counts >= 0) & (counts <= n)).all()), f"between 0 and {n}")
+    i = np.arange(1, n + 1)
+    fails = np.where(i > n - counts[:, None], np.maximum(1 - k / i, 0), 1.0).prod(1)
+    return float(np.mean(1 - fails))
 
 
 def evaluate(
@@ -168,6 +233,7 @@ def evaluate(
     decoding: Decoding | None = None,
     seed: int = 0,
     best_of: int = 1,
+    samples_per_prompt: int = 1,
     metrics: Sequence[str | Metric] | None = None,
     start_model: PreTrainedModel | str | os.PathLike | None = None,
     encoder: str | os.PathLike | None = None,
@@ -195,6 +261,10 @@ def evaluate(
             ``best_of=1``. The same reward selects and scores the texts: the result is what a user gains who has this
             reward at inference time, and it grows with `best_of` by selection alone, even if the texts become worse
             by other measures.
+        samples_per_prompt: Number n of texts per prompt, drawn as those of `best_of`, of which all are kept and scored:
+            for pass@k (`EvaluationResult.pass_at`). Reward, metrics and tokens in the result are those of the first
+            text of each prompt, which is that of ``samples_per_prompt=1``; only the counts of tokens are of all texts.
+            Excludes `best_of`, with which these would be of the best text: its result has all n texts, too.
         metrics: Names in `textgym.metrics.NAMES`, or metrics (see `textgym.metrics.Metric`); None takes those of the
             task, without those that cannot be computed here.
         start_model: The model under which "perplexity" is measured, or its hub id or folder; it must have the
@@ -210,13 +280,23 @@ def evaluate(
     """
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"num_prompts must be None or at least 1, got {num_prompts!r}")
-    if best_of < 1:
-        raise ValueError(f"best_of must be at least 1, got {best_of!r}")
+    for name, value in (("best_of", best_of), ("samples_per_prompt", samples_per_prompt)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if best_of > 1 and samples_per_prompt > 1:
+        raise ValueError(
+            f"best_of and samples_per_prompt exclude each other, got {best_of} and {samples_per_prompt}: both draw "
+            "several texts per prompt, and the result is of the best or of the first"
+        )
+    texts_per_prompt = max(best_of, samples_per_prompt)
     check_metrics(metrics or ())
     policy: Any = agent if isinstance(agent, Actor) else agent.policy
     how = decoding or policy.decoding
-    if best_of > 1 and (how.greedy or how.num_beams > 1):
-        raise ValueError(f"best_of must be 1 with greedy decoding or beams, which write one text only, got {best_of}")
+    if texts_per_prompt > 1 and (how.greedy or how.num_beams > 1):
+        name = "best_of" if best_of > 1 else "samples_per_prompt"
+        raise ValueError(
+            f"{name} must be 1 with greedy decoding or beams, which write one text only, got {texts_per_prompt}"
+        )
     handoff = env_arguments.get("handoff", False) if isinstance(env, str) else env.handoff
     if handoff != policy.can_hand_off:
         raise ValueError(
@@ -239,7 +319,7 @@ def evaluate(
     index, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     rounds = np.resize(indices, (-(-len(indices) // (processes * env.num_envs)), processes, env.num_envs))
     rollouts = []
-    for attempt in range(best_of):
+    for attempt in range(texts_per_prompt):
         for rows in rounds[:, index]:
             seeds = hash64(seed, rows, attempt) if attempt else hash64(seed, rows)
             rollouts.append(
@@ -257,8 +337,10 @@ def evaluate(
     if accelerator is not None:
         rollouts = gather(accelerator, rollouts)
     rollout, count = Rollout.concatenate(rollouts), len(indices)
-    attempts = rollout.rewards.view(best_of, -1)[:, :count].cpu().numpy().argmax(0)
-    kept = attempts * rounds.size + np.arange(count)
+    # Text t of prompt i is in row all_texts[i, t].
+    all_texts = np.arange(texts_per_prompt) * rounds.size + np.arange(count)[:, None]
+    all_rewards = rollout.rewards[all_texts].cpu().numpy()
+    kept = all_texts[np.arange(count), all_rewards.argmax(1) if best_of > 1 else 0]
     ids, mask = (array[kept].cpu().numpy() for array in (rollout.input_ids, rollout.attention_mask > 0))
     authors = rollout.authors[kept].cpu().numpy()
     prompt_ids, token_ids = (
@@ -296,6 +378,7 @@ def evaluate(
         decoding=how,
         seed=seed,
         best_of=best_of,
+        samples_per_prompt=samples_per_prompt,
         rewards=rollout.rewards[kept].cpu().numpy().astype(np.float64),
         reward_parts={name: float(part[kept].mean()) for name, part in rollout.reward_parts.items()},
         metrics=values,
@@ -310,8 +393,10 @@ def evaluate(
         finish_reasons=rollout.finish_reason[kept].tolist(),
         token_ids=token_ids,
         authors=[row[row >= 0].tolist() for row in authors],
-        policy_tokens=int(rollout.policy_tokens.view(best_of, -1)[:, :count].sum()),
-        guide_tokens=int(rollout.guide_tokens.view(best_of, -1)[:, :count].sum()),
+        all_completions=rollout.texts[all_texts].tolist(),
+        all_rewards=all_rewards.astype(np.float64),
+        policy_tokens=int(rollout.policy_tokens[all_texts].sum()),
+        guide_tokens=int(rollout.guide_tokens[all_texts].sum()),
         seconds=time.perf_counter() - started,
     )
 
@@ -327,6 +412,7 @@ def main(
     num_beams: int = 1,
     seed: int = 0,
     best_of: int = 1,
+    samples_per_prompt: int = 1,
     guide: str | None = None,
     handoff_cost: float = 0.0,
     start_model: str | None = None,
@@ -347,6 +433,7 @@ def main(
         num_beams: Number of beams; above 1 beam search is used, with the policy's `min_new_tokens`.
         seed: Seed of the sampling.
         best_of: Number of texts per prompt, of which the one with the highest reward is kept.
+        samples_per_prompt: Number of texts per prompt, all kept and scored, for pass@k: "successes" of the result.
         guide: Hub id or folder of the guide, for a policy that can hand off.
         handoff_cost: Cost of each token of that guide.
         start_model: Model under which the texts' perplexity is measured.
@@ -370,6 +457,7 @@ def main(
         decoding=decoding,
         seed=seed,
         best_of=best_of,
+        samples_per_prompt=samples_per_prompt,
         start_model=start_model,
         encoder=encoder,
         guide=guide,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -12,7 +13,7 @@ import torch
 import tyro
 
 from agents.environments import sibling_env
-from agents.evaluation import evaluate, main
+from agents.evaluation import evaluate, main, pass_at
 from agents.policy import CausalLMPolicy
 from textgym.decoding import Decoding
 from textgym.guides import CallableGuide, Completion
@@ -149,6 +150,55 @@ def test_the_best_of_n_texts_is_kept_and_more_texts_never_do_worse(make_env, mak
     assert rows.policy_tokens == four.policy_tokens
 
 
+def test_all_texts_of_a_prompt_are_kept_and_the_first_is_that_of_one(make_env, make_policy, tmp_path):
+    policy = make_policy()
+    one, four = (evaluate(policy, make_env(16, split="test"), samples_per_prompt=n, seed=3) for n in (1, 4))
+    rows = evaluate(policy, make_env(5, split="test"), samples_per_prompt=4, seed=3)
+    best = evaluate(policy, make_env(16, split="test"), best_of=4, seed=3)
+    for name in ("completions", "token_ids", "metrics", "reward_parts"):
+        assert getattr(four, name) == getattr(one, name)
+    assert one.all_completions == [[text] for text in one.completions]
+    assert one.all_rewards.tolist() == [[reward] for reward in one.rewards]
+    assert four.all_rewards[:, 0].tolist() == four.rewards.tolist() == one.rewards.tolist()
+    assert four.all_rewards.max(1).tolist() == best.rewards.tolist()
+    for other in (rows, best):  # batches change nothing, and best_of draws the same texts
+        assert other.all_completions == four.all_completions
+        assert other.all_rewards.tolist() == four.all_rewards.tolist()
+        assert other.policy_tokens == four.policy_tokens
+    assert all(len({*texts}) > 1 for texts in four.all_completions)
+    shares = [[sum("a" <= x <= "z" for x in t) / max(len(t), 1) for t in texts] for texts in four.all_completions]
+    assert four.all_rewards == pytest.approx(np.array(shares), abs=1e-6)
+    assert four.policy_tokens > one.policy_tokens == sum(map(len, one.token_ids))
+
+    success = float(np.median(four.all_rewards.max(1)))
+    summary = json.loads(json.dumps(four.to_dict(success)))
+    assert 0 < four.solved(success).mean() < 1
+    assert four.pass_at(4, success) == four.solved(success).mean()
+    assert four.pass_at(1, success) == pytest.approx((four.all_rewards >= success).mean())
+    assert pass_at(summary["successes"], summary["texts_per_prompt"], 2) == four.pass_at(2, success)
+    four.save(tmp_path / "texts.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert [line["all_completions"] for line in lines] == four.all_completions
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_subsets_with_a_success(n):
+    for c in range(n + 1):
+        succeeded = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            subsets = [any(subset) for subset in itertools.combinations(succeeded, k)]
+            assert pass_at([c], n, k) == pytest.approx(np.mean(subsets), abs=1e-12)
+        assert pass_at([c], n, n) == (c > 0)
+    counts = np.arange(n + 1)
+    assert pass_at(counts, n, 1) == pytest.approx(counts.mean() / n)
+
+
+def test_pass_at_k_is_exact_where_binomials_are_large():
+    n, c, k = 10_000, 3, 64
+    exact = 1 - math.comb(n - c, k) / math.comb(n, k)
+    assert pass_at([c], n, k) == pytest.approx(exact, rel=1e-10)
+
+
 def test_a_policy_that_can_hand_off_is_evaluated_with_its_guide(make_env, handing_policy):
     arguments = {"guide": CallableGuide(noise), "handoff": True, "handoff_cost": 0.1}
     env = make_env(16, split="test", **arguments)
@@ -185,11 +235,26 @@ def test_wrong_arguments_are_named(make_env, make_policy, handing_policy):
     policy, env = make_policy(), make_env(8)
     with pytest.raises(ValueError, match="best_of must be 1 with greedy"):
         evaluate(policy, env, best_of=2, decoding=Decoding(greedy=True))
+    with pytest.raises(ValueError, match="samples_per_prompt must be 1 with greedy"):
+        evaluate(policy, env, samples_per_prompt=2, decoding=Decoding(greedy=True))
+    with pytest.raises(ValueError, match="best_of and samples_per_prompt exclude each other, got 2 and 3"):
+        evaluate(policy, env, best_of=2, samples_per_prompt=3)
+    for k in (0, 3, 1.0):
+        with pytest.raises(ValueError, match="k must be an int from 1 to the number of texts per prompt, 2"):
+            pass_at([1], 2, k)
+    with pytest.raises(ValueError, match="successes must be between 0 and 2"):
+        pass_at([3], 2, 1)
     with pytest.raises(ValueError, match=r"handoff must be True .* handoff=True"):
         evaluate(handing_policy, env.spec.id)
     with pytest.raises(ValueError, match="handoff must be False"):
         evaluate(policy, make_env(8, guide=CallableGuide(noise), handoff=True))
-    for arguments in ({"num_prompts": 0}, {"best_of": 0}, {"metrics": ["beauty"]}, {"source": "mini"}):
+    for arguments in (
+        {"num_prompts": 0},
+        {"best_of": 0},
+        {"samples_per_prompt": 0},
+        {"metrics": ["beauty"]},
+        {"source": "mini"},
+    ):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             evaluate(policy, env, **arguments)
 
@@ -206,6 +271,18 @@ def test_the_command_prints_what_the_function_returns(make_env, make_policy, tmp
     )
     assert {**printed, "seconds": 0} == {**expected.to_dict(), "seconds": 0}
     assert len(samples.read_text().splitlines()) == 12
+
+
+def test_the_command_counts_successes_among_several_texts(make_env, make_policy, tmp_path, capsys):
+    policy, env_id = make_policy(), make_env(1).spec.id
+    policy.save_pretrained(tmp_path / "policy")
+    command = ["--policy", str(tmp_path / "policy"), "--env", env_id, "--num-prompts", "5", "--samples-per-prompt", "3"]
+    tyro.cli(main, args=command)
+    printed = json.loads(capsys.readouterr().out)
+    expected = evaluate(policy, env_id, num_prompts=5, samples_per_prompt=3, metrics=["distinct"])
+    assert printed["samples_per_prompt"] == printed["texts_per_prompt"] == 3
+    assert printed["successes"] == expected.successes().tolist()
+    assert printed["policy_tokens"] == expected.policy_tokens
 
 
 def test_the_command_evaluates_a_policy_that_can_hand_off(make_env, make_policy, handing_policy, tmp_path, capsys):
