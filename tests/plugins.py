@@ -98,7 +98,7 @@ LOCKS = Profile(
             ),
             supervised={"n_epochs": 1, "learning_rate": 3e-3},
             tokens=5000,
-            rl={"episodes_per_iteration": 32, "n_epochs": 1, "eval_every": 1, "eval_prompts": 8},
+            rl={"episodes_per_iteration": 64, "n_epochs": 1, "eval_every": 2, "eval_prompts": 8},
             rows={
                 "sl": Row("sl"),
                 "start": Row("sl", start="start_model"),
@@ -108,6 +108,7 @@ LOCKS = Profile(
                 "distill-grpo": Row("grpo", GROUPS, start="start_model", after=Row("sl", DISTILL)),
             },
             test_prompts=32,
+            test_samples=6,
         )
     },
     default=("start", "distill-grpo"),

@@ -153,6 +153,8 @@ def test_rows_that_make_no_sense_are_refused(micro):
         Row("grpo", after=Row("sl"))
     with pytest.raises(ValueError, match="exactly one of episodes and tokens must be given, got episodes=16, tokens=9"):
         replace(words, tokens=9)
+    with pytest.raises(ValueError, match="test_samples must be 1 where the test does not sample, got 4"):
+        replace(words, test_samples=4, test_decoding={"greedy": True})
     with pytest.raises(ValueError, match="family must be 'gpt2' or 'llama', got 'bert'"):
         replace(words.language_model, family="bert")
     with pytest.raises(ValueError, match="default must be some of"):

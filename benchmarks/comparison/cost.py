@@ -44,22 +44,22 @@ def cost(job: Job) -> Cost:
     """Estimate the cost of a run, without its task's warm start.
 
     Every episode is sampled, read by the reference policy, and read forward and backward once per epoch; a guide writes
-    as much as the policy does; completions have the maximum length; tests and validation are sampled. Where the budget
-    is in tokens, every run that trains uses it up, in whole iterations.
+    as much as the policy does; completions have the maximum length; tests and validation are sampled. A budget of
+    tokens is used up by every run that trains, and by an iteration more.
 
     Raises:
         ValueError: The configuration of the start model cannot be read.
     """
     task, arguments = job.task, job.arguments
     prompt, new, _ = sizes(task)
-    judged = task.test_prompts * job.row.best_of
+    judged = task.test_prompts * max(job.row.best_of, task.samples(job.row))
     trained = 0
     if job.row.trains:
         size = arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
-        iterations = task.episodes // size if task.episodes is not None else -(-(task.tokens or 0) // (size * new))
+        trained = (task.episodes or 0) if task.tokens is None else -(-task.tokens // new) + size
+        iterations = trained // size
         evaluations = iterations // max(arguments.get("eval_every", 0), 1)
         judged += evaluations * arguments.get("eval_prompts", 0) * bool(arguments.get("eval_every"))
-        trained = task.episodes or iterations * size
     passes = 3 * trained * (1 + arguments.get("n_epochs", 1)) + judged
     return Cost(trained, trained * new, 2 * parameters(job) * (prompt + new) * passes)
 

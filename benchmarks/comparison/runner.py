@@ -142,7 +142,7 @@ class Benchmark:
         # hands off; except those that have learned when to hand off to it.
         env = self.guided_env(job, start) if policy.can_hand_off else {**task.env, "guide": None, "guidance": None}
 
-        def judge(policy: Policy, metrics: tuple[()] | None = None) -> EvaluationResult:
+        def judge(policy: Policy, samples: int, metrics: tuple[()] | None = None) -> EvaluationResult:
             return evaluate(
                 policy,
                 task.env_id,
@@ -152,6 +152,7 @@ class Benchmark:
                 decoding=decoding,
                 seed=evaluation_seed,
                 best_of=job.row.best_of,
+                samples_per_prompt=samples,
                 metrics=metrics,
                 start_model=start.start_model if judged_by_start else None,
                 encoder=self.encoder,
@@ -159,16 +160,20 @@ class Benchmark:
             )
 
         report("evaluation", 0)
-        result = judge(policy)
+        result = judge(policy, task.samples(job.row))
         judged_by = {"test": result.fingerprint, "reward": result.reward_fingerprint}
         self._check_same(run.task, judged_by)
         best = self.folder(run) / "best"
         best_reward = result.reward
         if best.is_dir():
             reads = isinstance(policy, LanguageModelPolicy)
-            best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best), ()).reward
+            saved = self.policy(best, decoding) if reads else type(policy).from_pretrained(best)
+            best_reward = judge(saved, 1, ()).reward
         counts = history[-1] if history else dict.fromkeys(COUNTERS, 0)
         usage = getattr({**task.env, **job.row.env}.get("guide"), "usage", None)
+        texts = result.all_rewards.shape[1]
+        pass_at = {str(4**i): result.pass_at(4**i) for i in range(texts.bit_length()) if 4**i <= texts}
+        several = task.test_samples > 1
         return {
             **run._asdict(),
             "place": self.profile.rows.index(run.algo),
@@ -176,6 +181,7 @@ class Benchmark:
             "final_reward": result.reward,
             "best_reward": best_reward,
             "reward_parts": result.reward_parts,
+            **({"pass_at": pass_at} if several else {}),
             "metrics": result.metrics,
             "metric_signatures": result.metric_signatures,
             "metrics_left_out": result.metrics_left_out,
@@ -196,6 +202,7 @@ class Benchmark:
                 "reward_accuracy": result.reward_accuracy,
                 "sample_ids": result.sample_ids,
                 "rewards": result.rewards,
+                **({"texts_per_prompt": texts, "successes": result.successes()} if several else {}),
             },
             "fingerprints": start.fingerprints | judged_by,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

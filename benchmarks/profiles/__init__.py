@@ -125,9 +125,12 @@ class TaskProfile:
         test_decoding: Decoding of the test; None for the same.
         guide_decoding: Decoding of the guide that is the supervised policy.
         test_prompts: Prompts of the test split that every run is judged on.
+        test_samples: Texts per test prompt, of which records have pass@k for k = 1, 4, 16, ...; best-of rows write only
+            those that they choose from.
 
     Raises:
-        ValueError: Both or none of `language_model` and `base`, or of `episodes` and `tokens`, is given.
+        ValueError: Both or none of `language_model` and `base`, or of `episodes` and `tokens`, is given; or
+            `test_samples` is below 1, or above 1 with greedy decoding or beams.
     """
 
     env_id: str
@@ -144,6 +147,7 @@ class TaskProfile:
     test_decoding: Mapping[str, Any] | None = None
     guide_decoding: Mapping[str, Any] = field(default_factory=lambda: {"top_p": 0.92, "top_k": 50})
     test_prompts: int = 500
+    test_samples: int = 1
 
     def __post_init__(self) -> None:
         if (self.language_model is None) == (self.base is None):
@@ -155,6 +159,15 @@ class TaskProfile:
             raise ValueError(
                 f"exactly one of episodes and tokens must be given, got episodes={self.episodes}, tokens={self.tokens}"
             )
+        if self.test_samples < 1:
+            raise ValueError(f"test_samples must be at least 1, got {self.test_samples}")
+        how = self.decoding if self.test_decoding is None else self.test_decoding
+        if self.test_samples > 1 and (how.get("greedy") or how.get("num_beams", 1) > 1):
+            raise ValueError(f"test_samples must be 1 where the test does not sample, got {self.test_samples}: {how}")
+
+    def samples(self, row: Row) -> int:
+        """Texts per test prompt of a row, of which none is chosen."""
+        return self.test_samples if row.best_of == 1 else 1
 
 
 @dataclass(frozen=True)
