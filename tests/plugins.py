@@ -82,3 +82,34 @@ MICRO = Profile(
 WORDS = MICRO.tasks["words"]
 # Long enough to be interrupted.
 LONG = replace(MICRO, tasks={"words": replace(WORDS, episodes=8 * 24, rl={**WORDS.rl, "eval_every": 2})})
+
+# A hard task with a guide of its own, and a start model that has learned an easier one.
+DISTILL = {"targets": "guide", "samples_per_prompt": 2, "min_reward": 1.0, "n_epochs": 2, "episodes_per_iteration": 64}
+GROUPS = {"group_size": 4, "kl_coef": 0.01}
+LOCKS = Profile(
+    name="locks",
+    source="mini",
+    tasks={
+        "lock": TaskProfile(
+            env_id="textgym/CombinationLock-v0",
+            env={"vocab_size": 6, "length": 4, "guide_accuracy": 0.8},
+            language_model=LanguageModel(
+                16, 1, 2, {"n_epochs": 1, "loss_on": "completion"}, family="llama", env={"length": 2}
+            ),
+            supervised={"n_epochs": 1, "learning_rate": 3e-3},
+            tokens=5000,
+            rl={"episodes_per_iteration": 64, "n_epochs": 1, "eval_every": 2, "eval_prompts": 8},
+            rows={
+                "sl": Row("sl"),
+                "start": Row("sl", start="start_model"),
+                "distill": Row("sl", DISTILL, start="start_model"),
+                "grpo": Row("grpo", GROUPS, start="start_model"),
+                "ppo++": Row("ppo++", {"beta": 0.8}, start="start_model"),
+                "distill-grpo": Row("grpo", GROUPS, start="start_model", after=Row("sl", DISTILL)),
+            },
+            test_prompts=32,
+            test_samples=6,
+        )
+    },
+    default=("start", "distill-grpo"),
+)

@@ -130,7 +130,7 @@ def test_a_learner_can_start_below_its_guide(micro):
             tokenizer=start.supervised,
             **benchmark.guided_env(benchmark.job(run), start),
         )
-        algorithm = benchmark.begin(run, start, env, 0)
+        algorithm = benchmark.begin(benchmark.job(run), benchmark.folder(run), start, env, 0)
         own, supervised, base = (
             policy.model.state_dict() for policy in (algorithm.policy, models["supervised"], models["start_model"])
         )
@@ -142,13 +142,21 @@ def test_a_learner_can_start_below_its_guide(micro):
 def test_rows_that_make_no_sense_are_refused(micro):
     with pytest.raises(ValueError, match="start must be 'supervised' or 'start_model', got 'base'"):
         Row("ppo", start="base")
-    with pytest.raises(ValueError, match="arguments, env, policy and start must be empty"):
-        Row("sl", start="start_model")
     words = MICRO.tasks["words"]
     with pytest.raises(ValueError, match="best_of must be at least 1, got 0"):
         Row("sl", best_of=0)
-    with pytest.raises(ValueError, match="must be empty for 'sl'"):
-        Row("sl", {"n_epochs": 2})
+    with pytest.raises(ValueError, match="env, policy and after must be left out for 'sl' without arguments"):
+        Row("sl", env={"length": 2})
+    with pytest.raises(ValueError, match="after must be a row 'sl' with nothing but arguments, env and policy"):
+        Row("grpo", after=Row("sl", {"n_epochs": 2}, start="start_model"))
+    with pytest.raises(ValueError, match="after must be a row with arguments"):
+        Row("grpo", after=Row("sl"))
+    with pytest.raises(ValueError, match="exactly one of episodes and tokens must be given, got episodes=16, tokens=9"):
+        replace(words, tokens=9)
+    with pytest.raises(ValueError, match="test_samples must be 1 where the test does not sample, got 4"):
+        replace(words, test_samples=4, test_decoding={"greedy": True})
+    with pytest.raises(ValueError, match="family must be 'gpt2' or 'llama', got 'bert'"):
+        replace(words.language_model, family="bert")
     with pytest.raises(ValueError, match="default must be some of"):
         replace(MICRO, default=("sl", "unknown"))
     with pytest.raises(ValueError, match="rows of other must be those of the first task"):

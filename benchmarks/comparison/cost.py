@@ -11,10 +11,12 @@ import gymnasium as gym
 import torch
 from gymnasium.envs.registration import load_env_creator
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from agents.environments import make_env
 from benchmarks.comparison.jobs import Job, Run
 from benchmarks.comparison.runner import Benchmark
+from benchmarks.comparison.warm_start import model_config
 from benchmarks.profiles import TaskProfile
 from textgym.precision import fast_dtype
 from textgym.task import Task
@@ -42,35 +44,41 @@ def cost(job: Job) -> Cost:
     """Estimate the cost of a run, without its task's warm start.
 
     Every episode is sampled, read by the reference policy, and read forward and backward once per epoch; a guide writes
-    as much as the policy does; completions have the maximum length; tests and validation are sampled.
+    as much as the policy does; completions have the maximum length; tests and validation are sampled. A budget of
+    tokens is used up by every run that trains, and by an iteration more.
 
     Raises:
         ValueError: The configuration of the start model cannot be read.
     """
     task, arguments = job.task, job.arguments
-    prompt, new = lengths(task)
-    judged = task.test_prompts * job.row.best_of
+    prompt, new, _ = sizes(task)
+    judged = task.test_prompts * max(job.row.best_of, task.samples(job.row))
     trained = 0
-    if job.trains:
-        iterations = task.episodes // arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
+    if job.row.trains:
+        size = arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
+        trained = (task.episodes or 0) if task.tokens is None else -(-task.tokens // new) + size
+        iterations = trained // size
         evaluations = iterations // max(arguments.get("eval_every", 0), 1)
         judged += evaluations * arguments.get("eval_prompts", 0) * bool(arguments.get("eval_every"))
-        trained = task.episodes
     passes = 3 * trained * (1 + arguments.get("n_epochs", 1)) + judged
     return Cost(trained, trained * new, 2 * parameters(job) * (prompt + new) * passes)
 
 
-def lengths(task: TaskProfile) -> tuple[int, int]:
-    """P and T of a task's environment."""
+def sizes(task: TaskProfile) -> tuple[int, int, int]:
+    """P, T and the size of the vocabulary of a task's environment."""
     module, _, env_id = task.env_id.rpartition(":")
     if module:
         import_module(module)  # which registers it
     spec = gym.spec(env_id)
     creator: Any = load_env_creator(str(spec.entry_point))
-    default: Task = spec.kwargs.get("task") or creator.task
+    default: Task | None = spec.kwargs.get("task") or getattr(creator, "task", None)
+    if default is None:  # the environment makes it from its arguments, without data
+        env = make_env(env_id, num_envs=1, **task.env)
+        return env.max_prompt_tokens, env.max_new_tokens, env.vocab_size
     return (
         task.env.get("max_prompt_tokens", default.max_prompt_tokens),
         task.env.get("max_new_tokens", default.max_new_tokens),
+        VOCAB_SIZE,
     )
 
 
@@ -84,10 +92,8 @@ def parameters(job: Job) -> int:
     config: Any
     if job.base is None:
         assert shape is not None
-        size: dict[str, Any] = {"n_embd": shape.n_embd, "n_layer": shape.n_layer, "n_head": shape.n_head}
-        config = GPT2Config(
-            vocab_size=VOCAB_SIZE, n_positions=sum(lengths(job.task)), bos_token_id=None, eos_token_id=None, **size
-        )
+        prompt, new, vocab_size = sizes(job.task)
+        config = model_config(shape, vocab_size, prompt + new, None, None)
     else:
         try:
             config = AutoConfig.from_pretrained(job.base, trust_remote_code=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from agents import SL
@@ -40,10 +40,20 @@ class Job:
     arguments: dict[str, Any]
     settings: dict[str, Any]
 
+    @classmethod
+    def of(cls, task: TaskProfile, row: Row, base: str | None, settings: dict[str, Any]) -> Job:
+        """The job of a row on a task, with the arguments that all algorithms of its kind share."""
+        shared = task.supervised if row.algorithm == SL.name else task.rl
+        if ":" in row.algorithm:  # an algorithm from outside need not have all the options of ours
+            shared = accepted(algorithm_class(row.algorithm), shared)
+        return cls(task, row, base, {**shared, **row.arguments}, settings)
+
     @property
-    def trains(self) -> bool:
-        """Whether the row trains a policy; supervised learning is the warm start, which all rows share."""
-        return self.row.algorithm != SL.name
+    def before(self) -> Job | None:
+        """The supervised learning that comes first, if the row has one."""
+        if self.row.after is None:
+            return None
+        return Job.of(self.task, replace(self.row.after, start=self.row.start), self.base, self.settings)
 
 
 def resolve(profile: Profile, base: str | None, settings: Mapping[str, Any]) -> dict[tuple[str, str], Job]:
@@ -60,10 +70,8 @@ def resolve(profile: Profile, base: str | None, settings: Mapping[str, Any]) -> 
     jobs = {}
     for name, task in profile.tasks.items():
         for algo, row in task.rows.items():
-            algorithm = algorithm_class(row.algorithm)
-            # An algorithm from outside need not have all the options of ours.
-            shared = accepted(algorithm, task.rl) if ":" in row.algorithm else task.rl
-            job = Job(task, row, base or task.base, {**shared, **row.arguments}, {})
+            algorithm_class(row.algorithm)  # which must exist
+            job = Job.of(task, row, base or task.base, {})
             chosen = {**settings, "hyperparameters": _hyperparameters(job)}
             try:
                 # As they will be read from the record: tuples become lists.
@@ -85,13 +93,23 @@ def _hyperparameters(job: Job) -> dict[str, Any]:
         "test_decoding": task.guide_decoding if row.as_guide else test_decoding,
         "guide_decoding": task.guide_decoding,
         "test_prompts": task.test_prompts,
-        "start_model": job.base or (task.language_model and asdict(task.language_model)),
+        "start_model": job.base or (task.language_model and task.language_model.settings()),
         "supervised": task.supervised,
     }
-    if job.trains:
-        chosen |= {"policy": row.policy, "episodes": task.episodes, **job.arguments}
-        if row.start != "supervised":
-            chosen["start"] = row.start
+    if task.samples(row) > 1:
+        chosen["test_samples"] = task.test_samples
+    if row.trains:
+        budget = {"episodes": task.episodes} if task.tokens is None else {"tokens": task.tokens}
+        chosen |= {"policy": row.policy, **budget, **job.arguments}
+    if row.start != "supervised":
+        chosen["start"] = row.start
+    if (before := job.before) is not None:
+        chosen["after"] = {
+            "algorithm": before.row.algorithm,
+            "env": before.row.env,
+            "policy": before.row.policy,
+            **before.arguments,
+        }
     return chosen
 
 

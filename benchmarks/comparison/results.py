@@ -25,7 +25,9 @@ def read_results(folder: str | Path) -> list[Record]:
         reward_parts, metrics, policy_tokens, guide_tokens, guide_usage, episodes, seconds, hyperparameters,
         fingerprints, versions, evaluation, history, samples, rollouts, finished``; ``algo`` is the name of the row,
         ``place`` its index in the profile, ``hyperparameters["algorithm"]`` the algorithm that it runs, ``guide_usage``
-        the `textgym.guides.http.Usage` of the run's process, None if the guide has none. Empty if no run has finished.
+        the `textgym.guides.http.Usage` of the run's process, None if the guide has none. Where a task tests several
+        texts per prompt there is ``pass_at``, from k (a string) to pass@k, and ``evaluation`` has ``successes``: how
+        many of a prompt's ``texts_per_prompt`` have a reward of at least 1. Empty if no run has finished.
 
     Raises:
         ValueError: A line is not JSON.
@@ -70,7 +72,9 @@ class Runs:
     @property
     def training_hours(self) -> float:
         """Hours of training after the warm starts; a row that trains nothing records the seconds of its warm start."""
-        return sum(record["seconds"] for record in self.records if record["policy_tokens"]) / 3600
+        return (
+            sum(record["seconds"] for record in self.records if record["policy_tokens"] + record["guide_tokens"]) / 3600
+        )
 
     def of(self, task: str, algo: str) -> list[Record]:
         """The runs of one row on one task, by seed."""

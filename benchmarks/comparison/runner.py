@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from agents import EvaluationResult, Policy, evaluate
+from agents import SL, EvaluationResult, Policy, evaluate
 from agents.algorithm import Algorithm
-from agents.checkpoint import TRAINING
+from agents.checkpoint import TRAINING, read_checkpoint
 from agents.evaluation import make_env
 from agents.policy import LanguageModelPolicy
 from agents.policy.language_model import POLICY_FILE
@@ -31,6 +31,7 @@ from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import LocalGuide
 
+COUNTERS = ("iteration", "num_episodes", "num_timesteps", "num_guide_tokens")
 PACKAGES = ("textgym", "torch", "transformers", "tokenizers", "gymnasium", "datasets", "numpy")
 
 
@@ -111,10 +112,15 @@ class Benchmark:
         """Where a run's checkpoints go."""
         return self.out / f"{run.task}-{run.algo}-{run.seed}"
 
+    def folder_before(self, run: Run) -> Path:
+        """Where the checkpoints of the supervised learning go that comes first, if the row has one."""
+        return self.folder(run).with_name(f"{self.folder(run).name}-before")
+
     def forget_training(self, run: Run) -> None:
         """Delete from a finished run's checkpoints what it would need to continue; the policies stay."""
-        for checkpoint in ("last", "best"):
-            shutil.rmtree(self.folder(run) / checkpoint / TRAINING, ignore_errors=True)
+        for folder in (self.folder(run), self.folder_before(run)):
+            for checkpoint in ("last", "best"):
+                shutil.rmtree(folder / checkpoint / TRAINING, ignore_errors=True)
 
     def run(self, run: Run, report: Report) -> Record:
         """Train, evaluate, and return the record."""
@@ -122,16 +128,21 @@ class Benchmark:
         task = job.task
         training_seed, evaluation_seed = spread(run.seed)
         decoding = Decoding(**job.settings["hyperparameters"]["test_decoding"])
-        # Supervised learning itself is the warm start.
-        algorithm = self.train(run, start, training_seed, report) if job.trains else None
-        policy = self.policy(start.supervised, decoding) if algorithm is None else algorithm.policy
+        algorithm: Algorithm | None = None
+        if job.row.trains:
+            algorithm, history = self.train(run, start, training_seed, report)
+            policy = algorithm.policy
+        else:  # a policy of the warm start
+            history = start.history if job.row.start == "supervised" else []
+            policy = self.policy(start.weights(job.row.start), decoding)
 
         # A sequence-to-sequence model has no probability of a prompt and its continuation as one text.
         judged_by_start = not AutoConfig.from_pretrained(start.start_model).is_encoder_decoder
-        # Policies are tested without a guide, except those that have learned when to hand off to it.
-        env = self.guided_env(job, start) if policy.can_hand_off else task.env
+        # Policies are tested in an environment that has no guide, whatever its default is, and so neither restarts nor
+        # hands off; except those that have learned when to hand off to it.
+        env = self.guided_env(job, start) if policy.can_hand_off else {**task.env, "guide": None, "guidance": None}
 
-        def judge(policy: Policy, metrics: tuple[()] | None = None) -> EvaluationResult:
+        def judge(policy: Policy, samples: int, metrics: tuple[()] | None = None) -> EvaluationResult:
             return evaluate(
                 policy,
                 task.env_id,
@@ -141,6 +152,7 @@ class Benchmark:
                 decoding=decoding,
                 seed=evaluation_seed,
                 best_of=job.row.best_of,
+                samples_per_prompt=samples,
                 metrics=metrics,
                 start_model=start.start_model if judged_by_start else None,
                 encoder=self.encoder,
@@ -148,16 +160,20 @@ class Benchmark:
             )
 
         report("evaluation", 0)
-        result = judge(policy)
+        result = judge(policy, task.samples(job.row))
         judged_by = {"test": result.fingerprint, "reward": result.reward_fingerprint}
         self._check_same(run.task, judged_by)
         best = self.folder(run) / "best"
         best_reward = result.reward
         if best.is_dir():
             reads = isinstance(policy, LanguageModelPolicy)
-            best_reward = judge(self.policy(best, decoding) if reads else type(policy).from_pretrained(best), ()).reward
-        history = start.history if algorithm is None else algorithm.history
+            saved = self.policy(best, decoding) if reads else type(policy).from_pretrained(best)
+            best_reward = judge(saved, 1, ()).reward
+        counts = history[-1] if history else dict.fromkeys(COUNTERS, 0)
         usage = getattr({**task.env, **job.row.env}.get("guide"), "usage", None)
+        texts = result.all_rewards.shape[1]
+        pass_at = {str(4**i): result.pass_at(4**i) for i in range(texts.bit_length()) if 4**i <= texts}
+        several = task.test_samples > 1
         return {
             **run._asdict(),
             "place": self.profile.rows.index(run.algo),
@@ -165,12 +181,13 @@ class Benchmark:
             "final_reward": result.reward,
             "best_reward": best_reward,
             "reward_parts": result.reward_parts,
+            **({"pass_at": pass_at} if several else {}),
             "metrics": result.metrics,
             "metric_signatures": result.metric_signatures,
             "metrics_left_out": result.metrics_left_out,
-            "episodes": history[-1]["num_episodes"],
-            "policy_tokens": 0 if algorithm is None else algorithm.num_timesteps,
-            "guide_tokens": 0 if algorithm is None else algorithm.num_guide_tokens,
+            "episodes": counts["num_episodes"],
+            "policy_tokens": 0 if algorithm is None else counts["num_timesteps"],
+            "guide_tokens": 0 if algorithm is None else counts["num_guide_tokens"],
             "guide_usage": None if usage is None else asdict(usage),
             "seconds": sum(record["seconds"] for record in history),
             "history": history,
@@ -185,6 +202,7 @@ class Benchmark:
                 "reward_accuracy": result.reward_accuracy,
                 "sample_ids": result.sample_ids,
                 "rewards": result.rewards,
+                **({"texts_per_prompt": texts, "successes": result.successes()} if several else {}),
             },
             "fingerprints": start.fingerprints | judged_by,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -201,12 +219,19 @@ class Benchmark:
         return load_policy(path, self.dtype, decoding=decoding, compile=self.compile, **arguments)
 
     def guided_env(self, job: Job, start: WarmStart) -> dict[str, Any]:
-        """Arguments of the environment that a job learns in; by default the guide is the supervised policy, frozen."""
+        """Arguments of the environment that a job learns in.
+
+        The guide is that of the row, of the task or of the environment's defaults; without one, the supervised policy,
+        frozen.
+        """
+        arguments = {**job.task.env, **job.row.env}
+        if "guide" in arguments or start.guided:
+            return arguments
         dtype: Any = None if self.dtype == "float32" else "auto"
         quantization = job.task.policy.get("quantization")
         decoding = Decoding(**job.task.guide_decoding)
         guide = LocalGuide(str(start.supervised), decoding=decoding, dtype=dtype, quantization=quantization)
-        return {"guide": guide, **job.task.env, **job.row.env}
+        return {"guide": guide, **arguments}
 
     def warm_start(self, task: str, report: Report) -> WarmStart:
         """The models of a task, made once.
@@ -230,33 +255,107 @@ class Benchmark:
                 f"{task} have other {wrong}"
             )
 
-    def train(self, run: Run, start: WarmStart, seed: int, report: Report) -> Algorithm:
-        """Train the run's policy, from its last checkpoint if it has one."""
-        job = self.job(run)
+    def train(self, run: Run, start: WarmStart, seed: int, report: Report) -> tuple[Algorithm, list[dict[str, Any]]]:
+        """Train the run's policy, from its last checkpoint if it has one.
+
+        Returns:
+            The row's algorithm, and the history of the run. If supervised learning comes first, entries of the history
+            have the number of their ``stage``, 1 or 2, and their counters go on from one to the other.
+
+        Raises:
+            ValueError: What comes first has used up the run's tokens.
+        """
+        job, folder, first = self.job(run), self.folder(run), self.folder_before(run)
+        if job.before is None:
+            algorithm = self.train_stage(job, folder, start, seed, report)
+            return algorithm, written(algorithm, algorithm.history)
+        if (folder / "last" / TRAINING).is_dir():  # then it is over, and need not ask the guide again
+            history = read_checkpoint(first / "last", SL.name, "SL.save").state["history"]
+        else:
+            history = self.train_stage(job.before, first, start, seed, report).history
+        before = [{**entry, "num_timesteps": 0, "stage": 1} for entry in history]
+        counts = before[-1]
+        algorithm = self.train_stage(job, folder, start, seed, report, first / "best", counts["num_guide_tokens"])
+        return algorithm, before + [
+            {**entry, **{name: counts[name] + entry[name] for name in COUNTERS}, "stage": 2}
+            for entry in written(algorithm, algorithm.history)
+        ]
+
+    def train_stage(
+        self,
+        job: Job,
+        folder: Path,
+        start: WarmStart,
+        seed: int,
+        report: Report,
+        weights: Path | None = None,
+        spent: int = 0,
+    ) -> Algorithm:
+        """Train with a job's algorithm until its own schedule, or the budget of the run, is over.
+
+        Args:
+            job: The job.
+            folder: Its checkpoints; training continues from the last one.
+            start: The task's models.
+            seed: The seed.
+            report: Called with what is happening.
+            weights: The policy that it starts from; None for the job's start.
+            spent: Tokens that the run has written before.
+
+        Raises:
+            ValueError: No tokens are left to begin with.
+        """
+        task = job.task
+        if task.tokens is not None and spent >= task.tokens:
+            raise ValueError(f"tokens must be more than the {spent} written before {job.row.algorithm}: {task.tokens}")
         env = make_env(
-            job.task.env_id,
-            num_envs=job.task.rl["episodes_per_iteration"],
+            task.env_id,
+            num_envs=task.rl["episodes_per_iteration"],
             source=self.source,
             tokenizer=start.supervised,
             **self.guided_env(job, start),
         )
-        algorithm, episodes = self.begin(run, start, env, seed), job.task.episodes
+        algorithm = self.begin(job, folder, start, env, seed, weights)
 
-        def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> None:
-            report(f"reward {algorithm.history[-1]['reward']:.3f}", algorithm.num_episodes / episodes)
+        by_tokens, budget = task.tokens is not None, task.tokens or task.episodes or 0
 
-        report("training", algorithm.num_episodes / episodes)
-        if algorithm.num_episodes < episodes:
-            algorithm.learn(total_episodes=episodes - algorithm.num_episodes, callback=callback)
+        def used() -> int:
+            if by_tokens:
+                return spent + algorithm.num_timesteps + algorithm.num_guide_tokens
+            return algorithm.num_episodes
+
+        def share() -> float:
+            if isinstance(algorithm, SL):
+                return min(algorithm.num_episodes / algorithm.total_texts, 1.0)
+            return min(used() / budget, 1.0)
+
+        def callback(_locals: dict[str, Any], _globals: dict[str, Any]) -> bool:
+            shown = "loss" if isinstance(algorithm, SL) else "reward"
+            report(f"{shown} {algorithm.history[-1][shown]:.3f}", share())
+            return share() < 1
+
+        report("training", share())
+        if isinstance(algorithm, SL):
+            algorithm.learn(callback=callback)  # also when it is over, for the best weights
+        elif share() < 1:
+            total: Any = {"total_timesteps" if by_tokens else "total_episodes": budget - used()}
+            algorithm.learn(**total, callback=callback)
         return algorithm
 
-    def begin(self, run: Run, start: WarmStart, env: TextVectorEnv, seed: int) -> Algorithm:
-        """Make a run's algorithm, or load its last checkpoint.
+    def begin(
+        self,
+        job: Job,
+        folder: Path,
+        start: WarmStart,
+        env: TextVectorEnv,
+        seed: int,
+        weights: Path | None = None,
+    ) -> Algorithm:
+        """Make a job's algorithm (see `train_stage`), or load its last checkpoint.
 
         Raises:
             ValueError: The checkpoint was made with other settings, or from another warm start.
         """
-        job, folder = self.job(run), self.folder(run)
         algorithm: Any = algorithm_class(job.row.algorithm)
         settings = {**job.settings, "fingerprints": start.fingerprints}
         last = folder / "last"
@@ -269,10 +368,14 @@ class Benchmark:
             return algorithm.load(last, env, output_dir=folder, track=self.track)
         shutil.rmtree(folder, ignore_errors=True)  # an attempt that had no checkpoint yet, or cannot continue
         write_text(folder / "settings.json", json.dumps(settings, indent=2))
-        weights = start.start_model if job.row.start == "start_model" else start.supervised
-        policy = self.policy(weights, Decoding(**job.task.decoding), **job.row.policy)
+        policy = self.policy(weights or start.weights(job.row.start), Decoding(**job.task.decoding), **job.row.policy)
         given = accepted(algorithm, {"seed": seed, "output_dir": folder, "track": self.track})
         return algorithm(policy, env, **given, **job.arguments)
+
+
+def written(algorithm: Algorithm, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An algorithm's history with the timesteps that the policy wrote: those of `SL` are learned, none is written."""
+    return [{**entry, "num_timesteps": 0} for entry in history] if isinstance(algorithm, SL) else history
 
 
 def spread(seed: int) -> tuple[int, int]:

@@ -6,14 +6,14 @@ import ast
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import agents
 import textgym
@@ -39,13 +39,19 @@ class WarmStart:
         start_model: Folder or hub id of the language model before it has learned the task.
         supervised: Folder of the supervised policy at its best validation loss; frozen, it is also the guide.
         history: The history of supervised learning.
+        guided: Whether the task's environment has a guide of its own, so that the supervised policy is not it.
         fingerprints: Fingerprints of the data they learned from, their tokenizer and their weights.
     """
 
     start_model: str
     supervised: Path
     history: list[dict[str, Any]]
+    guided: bool
     fingerprints: dict[str, str]
+
+    def weights(self, start: Literal["supervised", "start_model"]) -> str | Path:
+        """The folder or hub id of the policy that a row starts from."""
+        return self.start_model if start == "start_model" else self.supervised
 
 
 def warm_start(
@@ -71,12 +77,12 @@ def warm_start(
     env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=base, **profile.env)
     loaded, shape = None if base is None else load_model(base, device="cpu"), profile.language_model
     tokenizer = _digest(json.dumps(env.tokenizer.get_vocab(), sort_keys=True).encode())
-    data = {split: env.task.split(split, env.source).fingerprint for split in ("train", "validation")}
+    data = _data_of(env)
     recipe = {
         "task": env.task.name,
         "data": data,
         "tokenizer": tokenizer,
-        "start_model": fingerprint_of(loaded) if loaded is not None else shape and asdict(shape),
+        "start_model": fingerprint_of(loaded) if loaded is not None else shape and shape.settings(),
         "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
         "policy": dict(profile.policy),
         "supervised": dict(profile.supervised),
@@ -85,6 +91,12 @@ def warm_start(
         "code": code_fingerprint(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+    start_env = env
+    if base is None and shape is not None and shape.env:
+        # Prompts in as many columns as the task's: the policy remembers where they end.
+        easier = {**profile.env, "max_prompt_tokens": env.max_prompt_tokens, **shape.env}
+        start_env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=env.tokenizer, **easier)
+        recipe["start_data"] = _data_of(start_env)
     key = _digest(json.dumps(recipe, sort_keys=True).encode())
     folder = cache_dir() / "warm_starts" / f"{env.task.name}-{key}"
     if not folder.is_dir():
@@ -95,7 +107,7 @@ def warm_start(
                 CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start)
                 policy = load_policy(start, dtype)
                 training = {"loss_on": "text", **shape.training}
-                learn(policy, env, training, seed, Path(start), partial(report, "start model"))
+                learn(policy, start_env, training, seed, Path(start), partial(report, "start model"))
             policy = load_policy(start, dtype, **profile.policy)
             history = learn(policy, env, profile.supervised, seed, made / "supervised", partial(report, "supervised"))
             write_text(made / "recipe.json", json.dumps(recipe, indent=2))
@@ -107,6 +119,7 @@ def warm_start(
         start_model=start,
         supervised=supervised,
         history=json.loads((folder / "history.json").read_text(encoding="utf-8")),
+        guided=env.guide is not None,
         fingerprints={**data, "tokenizer": tokenizer, **weights},
     )
 
@@ -131,20 +144,37 @@ def load_policy(path: str | Path, dtype: str, **arguments: Any) -> LanguageModel
     return LanguageModelPolicy.from_pretrained(path, dtype=how, **arguments)
 
 
-def initial_model(env: TextVectorEnv, config: LanguageModel, seed: int) -> PreTrainedModel:
-    """Make a GPT-2 with random weights that can read an episode of `env`."""
+def initial_model(env: TextVectorEnv, shape: LanguageModel, seed: int) -> PreTrainedModel:
+    """Make a model with random weights that can read an episode of `env`."""
+    positions = env.max_prompt_tokens + env.max_new_tokens
+    config = model_config(shape, env.vocab_size, positions, env.eos_token_id, env.pad_token_id)
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=env.vocab_size,
-            n_positions=env.max_prompt_tokens + env.max_new_tokens,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            bos_token_id=env.eos_token_id,
-            eos_token_id=env.eos_token_id,
-            pad_token_id=env.pad_token_id,
+    return GPT2LMHeadModel(config) if isinstance(config, GPT2Config) else LlamaForCausalLM(config)
+
+
+def model_config(
+    shape: LanguageModel, vocab_size: int, positions: int, eos_token_id: int | None, pad_token_id: int | None
+) -> GPT2Config | LlamaConfig:
+    """The configuration of a start model that is trained from scratch."""
+    ids: Any = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    if shape.family == "gpt2":
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=positions,
+            n_embd=shape.n_embd,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            **ids,
         )
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=positions,
+        hidden_size=shape.n_embd,
+        intermediate_size=4 * shape.n_embd,
+        num_hidden_layers=shape.n_layer,
+        num_attention_heads=shape.n_head,
+        tie_word_embeddings=True,
+        **ids,
     )
 
 
@@ -156,7 +186,7 @@ def learn(
     out: Path,
     report: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """Train a policy on the references of `env`, save it at its best validation loss, and return the history."""
+    """Train a policy by supervised learning in `env`, save it at its best validation loss, and return the history."""
     report(0)
     algorithm = SL(policy, env, seed=seed, **arguments)
 
@@ -166,6 +196,11 @@ def learn(
     algorithm.learn(callback=callback)
     algorithm.policy.save_pretrained(out)
     return algorithm.history
+
+
+def _data_of(env: TextVectorEnv) -> dict[str, str]:
+    """Fingerprints of what is learned from, and of what says when to stop."""
+    return {split: env.task.split(split, env.source).fingerprint for split in ("train", "validation")}
 
 
 def _digest(content: bytes) -> str:

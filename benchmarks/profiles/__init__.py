@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A small GPT-2 that is trained from scratch on a task's text if no base model is given.
+    """A small model that is trained from scratch on a task's text if no base model is given.
 
     Attributes:
         n_embd: Width.
         n_layer: Layers.
         n_head: Attention heads.
         training: Arguments of `agents.supervised.SL`, which trains on prompts and references.
+        family: "gpt2"; or "llama", which has rotary positions, RMSNorm and SwiGLU.
+        env: Arguments of the environment in which it is trained, which override the task's: with easier problems, the
+            start model knows the format and a little.
+
+    Raises:
+        ValueError: `family` is none of these.
     """
 
     n_embd: int
     n_layer: int
     n_head: int
     training: Mapping[str, Any]
+    family: Literal["gpt2", "llama"] = "gpt2"
+    env: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.family not in ("gpt2", "llama"):
+            raise ValueError(f"family must be 'gpt2' or 'llama', got {self.family!r}")
+
+    def settings(self) -> dict[str, Any]:
+        """Its attributes as records have them: `family` and `env` only if they are not the defaults."""
+        defaults = {"family": "gpt2", "env": {}}
+        return {name: value for name, value in asdict(self).items() if value != defaults.get(name)}
 
 
 @dataclass(frozen=True)
@@ -32,9 +49,10 @@ class Row:
 
     Attributes:
         algorithm: Its name in `agents.ALGORITHMS`, or "package.module:Class" for one of your own or of
-            Stable-Baselines3 (see `algorithm_class`). Supervised learning is the warm start itself, so "sl" takes none
-            of the next four.
-        arguments: The algorithm's arguments, which override those that all RL algorithms of the task share.
+            Stable-Baselines3 (see `algorithm_class`). "sl" without arguments trains nothing: it is the policy that
+            `start` names, and takes neither `env` nor `policy`. With arguments, it is trained from there.
+        arguments: The algorithm's arguments, which override those that all RL algorithms of the task share; those of
+            "sl" override the task's `supervised`.
         env: Arguments of the training environment, which override the task's. Tests are in the task's own environment,
             without a guide, unless these have ``handoff=True``: a policy that can hand off is tested with that action,
             the guide and the cost. Objects among them, such as another guide, must be picklable and have a
@@ -44,9 +62,12 @@ class Row:
             guide too, or the "start_model" before supervised learning, a learner that is weaker than its guide.
         best_of: Completions per test prompt, of which the one with the highest reward is kept.
         as_guide: Whether the test uses the guide's decoding; supervised learning is then the guide.
+        after: Supervised learning that comes first, as a row "sl" with arguments: it is trained from `start`, and this
+            row's algorithm from the policy that comes out, which is then the reference of the KL penalty.
 
     Raises:
-        ValueError: `best_of` is below 1, `start` is none of these, or "sl" is given arguments.
+        ValueError: `best_of` is below 1, `start` is none of these, "sl" without arguments is given what only training
+            needs, or `after` is another kind of row.
     """
 
     algorithm: str
@@ -56,17 +77,28 @@ class Row:
     start: Literal["supervised", "start_model"] = "supervised"
     best_of: int = 1
     as_guide: bool = False
+    after: Row | None = None
 
     def __post_init__(self) -> None:
         if self.start not in ("supervised", "start_model"):
             raise ValueError(f"start must be 'supervised' or 'start_model', got {self.start!r}")
         if self.best_of < 1:
             raise ValueError(f"best_of must be at least 1, got {self.best_of!r}")
-        given = {name: value for name in ("arguments", "env", "policy") if (value := getattr(self, name))}
-        if self.start != "supervised":
-            given["start"] = self.start
-        if self.algorithm == "sl" and given:
-            raise ValueError(f"arguments, env, policy and start must be empty for 'sl', the warm start, got {given}")
+        given = {name: value for name in ("env", "policy", "after") if (value := getattr(self, name))}
+        if not self.trains and given:
+            raise ValueError(f"env, policy and after must be left out for 'sl' without arguments, got {given}")
+        after = self.after
+        if after is not None and after != Row("sl", after.arguments, after.env, after.policy):
+            raise ValueError(
+                f"after must be a row 'sl' with nothing but arguments, env and policy; its start is this row's: {after}"
+            )
+        if after is not None and not after.trains:
+            raise ValueError(f"after must be a row with arguments, which is trained, got {after}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains a policy; "sl" without arguments is a policy of the warm start, which all rows share."""
+        return self.algorithm != "sl" or bool(self.arguments)
 
 
 @dataclass(frozen=True)
@@ -76,27 +108,37 @@ class TaskProfile:
     Attributes:
         env_id: The environment; "package.module:id" imports the module first, which registers it.
         supervised: Arguments of `agents.supervised.SL`.
-        episodes: Training episodes of every RL run.
         rl: Arguments that all RL algorithms share.
         rows: What can be run, by the name that tables show, in their order.
+        episodes: Training episodes of every RL run.
+        tokens: Instead of `episodes`, the tokens that every run may write, those of the policy and of the guide
+            together, with all that an algorithm counts (prefixes, texts of the guide that are not learned, episodes
+            that are played again). A run ends with the iteration in which it reaches them. Supervised learning follows
+            its own schedule of epochs, however many tokens its guide writes; tokens that it learns are no tokens that
+            the policy writes, and do not count.
         language_model: The start model that is trained from scratch, unless ``--base`` gives another.
         base: Hub id of the start model, instead of `language_model`.
         policy: Arguments of the policy's `from_pretrained`, for supervised learning and all rows.
-        env: Arguments of the environment other than data, tokenizer and guide.
+        env: Arguments of the environment other than data and tokenizer. If neither these nor the environment's defaults
+            give a guide, it is the supervised policy, frozen.
         decoding: `textgym.decoding.Decoding` of training episodes and of validation.
         test_decoding: Decoding of the test; None for the same.
-        guide_decoding: Decoding of the guide, which is the supervised policy, frozen.
+        guide_decoding: Decoding of the guide that is the supervised policy.
         test_prompts: Prompts of the test split that every run is judged on.
+        test_samples: Texts per test prompt, of which records have pass@k for k = 1, 4, 16, ...; best-of rows write only
+            those that they choose from.
 
     Raises:
-        ValueError: Both or none of `language_model` and `base` is given.
+        ValueError: Both or none of `language_model` and `base`, or of `episodes` and `tokens`, is given; or
+            `test_samples` is below 1, or above 1 with greedy decoding or beams.
     """
 
     env_id: str
     supervised: Mapping[str, Any]
-    episodes: int
     rl: Mapping[str, Any]
     rows: Mapping[str, Row]
+    episodes: int | None = None
+    tokens: int | None = None
     language_model: LanguageModel | None = None
     base: str | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
@@ -105,6 +147,7 @@ class TaskProfile:
     test_decoding: Mapping[str, Any] | None = None
     guide_decoding: Mapping[str, Any] = field(default_factory=lambda: {"top_p": 0.92, "top_k": 50})
     test_prompts: int = 500
+    test_samples: int = 1
 
     def __post_init__(self) -> None:
         if (self.language_model is None) == (self.base is None):
@@ -112,6 +155,19 @@ class TaskProfile:
                 "exactly one of language_model and base must be given, "
                 f"got language_model={self.language_model!r}, base={self.base!r}"
             )
+        if (self.episodes is None) == (self.tokens is None):
+            raise ValueError(
+                f"exactly one of episodes and tokens must be given, got episodes={self.episodes}, tokens={self.tokens}"
+            )
+        if self.test_samples < 1:
+            raise ValueError(f"test_samples must be at least 1, got {self.test_samples}")
+        how = self.decoding if self.test_decoding is None else self.test_decoding
+        if self.test_samples > 1 and (how.get("greedy") or how.get("num_beams", 1) > 1):
+            raise ValueError(f"test_samples must be 1 where the test does not sample, got {self.test_samples}: {how}")
+
+    def samples(self, row: Row) -> int:
+        """Texts per test prompt of a row, of which none is chosen."""
+        return self.test_samples if row.best_of == 1 else 1
 
 
 @dataclass(frozen=True)
@@ -177,8 +233,9 @@ def algorithm_class(name: str) -> type:
 
     Args:
         name: Its name in `agents.ALGORITHMS`; or "package.module:Class" for a class that is made and used as these are:
-            ``Class(policy, env, seed=..., output_dir=..., **arguments)``, ``learn(total_episodes=..., callback=...)``,
-            and the attributes `policy`, `history`, `num_episodes`, `num_timesteps` and `num_guide_tokens` (a subclass
+            ``Class(policy, env, seed=..., output_dir=..., **arguments)``, ``learn(total_episodes=..., callback=...)``
+            (``total_timesteps=...`` where a task has a budget of `tokens`; a callback that returns False ends it), and
+            the attributes `policy`, `history`, `num_episodes`, `num_timesteps` and `num_guide_tokens` (a subclass
             of `agents.algorithm.Algorithm` has all of that); or for a class of Stable-Baselines3, which becomes an
             `agents.sb3.SB3Algorithm`.
 

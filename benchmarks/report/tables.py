@@ -22,6 +22,7 @@ def results(analysis: Analysis) -> Table:
     runs = analysis.runs
     handed_off = any(_hands_off(record) for record in runs.records)
     normalised = bool(analysis.scales)
+    ks = _least_and_most(runs.records)
     rows: list[dict[str, Cell]] = []
     for task, algo, group in runs.groups():
         score = analysis.reward(task, algo)
@@ -30,6 +31,7 @@ def results(analysis: Analysis) -> Table:
             zero, one = analysis.scales.get(task, (np.nan, np.nan))
             row["normalised"] = number((score.value - zero) / (one - zero), ".2f")
         row["best checkpoint"] = f"{mean(record['best_reward'] for record in group):.3f}"
+        row |= _pass_at(group, ks)
         row |= {label: number(mean(run["metrics"].get(name) for run in group)) for name, label in FLUENCY.items()}
         row["KL"] = number(mean(run["history"][-1].get("kl") if run["history"] else None for run in group))
         if handed_off:
@@ -47,6 +49,8 @@ def results(analysis: Analysis) -> Table:
             " A best-of row writes several texts for a prompt and keeps the one with the highest reward, by the very "
             "reward it is judged by."
         )
+    if ks:
+        note += " pass@k: the probability that one of k texts for a test prompt has a reward of 1."
     if handed_off:
         note += (
             " Rows that were handed off learned when to let the guide finish a text; they are tested with the guide, "
@@ -240,6 +244,17 @@ def listed(items: Iterable[str]) -> str:
 def _hands_off(record: Record) -> bool:
     """Whether the policy can hand off, also at test."""
     return record["hyperparameters"]["env"].get("handoff", False)
+
+
+def _least_and_most(records: Iterable[Record]) -> list[str]:
+    """1 and the largest k for which a run has pass@k; nothing if none has."""
+    known = {int(k) for record in records for k in record.get("pass_at", ())}
+    return [str(k) for k in sorted({min(known), max(known)})] if known else []
+
+
+def _pass_at(group: Sequence[Record], ks: Sequence[str]) -> dict[str, str]:
+    """Mean pass@k of a row's runs, by the names of the columns."""
+    return {f"pass@{k}": number(mean(record.get("pass_at", {}).get(k) for record in group), ".3f") for k in ks}
 
 
 def _handoffs(group: Sequence[Record]) -> dict[str, str]:
