@@ -39,7 +39,8 @@ def run_all(
 
     Args:
         profile: "quick" (mini data, minutes), "small" (real data, hours), "paper" (the published models and settings,
-            GPUs), "options" (PPO with one option changed), or package.module:NAME of a `Profile` of your own.
+            GPUs), "options" (PPO with one option changed), "frontier" (hard problems, with and without a guide), or
+            package.module:NAME of a `Profile` of your own.
         tasks: Names of tasks, separated by commas; by default all tasks of the profile.
         algos: Names of the profile's rows, or of algorithms in `agents.ALGORITHMS`, separated by commas; or "all" rows
             of the profile; by default those that the profile names ("sl,ppo,ppo++", for "small" more).

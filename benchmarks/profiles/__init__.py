@@ -306,6 +306,7 @@ def load_profile(name: str) -> Profile:
     Raises:
         ValueError: There is no such profile.
     """
+    from benchmarks.profiles.frontier import FRONTIER
     from benchmarks.profiles.options import OPTIONS
     from benchmarks.profiles.paper import PAPER
     from benchmarks.profiles.quick import QUICK
@@ -316,7 +317,7 @@ def load_profile(name: str) -> Profile:
         if not isinstance(profile, Profile):
             raise ValueError(f"profile must name a Profile, got {profile!r}")
         return profile
-    profiles = {profile.name: profile for profile in (QUICK, SMALL, PAPER, OPTIONS)}
+    profiles = {profile.name: profile for profile in (QUICK, SMALL, PAPER, OPTIONS, FRONTIER)}
     if name not in profiles:
         raise ValueError(f"profile must be one of {sorted(profiles)}, or package.module:NAME, got {name!r}")
     return profiles[name]

@@ -1,0 +1,72 @@
+"""Problems on which plain reinforcement learning sees next to no reward, and every way to use a guide on them.
+
+The learner is a Llama of 0.8 million parameters that knows the format and a little: it is trained on shorter problems
+with a perfect guide, then imitates a poor one on the problems of the task. That policy is the start of all rows; a good
+guide then helps some of them. All rows have the same number of tokens, the guide's and those of every attempt included.
+
+Settings are those of first pilots with one seed; they were not searched for yet, neither for plain nor for guided rows.
+"""
+
+from benchmarks.profiles import LanguageModel, Profile, Row, TaskProfile
+
+GUIDE = {"guide_accuracy": 1.0}
+GROUP = {"group_size": 8, "kl_coef": 0.0}
+CRITIC = {"kl_coef": 0.0}
+DISTILL = Row("sl", {"targets": "guide", "samples_per_prompt": 4, "min_reward": 1.0, "n_epochs": 4}, env=GUIDE)
+CURRICULA = ("uniform", "cosine", "stages", "adaback", "trend", "pope")
+
+ROWS = {
+    "start": Row("sl"),
+    "sl": Row("sl", {"targets": "references", "n_epochs": 8}),
+    "distill": DISTILL,
+    "ppo": Row("ppo", CRITIC),
+    "grpo": Row("grpo", GROUP),
+    "rloo": Row("rloo", GROUP),
+    "grpo-resample": Row("grpo", {**GROUP, "dead_groups": "resample"}),
+    "vine-ppo": Row("vine-ppo", {**CRITIC, "tokens_per_step": 6, "rollouts_per_state": 4}),
+    "grpo-prefix-rl": Row("grpo", {**GROUP, "curriculum": "prefix-rl"}),
+    "ppo++": Row("ppo++", CRITIC, env=GUIDE),
+    "d2lols": Row("d2lols", CRITIC, env=GUIDE),
+    **{f"grpo-{name}": Row("grpo", {**GROUP, "curriculum": name}, env=GUIDE) for name in CURRICULA},
+    "grpo-rescue": Row("grpo", {**GROUP, "dead_groups": "rescue"}, env=GUIDE),
+    "distill-grpo": Row("grpo", GROUP, after=DISTILL),
+    "distill-ppo": Row("ppo", CRITIC, after=DISTILL),
+}
+
+PARITIES = TaskProfile(
+    env_id="textgym/ChainOfParities-v0",
+    language_model=LanguageModel(
+        n_embd=128,
+        n_layer=3,
+        n_head=4,
+        family="llama",
+        env={"train_length": tuple(range(1, 13)), "train_problems": 12_000, "guide_accuracy": 1.0},
+        training={
+            "loss_on": "completion",
+            "targets": "guide",
+            "samples_per_prompt": 6,
+            "n_epochs": 2,
+            "episodes_per_iteration": 8000,
+            "minibatch_size": 64,
+            "learning_rate": 1e-3,
+            "patience": 100,
+        },
+    ),
+    # A guide that is hardly better than chance: what the start policy knows is hidden, not lost.
+    supervised={
+        "targets": "guide",
+        "samples_per_prompt": 8,
+        "n_epochs": 1,
+        "episodes_per_iteration": 2048,
+        "minibatch_size": 64,
+        "learning_rate": 5e-4,
+    },
+    tokens=5_000_000,
+    rl={"episodes_per_iteration": 256, "minibatch_size": 256, "n_epochs": 1, "learning_rate": 1e-4},
+    rows=ROWS,
+    env={"length": 12, "copies_input": True, "guide_accuracy": 0.55},
+    test_prompts=256,
+    test_samples=64,
+)
+
+FRONTIER = Profile(name="frontier", source="mini", tasks={"parities": PARITIES}, default=tuple(ROWS))
