@@ -10,7 +10,8 @@ Settings are those of first pilots with one seed; they were not searched for yet
 from benchmarks.profiles import LanguageModel, Profile, Row, TaskProfile
 
 GUIDE = {"guide_accuracy": 1.0}
-GROUP = {"group_size": 8, "kl_coef": 0.0}
+GROUP = {"group_size": 8, "kl_coef": 0.0, "scale": "batch"}
+RESCUE = {"dead_groups": "rescue", "rescue_fractions": (0.17, 0.33, 0.5, 0.67, 0.84, 0.92)}
 CRITIC = {"kl_coef": 0.0}
 DISTILL = Row("sl", {"targets": "guide", "samples_per_prompt": 4, "min_reward": 1.0, "n_epochs": 4}, env=GUIDE)
 CURRICULA = ("uniform", "cosine", "stages", "adaback", "trend", "pope")
@@ -21,14 +22,14 @@ ROWS = {
     "distill": DISTILL,
     "ppo": Row("ppo", CRITIC),
     "grpo": Row("grpo", GROUP),
-    "rloo": Row("rloo", GROUP),
+    "rloo": Row("rloo", {"group_size": 8, "kl_coef": 0.0}),
     "grpo-resample": Row("grpo", {**GROUP, "dead_groups": "resample"}),
     "vine-ppo": Row("vine-ppo", {**CRITIC, "tokens_per_step": 6, "rollouts_per_state": 4}),
     "grpo-prefix-rl": Row("grpo", {**GROUP, "curriculum": "prefix-rl"}),
     "ppo++": Row("ppo++", CRITIC, env=GUIDE),
     "d2lols": Row("d2lols", CRITIC, env=GUIDE),
     **{f"grpo-{name}": Row("grpo", {**GROUP, "curriculum": name}, env=GUIDE) for name in CURRICULA},
-    "grpo-rescue": Row("grpo", {**GROUP, "dead_groups": "rescue"}, env=GUIDE),
+    "grpo-rescue": Row("grpo", {**GROUP, **RESCUE}, env=GUIDE),
     "distill-grpo": Row("grpo", GROUP, after=DISTILL),
     "distill-ppo": Row("ppo", CRITIC, after=DISTILL),
 }
@@ -61,8 +62,8 @@ PARITIES = TaskProfile(
         "minibatch_size": 64,
         "learning_rate": 5e-4,
     },
-    tokens=5_000_000,
-    rl={"episodes_per_iteration": 256, "minibatch_size": 256, "n_epochs": 1, "learning_rate": 1e-4},
+    tokens=10_000_000,
+    rl={"episodes_per_iteration": 256, "minibatch_size": 256, "n_epochs": 2, "learning_rate": 1e-4},
     rows=ROWS,
     env={"length": 12, "copies_input": True, "guide_accuracy": 0.55},
     test_prompts=256,
