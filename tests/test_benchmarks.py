@@ -220,7 +220,7 @@ def test_the_file_runs_from_the_root_and_names_what_is_wrong():
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode != 0
     assert (
-        "profile must be one of ['options', 'paper', 'quick', 'small'], or package.module:NAME, got 'large'"
+        "profile must be one of ['frontier', 'options', 'paper', 'quick', 'small'], or package.module:NAME, got 'large'"
         in done.stderr
     )
     assert "Traceback" not in done.stderr

@@ -66,4 +66,6 @@ def suite(
     return rows | {
         "d2lols-early": Row("d2lols", {**rows["d2lols"].arguments, "tau": d2lols_tau // 2}),
         "guide": Row("sl", as_guide=True),
+        # Three or so states of a text of 48 tokens: each costs as many texts as there are rollouts.
+        "vine-ppo": Row("vine-ppo", {"rollouts_per_state": 4, "tokens_per_step": 16}),
     }
