@@ -250,8 +250,8 @@ class AdaBack(Curriculum):
 
     def record(self, plan: Plan, rewards: np.ndarray, rollout: Rollout) -> None:
         """Narrow or reset the interval of every sample that was played."""
-        known = np.isnan(self.intervals)
-        self.intervals[plan.samples] = np.where(known, self.average, self.intervals)[plan.samples]
+        unknown = np.isnan(self.intervals)
+        self.intervals[plan.samples] = np.where(unknown, self.average, self.intervals)[plan.samples]
         for sample, fraction, reward in zip(plan.samples, plan.fractions[:, 0], rewards.mean(1), strict=True):
             low, high = self.intervals[sample]
             self.intervals[sample] = (max(low, fraction), high) if reward < self.threshold else (0.0, fraction)
