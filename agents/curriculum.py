@@ -15,6 +15,9 @@ from textgym.guidance import Guidance
 if TYPE_CHECKING:
     from agents.rollout import Rollout
 
+# A failure so near to the upper bound of an interval counts as one at the bound.
+NARROW = 0.02
+
 
 @dataclass
 class Plan:
@@ -217,7 +220,8 @@ class AdaBack(Curriculum):
     A fraction r is drawn uniformly in the sample's interval [low, high], at first [0, 1]. If the group's mean reward is
     below the threshold, more is needed: low = r. Else less may do: high = r and low = 0. A sample that is played for
     the first time starts from running averages of all bounds. Written from a description of the paper, not from its
-    code: `zero_prob` and `averaging` are our values.
+    code: `zero_prob` and `averaging` are our values, and so is that high = 1 again after a failure at the upper bound,
+    without which a success by chance would deprive a sample of longer prefixes for good.
 
     Attributes:
         threshold: Mean reward of a group that counts as success.
@@ -254,7 +258,11 @@ class AdaBack(Curriculum):
         self.intervals[plan.samples] = np.where(unknown, self.average, self.intervals)[plan.samples]
         for sample, fraction, reward in zip(plan.samples, plan.fractions[:, 0], rewards.mean(1), strict=True):
             low, high = self.intervals[sample]
-            self.intervals[sample] = (max(low, fraction), high) if reward < self.threshold else (0.0, fraction)
+            if reward >= self.threshold:
+                low, high = 0.0, fraction
+            else:
+                low, high = max(low, fraction), 1.0 if fraction >= high - NARROW else high
+            self.intervals[sample] = low, high
         played = self.intervals[np.unique(plan.samples)].mean(0)
         self.average = self.averaging * self.average + (1 - self.averaging) * played
 

@@ -87,6 +87,11 @@ def test_adaback_finds_the_fraction_that_each_sample_needs():
     assert rule.intervals[:2].tolist() == [[0.0, 0.6], [0.3, 1.0]], "a new sample began from the averages"
     rule.record(Plan(np.array([0]), np.zeros((1, 1)), [None]), np.zeros((1, 1)), None)
     assert rule.intervals[0].tolist() == [0.0, 0.6], "a failure without a prefix proves nothing"
+    # A success by chance does not last, and two groups of one sample can disagree.
+    rule.record(Plan(np.array([0, 0]), np.array([[0.0], [0.0]]), [None] * 2), np.array([[1.0], [0.0]]), None)
+    assert rule.intervals[0].tolist() == [0.0, 1.0]
+    rule.record(Plan(np.array([0, 0]), np.array([[0.3], [0.8]]), [None] * 2), np.array([[1.0], [0.0]]), None)
+    assert rule.intervals[0].tolist() == [0.8, 1.0]
 
 
 def test_the_trend_moves_against_the_rewards():
