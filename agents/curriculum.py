@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -124,7 +125,7 @@ class Curriculum:
     def get_state(self) -> dict[str, Any]:
         """Everything that the rule has learned."""
         settings = {part.name for part in fields(self)}
-        return {name: value for name, value in vars(self).items() if name not in settings}
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name not in settings})
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a `get_state`."""
@@ -259,7 +260,7 @@ class AdaBack(Curriculum):
         for sample, fraction, reward in zip(plan.samples, plan.fractions[:, 0], rewards.mean(1), strict=True):
             low, high = self.intervals[sample]
             if reward >= self.threshold:
-                low, high = 0.0, fraction
+                low, high = 0.0, min(high, fraction)
             else:
                 low, high = max(low, fraction), 1.0 if fraction >= high - NARROW else high
             self.intervals[sample] = low, high
@@ -272,12 +273,14 @@ class AccuracyTrend(Curriculum):
     """A few guided episodes per group, whose prefix follows the trend of the accuracy (G2RPO-A, arXiv 2508.13023).
 
     In every third iteration the mean reward is compared with that of the two before: the fraction is multiplied by
-    their ratio, so that it grows when rewards fall. As in the authors' code (`_compute_new_guidance_length`), which
-    has 2 of 12 texts guided. Differs from it: the length is a fraction of the text, not a number of tokens.
+    their ratio, so that it grows when rewards fall; while one of the two is zero it stays as it is. As in the authors'
+    code (`_compute_new_guidance_length`), which has 2 of 12 texts guided. Differs from it: the length is a fraction of
+    the text, not a number of tokens.
 
     Attributes:
         initial: The first fraction.
-        guided: Part of each group's episodes that have the prefix, at least one.
+        guided: Part of each group's episodes that have the prefix, at least one; without groups, the probability of a
+            prefix.
     """
 
     name: str = field(default="trend", init=False)
@@ -298,7 +301,10 @@ class AccuracyTrend(Curriculum):
     def plan(self, iteration: int, groups: int, group_size: int, random: np.random.Generator) -> Plan:
         """The first episodes of each group are guided."""
         samples, fractions = random.integers(self.num_samples, size=groups), np.zeros((groups, group_size))
-        fractions[:, : max(1, round(self.guided * group_size))] = self.fraction
+        if group_size == 1:
+            fractions[random.random(groups) < self.guided] = self.fraction
+        else:
+            fractions[:, : max(1, round(self.guided * group_size))] = self.fraction
         return Plan(samples, fractions, [None] * groups)
 
     def record(self, plan: Plan, rewards: np.ndarray, rollout: Rollout) -> None:
@@ -316,8 +322,9 @@ class POPE(Curriculum):
     """Unsolved problems are played twice, with and without a prefix (Qu et al. 2026, arXiv 2601.18779).
 
     A sample is hard once `tries` episodes without a prefix have failed and none has succeeded; a hard sample that is
-    drawn fills two groups, the second of which starts from the guide's text. Differs from the paper: tries are counted
-    during training, not before it, and no instruction to build on the prefix is added to the prompt.
+    drawn fills two groups, the second of which starts from the guide's text (that of an iteration's last
+    group may be missing). Differs from the paper: tries are counted during training, not before it, and no instruction
+    to build on the prefix is added to the prompt.
 
     Attributes:
         tries: Failures that make a sample hard.

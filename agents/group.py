@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,8 +25,10 @@ class GroupPolicyGradient(PolicyGradient):
 
     The rows of `env`, in every process, are a multiple of `group_size`.
 
-    A group whose rewards are all equal is dead: its advantages are zero. Every record has the share of dead groups,
-    "dead_groups"; where `dead_groups` is not "keep", also the share that is left, "dead_groups_left".
+    A group whose rewards are all equal is dead: its advantages are zero, apart from a KL penalty in the reward. Every
+    record has the share of dead groups, "dead_groups". Where `dead_groups` is not "keep" it also has the share that is
+    left, "dead_groups_left", and the mean reward before groups were replaced, "reward_before"; "reward" is that of the
+    episodes that are learned.
 
     Raises:
         ValueError: The environment has no guide and `beta` is above 0, its number of rows is not a multiple of
@@ -79,6 +82,7 @@ class GroupPolicyGradient(PolicyGradient):
         rollout = super().play(self.group_size)
         self.play_record["dead_groups"] = float(self.dead(rollout).float().mean())
         if self.dead_groups != "keep":
+            self.play_record["reward_before"] = float(rollout.rewards.mean())
             rollout = self.rescue(rollout) if self.dead_groups == "rescue" else self.resample(rollout)
             self.play_record["dead_groups_left"] = float(self.dead(rollout).float().mean())
             self.last_rollout = rollout
@@ -99,25 +103,24 @@ class GroupPolicyGradient(PolicyGradient):
             failed = torch.nonzero(~self.successful(rollout)).flatten()
             if not len(failed):
                 break
-            guidance = Guidance(restart_prob=1.0, restart_fraction=fraction, text_seed=self.seed)
             rows = self.rows(failed)
+            prefix: Any = {"restart_prob": 1.0, "restart_length": None, "restart_fraction": float(fraction)}
+            guidance = [replace(given, **prefix, text_seed=self.seed) for given in self.guidance_of(rows)]
             samples = rollout.sample_ids[rows.cpu().numpy()].tolist()
-            tried = self.replay(rollout, rows, {"index": samples, "guidance": [guidance] * len(rows)}, attempt)
+            tried = self.replay(rollout, rows, {"index": samples, "guidance": guidance}, attempt)
             helped = self.successful(tried).repeat_interleave(self.group_size)
             rollout = rollout.with_rows(rows[helped], tried[torch.nonzero(helped).flatten()])
         return rollout
 
     def resample(self, rollout: Rollout) -> Rollout:
-        """Play other samples in the place of dead groups."""
+        """Play other samples in the place of dead groups; a curriculum plans them, and does not learn from them."""
         random = np.random.default_rng([self.seed, self.iteration, 4])
         for attempt in range(self.resamplings):
             rows = self.rows(torch.nonzero(self.dead(rollout)).flatten())
             count = len(rows) // self.group_size
             if not count:
                 break
-            given = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,)
-            guidance = [given[row % len(given)] for row in rows.tolist()]
-            plan = None
+            guidance = self.guidance_of(rows)
             if self.rule is not None:
                 plan = self.rule.plan(self.iteration, count, self.group_size, random)
                 options = plan.options(np.arange(len(rows)), guidance, text_seed=self.seed)
@@ -125,11 +128,14 @@ class GroupPolicyGradient(PolicyGradient):
                 samples = random.integers(len(self.env.data), size=count)
                 options = {"index": samples.repeat(self.group_size).tolist(), "guidance": guidance}
             tried = self.replay(rollout, rows, options, attempt)
-            if self.rule is not None and plan is not None:
-                self.rule.record(plan, tried.rewards.view(-1, self.group_size).cpu().numpy(), tried)
             alive = ~self.dead(tried).repeat_interleave(self.group_size)
             rollout = rollout.with_rows(rows[alive], tried[torch.nonzero(alive).flatten()])
         return rollout
+
+    def guidance_of(self, rows: torch.Tensor) -> list[Guidance]:
+        """The guidance of some rows' episodes, without a curriculum."""
+        given = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,)
+        return [given[row % len(given)] for row in rows.tolist()]
 
     def rows(self, groups: torch.Tensor) -> torch.Tensor:
         """The rows of some groups, int64."""

@@ -11,13 +11,15 @@ import torch
 from plugins import LOCKS
 from test_schedule import numbers
 
+from agents import CausalLMPolicy
+from agents.environments import make_env
 from agents.supervised import SL
 from benchmarks.comparison.cost import cost, parameters
-from benchmarks.comparison.jobs import Run
+from benchmarks.comparison.jobs import Run, resolve
 from benchmarks.comparison.results import append_result, read_results
 from benchmarks.comparison.runner import Benchmark
-from benchmarks.comparison.warm_start import load_policy
-from benchmarks.profiles import Row
+from benchmarks.comparison.warm_start import initial_model, load_policy
+from benchmarks.profiles import Row, algorithm_class, load_profile
 from benchmarks.report.write import write_report
 
 LOCK = LOCKS.tasks["lock"]
@@ -197,3 +199,18 @@ def test_the_report_has_every_row_with_pass_at_1_and_the_largest_k(out, records)
         assert float(row[columns.index(f"pass@{k}")]) == pytest.approx(records["distill"]["pass_at"][k], abs=6e-4)
     results = table[: table.index("**Across tasks")]
     assert [line.split("|")[2].strip() for line in results.splitlines() if line.startswith("| lock")] == LOCKS.rows
+
+
+def test_every_row_of_the_frontier_can_begin():
+    """With its own arguments, in an environment of its task with few problems, from a small start model."""
+    profile = load_profile("frontier")
+    small = {"train_problems": 16, "test_problems": 16}
+    for job in resolve(profile, None, {}).values():
+        shape = replace(job.task.language_model, n_embd=16, n_layer=1, n_head=2)
+        for stage in filter(None, (job.before, job if job.row.trains else None)):
+            env = make_env(job.task.env_id, num_envs=8, **{**job.task.env, **small, **stage.row.env})
+            arguments = {**stage.arguments, "minibatch_size": 8}
+            if stage.row.algorithm != "sl":
+                arguments["episodes_per_iteration"] = 8
+            policy = CausalLMPolicy(initial_model(env, shape, 0), env.tokenizer)
+            algorithm_class(stage.row.algorithm)(policy, env, **arguments)

@@ -2,7 +2,8 @@
 
 The learner is a Llama of 0.8 million parameters that knows the format and a little: it is trained on shorter problems
 with a perfect guide, then imitates a poor one on the problems of the task. That policy is the start of all rows; a good
-guide then helps some of them. All rows have the same number of tokens, the guide's and those of every attempt included.
+guide then helps some of them. All rows that play episodes have the same number of tokens: the policy's and the guide's
+in all episodes, those of attempts that were replaced included. Supervised rows follow their own schedules.
 
 Settings are those of first pilots with one seed; they were not searched for yet, neither for plain nor for guided rows.
 """
@@ -18,7 +19,7 @@ CURRICULA = ("uniform", "cosine", "stages", "adaback", "trend", "pope")
 
 ROWS = {
     "start": Row("sl"),
-    "sl": Row("sl", {"targets": "references", "n_epochs": 8}),
+    "sl": Row("sl", {"targets": "references", "samples_per_prompt": 1, "n_epochs": 8}),
     "distill": DISTILL,
     "ppo": Row("ppo", CRITIC),
     "grpo": Row("grpo", GROUP),
