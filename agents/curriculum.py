@@ -144,7 +144,7 @@ class Uniform(Curriculum):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        check("beta", self.beta, is_number(self.beta) and 0 <= self.beta <= 1, "a number in [0, 1]")
+        _check_shares(self, "beta")
 
     def fractions(self, samples: np.ndarray, iteration: int, random: np.random.Generator) -> np.ndarray:
         """Uniform in [0, 1) with probability beta, else 0."""
@@ -175,8 +175,7 @@ class Cosine(Curriculum):
     def __post_init__(self) -> None:
         _check_iterations(self.iterations)
         check("slices", self.slices, is_int(self.slices) and self.slices >= 1, "an int of at least 1")
-        check("high", self.high, is_number(self.high) and 0 <= self.high <= 1, "a number in [0, 1]")
-        check("low", self.low, is_number(self.low) and 0 <= self.low <= 1, "a number in [0, 1]")
+        _check_shares(self, "high", "low")
 
     def fractions(self, samples: np.ndarray, iteration: int, random: np.random.Generator) -> np.ndarray:
         """Whole slices."""
@@ -237,9 +236,7 @@ class AdaBack(Curriculum):
 
     def __post_init__(self) -> None:
         check("threshold", self.threshold, is_number(self.threshold), "a number")
-        for name in ("zero_prob", "averaging"):
-            value = getattr(self, name)
-            check(name, value, is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
+        _check_shares(self, "zero_prob", "averaging")
 
     def start(self, num_samples: int) -> None:
         """Unknown intervals, and [0, 1] as their averages."""
@@ -388,9 +385,7 @@ class PrefixRL(Curriculum):
     success: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("beta", "averaging"):
-            value = getattr(self, name)
-            check(name, value, is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
+        _check_shares(self, "beta", "averaging")
         check("cuts", self.cuts, is_int(self.cuts) and self.cuts >= 2, "an int of at least 2")
         check("success", self.success, is_number(self.success), "a number")
 
@@ -427,6 +422,12 @@ class PrefixRL(Curriculum):
     def _lengths(self, text: list[int]) -> np.ndarray:
         """Tokens before each cut of a text, all less than its number of tokens."""
         return np.arange(self.cuts) * len(text) // self.cuts
+
+
+def _check_shares(rule: Curriculum, *names: str) -> None:
+    for name in names:
+        value = getattr(rule, name)
+        check(name, value, is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
 
 
 def _check_iterations(value: Any) -> None:

@@ -55,9 +55,9 @@ class GAIL(PPO):
         )
         self._rewards = torch.zeros(0)
 
-    def play(self, group_size: int = 1) -> Rollout:
+    def play(self) -> Rollout:
         """Play episodes, train the discriminator on them, and compute its rewards."""
-        rollout = super().play(group_size)
+        rollout = super().play()
         self.discriminator_record = self.train_discriminator(rollout)
         with torch.no_grad():
             self._rewards = in_shares(

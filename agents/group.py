@@ -16,7 +16,6 @@ from agents.ppo_plus_plus import restart
 from agents.processes import gather, in_parts, share
 from agents.rollout import Rollout, replay
 from textgym.checks import check, check_one_of, is_number
-from textgym.guidance import Guidance
 from textgym.seeding import hash64
 
 
@@ -77,9 +76,9 @@ class GroupPolicyGradient(PolicyGradient):
         """Groups restart from a guide's prefix with probability beta."""
         return restart(self.beta) if self.beta else Phase()
 
-    def play(self, group_size: int = 1) -> Rollout:
+    def play(self) -> Rollout:
         """Play whole groups, one after another, and deal with the dead ones."""
-        rollout = super().play(self.group_size)
+        rollout = super().play()
         self.play_record["dead_groups"] = float(self.dead(rollout).float().mean())
         if self.dead_groups != "keep":
             self.play_record["reward_before"] = float(rollout.rewards.mean())
@@ -105,11 +104,11 @@ class GroupPolicyGradient(PolicyGradient):
                 break
             rows = self.rows(failed)
             prefix: Any = {"restart_prob": 1.0, "restart_length": None, "restart_fraction": float(fraction)}
-            guidance = [replace(given, **prefix, text_seed=self.seed) for given in self.guidance_of(rows)]
+            guidance = [replace(given, **prefix, text_seed=self.seed) for given in self.guidance_of(rows.cpu().numpy())]
             samples = rollout.sample_ids[rows.cpu().numpy()].tolist()
             tried = self.replay(rollout, rows, {"index": samples, "guidance": guidance}, attempt)
             helped = self.successful(tried).repeat_interleave(self.group_size)
-            rollout = rollout.with_rows(rows[helped], tried[torch.nonzero(helped).flatten()])
+            rollout = rollout.with_rows(rows[helped], tried[helped])
         return rollout
 
     def resample(self, rollout: Rollout) -> Rollout:
@@ -120,7 +119,7 @@ class GroupPolicyGradient(PolicyGradient):
             count = len(rows) // self.group_size
             if not count:
                 break
-            guidance = self.guidance_of(rows)
+            guidance = self.guidance_of(rows.cpu().numpy())
             if self.rule is not None:
                 plan = self.rule.plan(self.iteration, count, self.group_size, random)
                 options = plan.options(np.arange(len(rows)), guidance, text_seed=self.seed)
@@ -129,13 +128,8 @@ class GroupPolicyGradient(PolicyGradient):
                 options = {"index": samples.repeat(self.group_size).tolist(), "guidance": guidance}
             tried = self.replay(rollout, rows, options, attempt)
             alive = ~self.dead(tried).repeat_interleave(self.group_size)
-            rollout = rollout.with_rows(rows[alive], tried[torch.nonzero(alive).flatten()])
+            rollout = rollout.with_rows(rows[alive], tried[alive])
         return rollout
-
-    def guidance_of(self, rows: torch.Tensor) -> list[Guidance]:
-        """The guidance of some rows' episodes, without a curriculum."""
-        given = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,)
-        return [given[row % len(given)] for row in rows.tolist()]
 
     def rows(self, groups: torch.Tensor) -> torch.Tensor:
         """The rows of some groups, int64."""

@@ -95,6 +95,9 @@ class PolicyGradient(Algorithm):
         play_record: What `play` adds to the iteration's record.
     """
 
+    # Neighbouring episodes with one sample and, without a curriculum, one prefix; a field of algorithms with groups.
+    group_size = 1
+
     minibatch_size: int = 16
     """Number of episodes per gradient step, over all processes."""
     gradient_accumulation_steps: int = 1
@@ -260,26 +263,21 @@ class PolicyGradient(Algorithm):
             self.kl_coef = float(self.kl_coef * (1 + 0.1 * excess))
         return record
 
-    def play(self, group_size: int = 1) -> Rollout:
+    def play(self) -> Rollout:
         """Play `episodes_per_iteration` episodes, each process its share, and count them.
-
-        Args:
-            group_size: Number of neighbouring episodes with the same sample and, without a curriculum, the same prefix.
 
         Returns:
             The episodes of all processes.
         """
         self.episodes_before = self.num_episodes
-        plan, guidance = self.plan(group_size), self.guidance
-        rollouts, rows = [], self.env.num_envs
+        plan, rollouts, rows = self.plan(), [], self.env.num_envs
         # The rows of all processes are those of one environment; this many come before this process's.
         before, all_rows = rows * self.accelerator.process_index, rows * self.accelerator.num_processes
         for part in range(self.episodes_per_iteration // all_rows):
-            options = {"guidance": guidance, "group_size": group_size}
+            options = {"guidance": self.guidance, "group_size": self.group_size}
             if plan is not None:
                 episodes = part * all_rows + before + np.arange(rows)
-                per_row = list(guidance) if isinstance(guidance, tuple) else [guidance] * rows
-                options = plan.options(episodes, per_row, text_seed=self.seed)
+                options = plan.options(episodes, self.guidance_of(episodes), text_seed=self.seed)
             rollouts.append(
                 collect(
                     self.env,
@@ -298,7 +296,7 @@ class PolicyGradient(Algorithm):
         self.play_record = {}
         if plan is not None and self.rule is not None:
             self.play_record = {"prefix_fraction": float(plan.fractions.mean())}
-            self.rule.record(plan, rollout.rewards.view(-1, group_size).cpu().numpy(), rollout)
+            self.rule.record(plan, rollout.rewards.view(-1, self.group_size).cpu().numpy(), rollout)
         alone = rollout.prefix_length == 0
         if alone.any() and not alone.all():
             self.play_record["reward_without_prefix"] = float(rollout.rewards[alone].mean())
@@ -309,12 +307,18 @@ class PolicyGradient(Algorithm):
         """The guidance of this iteration's episodes: the phase's, else the environment's; without a curriculum."""
         return self.env.initial_guidance if self.phase.guidance is None else self.phase.guidance
 
-    def plan(self, group_size: int) -> Plan | None:
+    def guidance_of(self, episodes: np.ndarray) -> list[Guidance]:
+        """The guidance of some of this iteration's episodes, by number; without a curriculum."""
+        given = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,)
+        return [given[episode % len(given)] for episode in episodes.tolist()]
+
+    def plan(self) -> Plan | None:
         """What the curriculum lets the episodes of this iteration start from; None without a curriculum."""
         if self.rule is None:
             return None
         random = np.random.default_rng([self.seed, self.iteration, 3])
-        return self.rule.plan(self.iteration, self.episodes_per_iteration // group_size, group_size, random)
+        groups = self.episodes_per_iteration // self.group_size
+        return self.rule.plan(self.iteration, groups, self.group_size, random)
 
     def count(self, rollout: Rollout) -> None:
         """Count the episodes of a rollout, and their tokens."""

@@ -73,15 +73,14 @@ class Rollout:
         return len(self.rewards)
 
     def __getitem__(self, rows: torch.Tensor) -> Rollout:
-        """Some of the episodes; `rows` is int64 (n,)."""
+        """Some of the episodes; `rows` is int64 (n,), or bool (N,)."""
+        host = rows.cpu().numpy()
         chosen: dict[str, Any] = {}
         for name, value in ((part.name, getattr(self, part.name)) for part in fields(self)):
-            if isinstance(value, torch.Tensor):
-                chosen[name] = value[rows]
-            elif isinstance(value, dict):
-                chosen[name] = {key: part[rows.cpu().numpy()] for key, part in value.items()}
+            if isinstance(value, dict):
+                chosen[name] = {key: part[host] for key, part in value.items()}
             else:
-                chosen[name] = value[rows.cpu().numpy()]
+                chosen[name] = value[rows if isinstance(value, torch.Tensor) else host]
         return type(self)(**chosen)
 
     def with_rows(self, rows: torch.Tensor, others: Rollout) -> Rollout:

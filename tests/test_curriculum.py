@@ -167,7 +167,7 @@ def test_a_curriculum_decides_samples_and_prefixes_and_nothing_else():
     assert (rollout.prefix_length == 2).all()
     assert (rollout.authors[:, :2] == int(Author.GUIDE)).all()
     assert agent.num_guide_tokens == 48
-    expected = agent.plan(1)
+    expected = agent.plan()
     assert rollout.sample_ids.tolist() == expected.samples.tolist()
     # Hand-offs stay.
     agent = lock_agent(AggreVaTeD, curriculum=Stages((0.5,)), beta=1.0)

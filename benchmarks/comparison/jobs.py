@@ -75,7 +75,7 @@ def resolve(profile: Profile, base: str | None, settings: Mapping[str, Any]) -> 
             chosen = {**settings, "hyperparameters": _hyperparameters(job)}
             try:
                 # As they will be read from the record: tuples become lists.
-                job.settings.update(json.loads(json.dumps(chosen, default=_describe)))
+                job.settings.update(json.loads(json.dumps(chosen, default=describe)))
             except TypeError as error:
                 raise ValueError(f"{name}, {algo}: what a profile gives must be JSON values, {error}") from error
             jobs[name, algo] = job
@@ -113,7 +113,7 @@ def _hyperparameters(job: Job) -> dict[str, Any]:
     return chosen
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """How records name an object, such as a guide: its class and its fingerprint.
 
     Raises:

@@ -20,6 +20,7 @@ import textgym
 from agents.evaluation import make_env
 from agents.policy import CausalLMPolicy, LanguageModelPolicy
 from agents.supervised import SL
+from benchmarks.comparison.jobs import describe
 from benchmarks.comparison.results import write_text
 from benchmarks.profiles import LanguageModel, TaskProfile
 from textgym.engine import TextVectorEnv
@@ -85,7 +86,7 @@ def warm_start(
         "start_model": fingerprint_of(loaded) if loaded is not None else shape and shape.settings(),
         "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
         # Such as the accuracy of a guide that is imitated, which the data does not show.
-        "env_arguments": {name: getattr(value, "fingerprint", value) for name, value in profile.env.items()},
+        "env_arguments": dict(profile.env),
         "policy": dict(profile.policy),
         "supervised": dict(profile.supervised),
         "seed": seed,
@@ -99,7 +100,7 @@ def warm_start(
         easier = {**profile.env, "max_prompt_tokens": env.max_prompt_tokens, **shape.env}
         start_env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=env.tokenizer, **easier)
         recipe["start_data"] = _data_of(start_env)
-    key = _digest(json.dumps(recipe, sort_keys=True, default=repr).encode())
+    key = _digest(json.dumps(recipe, sort_keys=True, default=describe).encode())
     folder = cache_dir() / "warm_starts" / f"{env.task.name}-{key}"
     if not folder.is_dir():
         with new_folder(folder, keep_existing=True) as made:
@@ -112,7 +113,7 @@ def warm_start(
                 learn(policy, start_env, training, seed, Path(start), partial(report, "start model"))
             policy = load_policy(start, dtype, **profile.policy)
             history = learn(policy, env, profile.supervised, seed, made / "supervised", partial(report, "supervised"))
-            write_text(made / "recipe.json", json.dumps(recipe, indent=2, default=repr))
+            write_text(made / "recipe.json", json.dumps(recipe, indent=2, default=describe))
             write_text(made / "history.json", json.dumps(history))
     start, supervised = str(folder / "start_model") if base is None else base, folder / "supervised"
     models: dict[str, str | Path] = {"start_model": start, "supervised": supervised}
