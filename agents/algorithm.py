@@ -23,7 +23,7 @@ from agents.checkpoint import read_checkpoint, write_checkpoint
 from agents.environments import agree, make_env, sibling_env
 from agents.evaluation import EvaluationResult, evaluate
 from agents.policy import Actor, LanguageModelPolicy, Policy
-from agents.processes import gather_state, make_accelerator, own_state, reduce, start_equal
+from agents.processes import gather_state, gather_texts, make_accelerator, own_state, reduce, start_equal
 from agents.sharding import assemble, load_optimizer, scatter, shard, whole
 from textgym.checks import check, check_arguments, is_int, is_number
 from textgym.decoding import Decoding
@@ -53,7 +53,7 @@ class Algorithm(ABC):
         hyperparameters: The arguments, except the objects `policy`, `env`, `eval_env` and `track`.
         history: One record per iteration: metric name to number.
         num_timesteps: Policy tokens so far.
-        num_guide_tokens: Guide tokens so far.
+        num_guide_tokens: Tokens that the guide has written so far, each once, wherever they were read again.
         num_episodes: Episodes so far.
         iteration: Iterations so far: 0 during the first one.
         optimizer: The optimiser, whose state a checkpoint holds.
@@ -276,7 +276,11 @@ class Algorithm(ABC):
 
     def _run_iteration(self) -> dict[str, Any]:
         started = time.perf_counter()
+        before = self.env.guide_tokens_written
         record = {"iteration": self.iteration + 1, **self.iterate()}
+        written = int(reduce(self.accelerator, torch.tensor(self.env.guide_tokens_written - before)))
+        self.num_guide_tokens += written
+        record.setdefault("guide_tokens", written)
         record |= {
             "num_timesteps": self.num_timesteps,
             "num_guide_tokens": self.num_guide_tokens,
@@ -342,6 +346,7 @@ class Algorithm(ABC):
             "history": self.history,
             "optimizer": whole(self.optimizer.state_dict()),
             "env": gather_state(self.accelerator, self.env.get_state()),
+            "guide_texts": gather_texts(self.accelerator, self.env.kept_texts()),
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -351,6 +356,7 @@ class Algorithm(ABC):
         self.history = state["history"]
         load_optimizer(self.optimizer, state["optimizer"])
         self.env.set_state(own_state(self.accelerator, state["env"]))
+        self.env.keep_texts(state["guide_texts"])
 
     def models(self) -> dict[str, nn.Module]:
         """The models of a checkpoint other than the policy, by file name without suffix."""

@@ -97,7 +97,7 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
     # Only tensors and plain values: nothing in the file can run code.
     state = torch.load(training / "state.pt", map_location="cpu", weights_only=True)
     # As arrays, as environments and curricula have them.
-    for name in {"env", "curriculum"} & state.keys():
+    for name in {"env", "guide_texts", "curriculum"} & state.keys():
         state[name] = tree_map(lambda value: value.numpy() if isinstance(value, torch.Tensor) else value, state[name])
     return Checkpoint(Path(path), hyperparameters, description["frozen"], state)
 

@@ -227,7 +227,7 @@ class PolicyGradient(Algorithm):
 
     def iterate(self) -> dict[str, Any]:
         """Play episodes, credit their decisions, and take gradient steps."""
-        policy_tokens, guide_tokens = self.num_timesteps, self.num_guide_tokens
+        policy_tokens = self.num_timesteps
         rollout = self.play()
         reference_log_probs = self.reference_log_probs(rollout)
         credit = self.credit(rollout, reference_log_probs)
@@ -250,7 +250,6 @@ class PolicyGradient(Algorithm):
             "stop_fraction": float(np.mean(rollout.finish_reason == "stop")),
             "handoff_fraction": float(np.mean(rollout.finish_reason == "handoff")),
             "policy_tokens": self.num_timesteps - policy_tokens,
-            "guide_tokens": self.num_guide_tokens - guide_tokens,
             **{f"reward/{name}": float(part.mean()) for name, part in rollout.reward_parts.items() if name != "reward"},
         }
         if states.any():
@@ -321,10 +320,9 @@ class PolicyGradient(Algorithm):
         return self.rule.plan(self.iteration, groups, self.group_size, random)
 
     def count(self, rollout: Rollout) -> None:
-        """Count the episodes of a rollout, and their tokens."""
+        """Count the episodes of a rollout, and the policy's tokens."""
         self.num_episodes += len(rollout)
         self.num_timesteps += int(rollout.policy_tokens.sum())
-        self.num_guide_tokens += int(rollout.guide_tokens.sum())
 
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor:

@@ -193,6 +193,16 @@ def gather_state(accelerator: Accelerator, state: dict[str, Any]) -> dict[str, A
     }
 
 
+def gather_texts(accelerator: Accelerator, texts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The texts (see `TextVectorEnv.kept_texts`) that the environments of all processes keep, each once."""
+    if accelerator.num_processes == 1:
+        return texts
+    parts = gather_object([texts])
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in texts}
+    _, first = np.unique(joined["keys"], return_index=True)
+    return {name: values[first] for name, values in joined.items()}
+
+
 def own_state(accelerator: Accelerator, state: dict[str, Any]) -> dict[str, Any]:
     """This process's part of the state that `gather_state` returned."""
     rows = {name: state[name] for name in ("row_keys", "episode", "guidance") if state[name] is not None}

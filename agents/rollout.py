@@ -43,7 +43,7 @@ class Rollout:
         rewards: float32 (N,), the task's reward of each whole text.
         prefix_length: int64 (N,), number of tokens before the policy's first.
         policy_tokens: int64 (N,).
-        guide_tokens: int64 (N,).
+        guide_tokens: int64 (N,), also those that a guide wrote once for several episodes.
         reward_parts: float arrays (N,) by name of the part.
         finish_reason: object array (N,), "stop", "length" or "handoff".
         texts: object array (N,) of str, what was written after the prompt, without special tokens.

@@ -122,7 +122,7 @@ class VinePPO(PolicyGradient):
             self.accelerator.num_processes,
         )
         rewards = torch.zeros(len(states) * count, device=self.policy.device)
-        tokens = torch.zeros(2, dtype=torch.int64, device=self.policy.device)
+        tokens = torch.zeros((), dtype=torch.int64, device=self.policy.device)
         own = np.arange(len(rewards)).reshape(-1, count)[index::processes].flatten()
         if len(own):
             chosen = [states[completion // count] for completion in own]
@@ -140,10 +140,9 @@ class VinePPO(PolicyGradient):
                 values=False,
             )
             rewards[own] = self.rewards(rollout)
-            tokens = torch.stack([rollout.policy_tokens.sum(), rollout.guide_tokens.sum()])
-        self.value_tokens, guide_tokens = reduce(self.accelerator, tokens).tolist()
+            tokens = rollout.policy_tokens.sum()
+        self.value_tokens = int(reduce(self.accelerator, tokens))
         self.num_timesteps += self.value_tokens
-        self.num_guide_tokens += guide_tokens
         return reduce(self.accelerator, rewards).view(-1, count).mean(1)
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:

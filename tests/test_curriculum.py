@@ -166,7 +166,9 @@ def test_a_curriculum_decides_samples_and_prefixes_and_nothing_else():
     rollout = agent.play()
     assert (rollout.prefix_length == 2).all()
     assert (rollout.authors[:, :2] == int(Author.GUIDE)).all()
-    assert agent.num_guide_tokens == 48
+    assert int(rollout.guide_tokens.sum()) == 48
+    samples = len(set(rollout.sample_ids.tolist()))
+    assert agent.env.guide_tokens_written == 4 * samples, "a kept text is written once"
     expected = agent.plan()
     assert rollout.sample_ids.tolist() == expected.samples.tolist()
     # Hand-offs stay.
@@ -201,9 +203,9 @@ def test_a_failed_group_is_rescued_by_the_shortest_prefix_that_helps():
     assert agent.play_record == expected, "all succeed: no signal either"
     assert (rollout.prefix_length == 3).all()
     assert (rollout.rewards == 1).all()
-    # Four plays of 48 texts: 4 + 3 + 2 + 1 policy tokens, 0 + 1 + 2 + 3 of the guide.
+    # Four plays of 48 texts: 4 + 3 + 2 + 1 policy tokens; all prefixes of a sample are of one text of the guide.
     assert agent.num_timesteps - before == 48 * 10
-    assert agent.num_guide_tokens == 48 * 6
+    assert agent.env.guide_tokens_written == 4 * len(set(rollout.sample_ids.tolist()))
     assert agent.num_episodes == 4 * 48
     # A policy that half knows the last two: groups come alive, and every success keeps its prefix.
     agent = lock_agent(GRPO, rows=48, dead_groups="rescue")

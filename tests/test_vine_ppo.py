@@ -165,9 +165,9 @@ def test_values_depend_on_no_other_row_and_later_episodes_on_no_value(handoff, m
         env = make_env(rows, guide=GUIDE, handoff=handoff)
         agent = VinePPO(policy, env, episodes_per_iteration=rows, rollouts_per_state=5, device="cpu")
         agent.play()
-        before, played = env.get_state(), (agent.num_timesteps, agent.num_guide_tokens)
+        before, played = env.get_state(), (agent.num_timesteps, env.guide_tokens_written)
         values = agent.values(states).tolist()
-        tokens = agent.num_timesteps - played[0], agent.num_guide_tokens - played[1]
+        tokens = agent.num_timesteps - played[0], env.guide_tokens_written - played[1]
         assert (tokens[1] > 0) == handoff
         seen.append((values, tokens))
         for key, value in env.get_state().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         initial_guidance: The guidance that the environment was made with.
         end_token_id: The token that ends references that are imitated, and texts of guides: with `chat` the token that
             closes an answer, else the first that `stop` names, else EOS.
+        guide_tokens_written: Tokens that the guide has written so far. A text that is kept, or that a group shares,
+            counts once; the ``guide_tokens`` of infos are those in each episode.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
@@ -237,8 +240,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._draws = EpisodeDraws(n)
         self._cursor = 0
         self._encoded: dict[int, EncodedSample] = {}
-        # By the tokens that end a text, because these say where a guide's text is cut.
-        self._guide_texts: dict[tuple[int, ...], dict[GuideRequest, tuple[list[int], bool]]] = {}
+        self._kept_texts: dict[int, tuple[list[int], bool]] = {}
+        self.guide_tokens_written = 0
         self._no_options = ResetOptions.read(None, n)
         self._guidance = [Guidance()] * n
         self._set_guidance(np.arange(n), guidance)
@@ -546,11 +549,30 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             GuideRequest(prompt, prompt_ids, "", (), self.max_new_tokens, seed, references)
             for (prompt, prompt_ids, references), seed in zip(encoded, seeds, strict=True)
         ]
-        kept = self._guide_texts.setdefault(self.end_token_ids, {})
-        new = [request for request in dict.fromkeys(requests) if request not in kept]
-        contexts = [Context(request.prompt_ids, self.in_template(request.prompt)) for request in new]
-        kept |= zip(new, complete(self.guide, new, contexts, self.tokenizer, self._stop_criteria), strict=True)
-        return [kept[request] for request in requests]
+        # With the tokens that end a text, because these say where a guide's text is cut.
+        keys = [_key(request, self.end_token_ids) for request in requests]
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._kept_texts}
+        contexts = [Context(request.prompt_ids, self.in_template(request.prompt)) for request in new.values()]
+        self._kept_texts |= zip(new, self._complete(list(new.values()), contexts), strict=True)
+        return [self._kept_texts[key] for key in keys]
+
+    def kept_texts(self) -> dict[str, np.ndarray]:
+        """The guide's texts that are kept, for `keep_texts` of another environment.
+
+        Returns:
+            ``keys`` (uint64 (n,)), of their requests; ``ids`` (int64 (n, T)), followed by -1; ``finished`` (bool (n,)),
+            whether the guide ended them.
+        """
+        ids = np.full((len(self._kept_texts), self.max_new_tokens), -1, np.int64)
+        for row, (text, _) in zip(ids, self._kept_texts.values(), strict=True):
+            row[: len(text)] = text
+        finished = np.array([finished for _, finished in self._kept_texts.values()], bool)
+        return {"keys": np.array(list(self._kept_texts), np.uint64), "ids": ids, "finished": finished}
+
+    def keep_texts(self, texts: Mapping[str, np.ndarray]) -> None:
+        """Keep these texts of the guide, which `kept_texts` returned, in the place of those that are kept."""
+        rows = zip(texts["keys"].tolist(), texts["ids"], texts["finished"].tolist(), strict=True)
+        self._kept_texts = {key: (ids[ids >= 0].tolist(), finished) for key, ids, finished in rows}
 
     def _schedule_handoffs(self, rows: np.ndarray) -> None:
         """Draw after how many policy tokens the guide completes the text, if it does."""
@@ -587,7 +609,15 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 strict=True,
             )
         ]
-        return complete(self.guide, requests, contexts, self.tokenizer, self._stop_criteria)
+        return self._complete(requests, contexts)
+
+    def _complete(self, requests: Sequence[GuideRequest], contexts: Sequence[Context]) -> list[tuple[list[int], bool]]:
+        """Ask the guide (see `completions.complete`), and count its tokens."""
+        assert self.guide is not None
+        written = complete(self.guide, requests, contexts, self.tokenizer, self._stop_criteria)
+        if self.guide.author == Author.GUIDE:
+            self.guide_tokens_written += sum(len(ids) for ids, _ in written)
+        return written
 
     def _append(self, row: int, ids: Sequence[int], author: Author) -> None:
         start, end = int(self._length[row]), int(self._length[row]) + len(ids)
@@ -876,6 +906,11 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._draws.episode = state["episode"].copy()
         self._cursor = state["cursor"]
         self._set_guidance(np.arange(self.num_envs), state["guidance"])
+
+
+def _key(*parts: Any) -> int:
+    """64 bits that name what can be told apart by its representation, in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8])
 
 
 def argument_names(environment: type) -> list[str]:

@@ -221,10 +221,8 @@ class SB3Algorithm(Algorithm):
         set_random_seed(int(hash64(self.seed, self.iteration)) >> 33)
         self.model.learn(self.steps, callback=self._callbacks, reset_num_timesteps=False)
         infos = self._episodes.infos
-        guide_tokens = int(sum(info["guide_tokens"] for info in infos))
         self.num_timesteps = self.model.num_timesteps
         self.num_episodes += len(infos)
-        self.num_guide_tokens += guide_tokens
 
         def mean(values: Iterable[Any]) -> float:
             return float(np.mean([float(value) for value in values]))
@@ -240,7 +238,6 @@ class SB3Algorithm(Algorithm):
             "stop_fraction": mean(info["finish_reason"] == "stop" for info in infos),
             "handoff_fraction": mean(info["finish_reason"] == "handoff" for info in infos),
             "policy_tokens": int(sum(info["policy_tokens"] for info in infos)),
-            "guide_tokens": guide_tokens,
         }
         if self._penalty is not None:
             record["kl_per_token"] = self._penalty.kl_per_token

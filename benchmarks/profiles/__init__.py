@@ -111,9 +111,9 @@ class TaskProfile:
         rl: Arguments that all RL algorithms share.
         rows: What can be run, by the name that tables show, in their order.
         episodes: Training episodes of every RL run.
-        tokens: Instead of `episodes`, the tokens of every run, those of the policy and of the guide together, with all
-            that an algorithm counts (prefixes in every episode that starts from them, texts of the guide that are not
-            learned, episodes that are played again). A run ends with the iteration in which it reaches them. Supervised
+        tokens: Instead of `episodes`, the tokens of every run that the policy and the guide wrote, with texts of the
+            guide that are not learned and episodes that are played again; a prefix counts once, however many episodes
+            start from it. A run ends with the iteration in which it reaches them. Supervised
             learning follows its own schedule of epochs, however many tokens its guide writes; tokens that it learns are
             no tokens that the policy writes, and do not count.
         language_model: The start model that is trained from scratch, unless ``--base`` gives another.
