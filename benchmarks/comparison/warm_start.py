@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -76,48 +77,32 @@ def warm_start(
     """
     report("loading data", 0)
     env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=base, **profile.env)
-    loaded, shape = None if base is None else load_model(base, device="cpu"), profile.language_model
     tokenizer = _digest(json.dumps(env.tokenizer.get_vocab(), sort_keys=True).encode())
-    data = _data_of(env)
-    recipe = {
+    shared = {
         "task": env.task.name,
-        "data": data,
         "tokenizer": tokenizer,
-        "start_model": fingerprint_of(loaded) if loaded is not None else shape and shape.settings(),
-        "env": [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side],
-        # Such as the accuracy of a guide that is imitated, which the data does not show.
-        "env_arguments": dict(profile.env),
-        "policy": dict(profile.policy),
-        "supervised": dict(profile.supervised),
         "seed": seed,
         "dtype": dtype,
         "code": code_fingerprint(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    start_env = env
-    if base is None and shape is not None and shape.env:
-        # Prompts in as many columns as the task's: the policy remembers where they end.
-        easier = {**profile.env, "max_prompt_tokens": env.max_prompt_tokens, **shape.env}
-        start_env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=env.tokenizer, **easier)
-        recipe["start_data"] = _data_of(start_env)
-    key = _digest(json.dumps(recipe, sort_keys=True, default=describe).encode())
-    folder = cache_dir() / "warm_starts" / f"{env.task.name}-{key}"
-    if not folder.is_dir():
-        with new_folder(folder, keep_existing=True) as made:
-            start = str(made / "start_model") if base is None else base
-            if base is None:
-                assert shape is not None
-                CausalLMPolicy(initial_model(env, shape, seed), env.tokenizer).save_pretrained(start)
-                policy = load_policy(start, dtype)
-                training = {"loss_on": "text", **shape.training}
-                learn(policy, start_env, training, seed, Path(start), partial(report, "start model"))
+    start = str(start_model(profile, source, env, shared, report)) if base is None else base
+    start_weights, data = fingerprint_of(load_model(start, device="cpu")), _data_of(env)
+    recipe = {
+        **shared,
+        "start_model": start_weights,
+        "data": data,
+        **_environment(env, profile.env),
+        "policy": dict(profile.policy),
+        "supervised": dict(profile.supervised),
+    }
+    with _made_once("warm_starts", recipe) as (folder, made):
+        if made is not None:
             policy = load_policy(start, dtype, **profile.policy)
             history = learn(policy, env, profile.supervised, seed, made / "supervised", partial(report, "supervised"))
-            write_text(made / "recipe.json", json.dumps(recipe, indent=2, default=describe))
             write_text(made / "history.json", json.dumps(history))
-    start, supervised = str(folder / "start_model") if base is None else base, folder / "supervised"
-    models: dict[str, str | Path] = {"start_model": start, "supervised": supervised}
-    weights = {name: fingerprint_of(load_model(path, device="cpu")) for name, path in models.items()}
+    supervised = folder / "supervised"
+    weights = {"start_model": start_weights, "supervised": fingerprint_of(load_model(supervised, device="cpu"))}
     return WarmStart(
         start_model=start,
         supervised=supervised,
@@ -125,6 +110,54 @@ def warm_start(
         guided=env.guide is not None,
         fingerprints={**data, "tokenizer": tokenizer, **weights},
     )
+
+
+def start_model(
+    profile: TaskProfile, source: str, env: TextVectorEnv, shared: Mapping[str, Any], report: Report
+) -> Path:
+    """Train a task's language model from scratch, or find it in the cache, where tasks that differ elsewhere share it.
+
+    Args:
+        profile: The task's profile.
+        source: "mini", "hub" or a folder.
+        env: The task's environment.
+        shared: What the model and the supervised policy both depend on: "seed" and "dtype" among it.
+        report: Called with what is happening.
+    """
+    shape, arguments = profile.language_model, dict(profile.env)
+    assert shape is not None
+    if shape.env:
+        # Prompts in as many columns as the task's: the policy remembers where they end.
+        arguments = {**arguments, "max_prompt_tokens": env.max_prompt_tokens, **shape.env}
+        env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=env.tokenizer, **arguments)
+    recipe = {**shared, "start_model": shape.settings(), "data": _data_of(env), **_environment(env, arguments)}
+    with _made_once("start_models", recipe) as (folder, made):
+        if made is not None:
+            CausalLMPolicy(initial_model(env, shape, shared["seed"]), env.tokenizer).save_pretrained(made)
+            policy = load_policy(made, shared["dtype"])
+            learn(
+                policy, env, {"loss_on": "text", **shape.training}, shared["seed"], made, partial(report, "start model")
+            )
+    return folder
+
+
+@contextmanager
+def _made_once(kind: str, recipe: Mapping[str, Any]) -> Iterator[tuple[Path, Path | None]]:
+    """The folder of the cache for what a recipe makes, and where to make it; None if it is there already."""
+    text = json.dumps(recipe, sort_keys=True, default=describe)
+    folder = cache_dir() / kind / f"{recipe['task']}-{_digest(text.encode())}"
+    if folder.is_dir():
+        yield folder, None
+        return
+    with new_folder(folder, keep_existing=True) as made:
+        write_text(made / "recipe.json", json.dumps(recipe, indent=2, sort_keys=True, default=describe))
+        yield folder, made
+
+
+def _environment(env: TextVectorEnv, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says about an environment other than its data, such as the accuracy of a guide that is imitated."""
+    sizes = [env.max_prompt_tokens, env.max_new_tokens, env.truncation_side]
+    return {"env": sizes, "env_arguments": dict(arguments)}
 
 
 @cache

@@ -8,11 +8,13 @@ in all episodes, those of attempts that were replaced included. Supervised rows 
 Settings are those of first pilots with one seed; they were not searched for yet, neither for plain nor for guided rows.
 """
 
+from dataclasses import replace
+
 from benchmarks.profiles import LanguageModel, Profile, Row, TaskProfile
 
 GUIDE = {"guide_accuracy": 1.0}
 GROUP = {"group_size": 8, "kl_coef": 0.0, "scale": "batch"}
-RESCUE = {"dead_groups": "rescue", "rescue_fractions": (0.17, 0.33, 0.5, 0.67, 0.84, 0.92)}
+RESCUE = {"dead_groups": "rescue", "rescue_fractions": (0.25, 0.5, 0.84)}
 CRITIC = {"kl_coef": 0.0}
 DISTILL = Row("sl", {"targets": "guide", "samples_per_prompt": 4, "min_reward": 1.0, "n_epochs": 4}, env=GUIDE)
 CURRICULA = ("uniform", "cosine", "stages", "adaback", "trend", "pope")
@@ -63,12 +65,42 @@ PARITIES = TaskProfile(
         "minibatch_size": 64,
         "learning_rate": 5e-4,
     },
-    tokens=10_000_000,
-    rl={"episodes_per_iteration": 256, "minibatch_size": 256, "n_epochs": 2, "learning_rate": 1e-4},
+    tokens=2_000_000,
+    rl={
+        "episodes_per_iteration": 256,
+        "minibatch_size": 64,
+        "n_epochs": 2,
+        "learning_rate": 1e-4,
+        "eval_every": 10,
+        "eval_prompts": 256,
+    },
     rows=ROWS,
     env={"length": 12, "copies_input": True, "guide_accuracy": 0.55},
     test_prompts=256,
-    test_samples=64,
+    test_samples=16,
 )
 
 FRONTIER = Profile(name="frontier", source="mini", tasks={"parities": PARITIES}, default=tuple(ROWS))
+
+# What was searched, on validation prompts with one seed: the same steps for rows that play alone as for guided ones.
+STEPS = {
+    "lr=5e-5": {"learning_rate": 5e-5},
+    "lr=1e-4": {},
+    "lr=2e-4": {"learning_rate": 2e-4},
+    "minibatch=256": {"minibatch_size": 256},
+}
+PREFIXES = {"rescue-2": (0.5, 0.84), "rescue-5": (0.17, 0.33, 0.5, 0.67, 0.84)}
+TRIED = {
+    f"{name} {step}": replace(ROWS[name], arguments={**ROWS[name].arguments, **change})
+    for name in ("ppo", "grpo", "grpo-adaback", "grpo-rescue")
+    for step, change in STEPS.items()
+} | {
+    name: Row("grpo", {**GROUP, **RESCUE, "rescue_fractions": fractions}, env=GUIDE)
+    for name, fractions in PREFIXES.items()
+}
+SEARCH = Profile(
+    name="frontier-search",
+    source="mini",
+    tasks={"parities": replace(PARITIES, rows=TRIED, tokens=500_000)},
+    default=tuple(TRIED),
+)
