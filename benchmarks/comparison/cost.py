@@ -51,7 +51,7 @@ def cost(job: Job) -> Cost:
         ValueError: The configuration of the start model cannot be read.
     """
     task, arguments = job.task, job.arguments
-    prompt, new, _ = sizes(task)
+    prompt, new, vocab_size = sizes(task)
     judged = task.test_prompts * max(job.row.best_of, task.samples(job.row))
     trained = 0
     if job.row.trains:
@@ -61,7 +61,7 @@ def cost(job: Job) -> Cost:
         evaluations = iterations // max(arguments.get("eval_every", 0), 1)
         judged += evaluations * arguments.get("eval_prompts", 0) * bool(arguments.get("eval_every"))
     passes = 3 * trained * (1 + arguments.get("n_epochs", 1)) + judged
-    return Cost(trained, trained * new, 2 * parameters(job) * (prompt + new) * passes)
+    return Cost(trained, trained * new, 2 * parameters(job, prompt + new, vocab_size) * (prompt + new) * passes)
 
 
 def sizes(task: TaskProfile) -> tuple[int, int, int]:
@@ -82,8 +82,8 @@ def sizes(task: TaskProfile) -> tuple[int, int, int]:
     )
 
 
-def parameters(job: Job) -> int:
-    """Number of parameters of the start model; its weights are not loaded.
+def parameters(job: Job, positions: int, vocab_size: int) -> int:
+    """Number of parameters of the start model, which reads so many tokens; its weights are not loaded.
 
     Raises:
         ValueError: Its configuration cannot be read.
@@ -92,8 +92,7 @@ def parameters(job: Job) -> int:
     config: Any
     if job.base is None:
         assert shape is not None
-        prompt, new, vocab_size = sizes(job.task)
-        config = model_config(shape, vocab_size, prompt + new, None, None)
+        config = model_config(shape, vocab_size, positions, None, None)
     else:
         try:
             config = AutoConfig.from_pretrained(job.base, trust_remote_code=False)

@@ -72,9 +72,8 @@ class Runs:
     @property
     def training_hours(self) -> float:
         """Hours of training after the warm starts; a row that trains nothing records the seconds of its warm start."""
-        return (
-            sum(record["seconds"] for record in self.records if record["policy_tokens"] + record["guide_tokens"]) / 3600
-        )
+        # Only rows that train something have arguments of their policy.
+        return sum(record["seconds"] for record in self.records if "policy" in record["hyperparameters"]) / 3600
 
     def of(self, task: str, algo: str) -> list[Record]:
         """The runs of one row on one task, by seed."""

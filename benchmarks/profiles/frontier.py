@@ -17,7 +17,15 @@ GROUP = {"group_size": 8, "kl_coef": 0.0, "scale": "batch"}
 RESCUE = {"dead_groups": "rescue", "rescue_fractions": (0.25, 0.5, 0.84)}
 CRITIC = {"kl_coef": 0.0}
 DISTILL = Row("sl", {"targets": "guide", "samples_per_prompt": 4, "min_reward": 1.0, "n_epochs": 4}, env=GUIDE)
-CURRICULA = ("uniform", "cosine", "stages", "adaback", "trend", "pope")
+CURRICULA = {
+    "uniform": "uniform",
+    # About as many iterations as the tokens last for.
+    "cosine": {"name": "cosine", "iterations": 80},
+    "stages": {"name": "stages", "stages": (0.75, 0.5, 0.25, 0.0), "iterations": 25},
+    "adaback": "adaback",
+    "trend": "trend",
+    "pope": "pope",
+}
 
 ROWS = {
     "start": Row("sl"),
@@ -31,7 +39,7 @@ ROWS = {
     "grpo-prefix-rl": Row("grpo", {**GROUP, "curriculum": "prefix-rl"}),
     "ppo++": Row("ppo++", CRITIC, env=GUIDE),
     "d2lols": Row("d2lols", CRITIC, env=GUIDE),
-    **{f"grpo-{name}": Row("grpo", {**GROUP, "curriculum": name}, env=GUIDE) for name in CURRICULA},
+    **{f"grpo-{name}": Row("grpo", {**GROUP, "curriculum": rule}, env=GUIDE) for name, rule in CURRICULA.items()},
     "grpo-rescue": Row("grpo", {**GROUP, **RESCUE}, env=GUIDE),
     "distill-grpo": Row("grpo", GROUP, after=DISTILL),
     "distill-ppo": Row("ppo", CRITIC, after=DISTILL),
@@ -65,7 +73,7 @@ PARITIES = TaskProfile(
         "minibatch_size": 64,
         "learning_rate": 5e-4,
     },
-    tokens=2_000_000,
+    tokens=1_000_000,
     rl={
         "episodes_per_iteration": 256,
         "minibatch_size": 64,
@@ -90,11 +98,12 @@ STEPS = {
     "minibatch=256": {"minibatch_size": 256},
 }
 PREFIXES = {"rescue-2": (0.5, 0.84), "rescue-5": (0.17, 0.33, 0.5, 0.67, 0.84)}
-TRIED = {
+TRIED: dict[str, Row] = {
     f"{name} {step}": replace(ROWS[name], arguments={**ROWS[name].arguments, **change})
     for name in ("ppo", "grpo", "grpo-adaback", "grpo-rescue")
     for step, change in STEPS.items()
-} | {
+}
+TRIED |= {
     name: Row("grpo", {**GROUP, **RESCUE, "rescue_fractions": fractions}, env=GUIDE)
     for name, fractions in PREFIXES.items()
 }

@@ -42,7 +42,7 @@ def results(analysis: Analysis) -> Table:
         note += f" Normalised, 0 is the mean of {ZERO} and 1 that of {ONE}."
     note += (
         " Best checkpoint: mean test reward of the one with the best validation reward. Perplexity is under the start "
-        "model; KL is to the supervised policy, in nats a text at the last iteration."
+        "model; KL is to the policy that the row's reinforcement learning started from, in nats a text at the last iteration."
     )
     if any(record["hyperparameters"]["best_of"] > 1 for record in runs.records):
         note += (
