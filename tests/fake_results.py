@@ -120,6 +120,7 @@ def record(
             "decoding": {"top_k": 50},
             "learning_rate": 1e-4,
             "note": text or "",
+            **({"policy": {}} if trains else {}),
         },
         "final_reward": float(rewards.mean()),
         "best_reward": float(rewards.mean()) + 0.002,

@@ -158,6 +158,14 @@ def test_a_row_can_be_the_start_model_which_has_learned_easier_problems(records,
     assert policy.prompt_columns == 1
 
 
+def test_tasks_that_differ_after_the_start_model_share_it(out, tmp_path):
+    other = replace(LOCK, supervised={**LOCK.supervised, "learning_rate": 1e-3})
+    both = Benchmark(replace(LOCKS, tasks={"lock": LOCK, "other": other}), None, None, tmp_path)
+    lock, again = (both.warm_start(task, lambda *_: None) for task in ("lock", "other"))
+    assert lock.start_model == again.start_model
+    assert lock.supervised != again.supervised
+
+
 def test_a_chain_needs_tokens_for_its_second_stage(tmp_path):
     short = replace(LOCKS, tasks={"lock": replace(LOCK, tokens=1000)})
     benchmark = Benchmark(short, None, None, tmp_path)
@@ -197,6 +205,13 @@ def test_the_report_has_every_row_with_pass_at_1_and_the_largest_k(out, records)
     row = next(line.split("|") for line in rows if " distill " in line)
     for k in ("1", "4"):
         assert float(row[columns.index(f"pass@{k}")]) == pytest.approx(records["distill"]["pass_at"][k], abs=6e-4)
+    never = [count == 0 for count in records["start"]["evaluation"]["successes"]]
+    now = [
+        count > 0
+        for count, unsolved in zip(records["distill"]["evaluation"]["successes"], never, strict=True)
+        if unsolved
+    ]
+    assert float(row[columns.index("newly solved")]) == pytest.approx(np.mean(now), abs=6e-4)
     results = table[: table.index("**Across tasks")]
     assert [line.split("|")[2].strip() for line in results.splitlines() if line.startswith("| lock")] == LOCKS.rows
 

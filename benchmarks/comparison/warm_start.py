@@ -124,20 +124,25 @@ def start_model(
         shared: What the model and the supervised policy both depend on: "seed" and "dtype" among it.
         report: Called with what is happening.
     """
-    shape, arguments = profile.language_model, dict(profile.env)
+    shape, easier, arguments = profile.language_model, env, dict(profile.env)
     assert shape is not None
     if shape.env:
         # Prompts in as many columns as the task's: the policy remembers where they end.
         arguments = {**arguments, "max_prompt_tokens": env.max_prompt_tokens, **shape.env}
-        env = make_env(profile.env_id, num_envs=1, source=source, tokenizer=env.tokenizer, **arguments)
-    recipe = {**shared, "start_model": shape.settings(), "data": _data_of(env), **_environment(env, arguments)}
+        easier = make_env(profile.env_id, num_envs=1, source=source, tokenizer=env.tokenizer, **arguments)
+    recipe = {
+        **shared,
+        "start_model": shape.settings(),
+        "positions": env.max_prompt_tokens + env.max_new_tokens,
+        "data": _data_of(easier),
+        **_environment(easier, arguments),
+    }
     with _made_once("start_models", recipe) as (folder, made):
         if made is not None:
             CausalLMPolicy(initial_model(env, shape, shared["seed"]), env.tokenizer).save_pretrained(made)
             policy = load_policy(made, shared["dtype"])
-            learn(
-                policy, env, {"loss_on": "text", **shape.training}, shared["seed"], made, partial(report, "start model")
-            )
+            training = {"loss_on": "text", **shape.training}
+            learn(policy, easier, training, shared["seed"], made, partial(report, "start model"))
     return folder
 
 

@@ -8,7 +8,9 @@ in all episodes, those of attempts that were replaced included. Supervised rows 
 Settings are those of first pilots with one seed; they were not searched for yet, neither for plain nor for guided rows.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.profiles import LanguageModel, Profile, Row, TaskProfile
 
@@ -91,7 +93,7 @@ PARITIES = TaskProfile(
 FRONTIER = Profile(name="frontier", source="mini", tasks={"parities": PARITIES}, default=tuple(ROWS))
 
 # What was searched, on validation prompts with one seed: the same steps for rows that play alone as for guided ones.
-STEPS = {
+STEPS: dict[str, dict[str, Any]] = {
     "lr=5e-5": {"learning_rate": 5e-5},
     "lr=1e-4": {},
     "lr=2e-4": {"learning_rate": 2e-4},
@@ -112,4 +114,43 @@ SEARCH = Profile(
     source="mini",
     tasks={"parities": replace(PARITIES, rows=TRIED, tokens=500_000)},
     default=tuple(TRIED),
+)
+
+# The map (`benchmarks.report.map`): what pays, by the start policy's chance of success and by the guide. A start has
+# imitated a guide with this accuracy; the guide "half" is right in the first half of a chain, and guesses the rest.
+STARTS = (0.55, 0.7, 0.85)
+GUIDES: dict[str, dict[str, Any]] = {
+    "0.6": {"guide_accuracy": 0.6},
+    "0.8": {"guide_accuracy": 0.8},
+    "half": {"guide_accuracy": 1.0, "guide_links": 6},
+    "1": {"guide_accuracy": 1.0},
+}
+
+
+def guided(guide: Mapping[str, Any]) -> dict[str, Row]:
+    """Ways to use a guide."""
+    distill = replace(DISTILL, arguments={**DISTILL.arguments, "samples_per_prompt": 8}, env=guide)
+    return {
+        "distill": distill,
+        "distill-grpo": Row("grpo", GROUP, after=distill),
+        "grpo-adaback": Row("grpo", {**GROUP, "curriculum": "adaback"}, env=guide),
+        "grpo-rescue": Row("grpo", {**GROUP, **RESCUE}, env=guide),
+    }
+
+
+MAP_ROWS = {
+    "start": ROWS["start"],
+    "grpo": ROWS["grpo"],
+    **{f"{name}@{guide}": row for guide, settings in GUIDES.items() for name, row in guided(settings).items()},
+}
+MAP = Profile(
+    name="frontier-map",
+    source="mini",
+    tasks={
+        f"start-{accuracy}": replace(
+            PARITIES, env={**PARITIES.env, "guide_accuracy": accuracy}, rows=MAP_ROWS, tokens=500_000
+        )
+        for accuracy in STARTS
+    },
+    default=tuple(MAP_ROWS),
 )

@@ -22,6 +22,8 @@ from benchmarks.report.intervals import (
 # Normalised scores: 0 is the supervised policy that all others start from, 1 the best of four of its completions,
 # chosen by the same reward that judges them.
 ZERO, ONE = "sl", "best-of-4"
+# The policy that all rows start from, in profiles of hard problems.
+START = "start"
 # Rows that every other is compared with in the Markdown tables.
 BASELINES = ("sl", "ppo")
 
@@ -109,6 +111,25 @@ class Analysis:
             [record["metrics"].get(metric) or 0.0 for record in self.runs.of(task, algo)] for algo in (first, second)
         ]
         return ratio(*values) if all(values) and min(map(min, values)) > 0 else None
+
+    def newly_solved(self, task: str, algo: str) -> float:
+        """Of the test prompts that no text of the row `START` solved, the share that a row's texts solve.
+
+        Returns:
+            The mean over the seeds of both rows; NaN if there are none with several texts per prompt, or no such
+            prompts.
+        """
+        counts = [
+            {record["seed"]: np.array(record["evaluation"].get("successes", ())) for record in self.runs.of(task, name)}
+            for name in (START, algo)
+        ]
+        start, own = counts
+        shares = [
+            float((own[seed][start[seed] == 0] > 0).mean())
+            for seed in start.keys() & own.keys()
+            if start[seed].shape == own[seed].shape and (start[seed] == 0).any()
+        ]
+        return mean(shares)
 
     def summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Per task and row: `iqm`, `ci_low` and `ci_high` (None from one seed) of the test reward, `seeds`, `metrics`.

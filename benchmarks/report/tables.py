@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from benchmarks.comparison.results import Record
-from benchmarks.report.analysis import BASELINES, ONE, ZERO, Analysis, mean
+from benchmarks.report.analysis import BASELINES, ONE, START, ZERO, Analysis, mean
 from benchmarks.report.intervals import coverage
 from benchmarks.report.table import Cell, Table
 
@@ -23,6 +23,7 @@ def results(analysis: Analysis) -> Table:
     handed_off = any(_hands_off(record) for record in runs.records)
     normalised = bool(analysis.scales)
     ks = _least_and_most(runs.records)
+    newly = any(np.isfinite(analysis.newly_solved(task, algo)) for task, algo, _ in runs.groups())
     rows: list[dict[str, Cell]] = []
     for task, algo, group in runs.groups():
         score = analysis.reward(task, algo)
@@ -32,6 +33,8 @@ def results(analysis: Analysis) -> Table:
             row["normalised"] = number((score.value - zero) / (one - zero), ".2f")
         row["best checkpoint"] = f"{mean(record['best_reward'] for record in group):.3f}"
         row |= _pass_at(group, ks)
+        if newly:
+            row["newly solved"] = number(analysis.newly_solved(task, algo), ".3f")
         row |= {label: number(mean(run["metrics"].get(name) for run in group)) for name, label in FLUENCY.items()}
         row["KL"] = number(mean(run["history"][-1].get("kl") if run["history"] else None for run in group))
         if handed_off:
@@ -42,7 +45,8 @@ def results(analysis: Analysis) -> Table:
         note += f" Normalised, 0 is the mean of {ZERO} and 1 that of {ONE}."
     note += (
         " Best checkpoint: mean test reward of the one with the best validation reward. Perplexity is under the start "
-        "model; KL is to the policy that the row's reinforcement learning started from, in nats a text at the last iteration."
+        "model; KL is to the policy that a row's reinforcement learning started from, in nats a text at the last "
+        "iteration."
     )
     if any(record["hyperparameters"]["best_of"] > 1 for record in runs.records):
         note += (
@@ -51,6 +55,10 @@ def results(analysis: Analysis) -> Table:
         )
     if ks:
         note += " pass@k: the probability that one of k texts for a test prompt has a reward of 1."
+    if newly:
+        note += (
+            f" Newly solved: of the test prompts that no text of {START} solved, the share that one of a row's solves."
+        )
     if handed_off:
         note += (
             " Rows that were handed off learned when to let the guide finish a text; they are tested with the guide, "

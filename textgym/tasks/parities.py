@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from textgym import seeding
-from textgym.checks import check_one_of
+from textgym.checks import check, check_one_of, is_int
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
 from textgym.tasks.procedural import Difficulty, Puzzle, WithPuzzle, choose
@@ -28,12 +28,14 @@ class ChainOfParities(Puzzle):
         train_length: The same for the training split; None for `length`.
         copies_input: Whether each link repeats its bit of the prompt.
         fork: Whether there is an easy answer, worth half.
+        guide_links: Links whose parity the scripted guide knows, the first ones; it guesses the rest. None for all.
     """
 
     length: Difficulty = 16
     train_length: Difficulty | None = None
     copies_input: bool = False
     fork: bool = False
+    guide_links: int | None = None
 
     name = "parities"
     difficulties = {"length": 1}  # noqa: RUF012
@@ -42,6 +44,8 @@ class ChainOfParities(Puzzle):
         super().__post_init__()
         check_one_of("copies_input", self.copies_input, (False, True))
         check_one_of("fork", self.fork, (False, True))
+        valid = self.guide_links is None or (is_int(self.guide_links) and self.guide_links >= 0)
+        check("guide_links", self.guide_links, valid, "None or an int >= 0")
 
     @property
     def words(self) -> Sequence[str]:
@@ -87,7 +91,10 @@ class ChainOfParities(Puzzle):
         return HARD_WORTH if right and copied else 0.0
 
     def proceed(self, prompt: Sequence[str], text: list[str], draws: Sequence[float]) -> None:
-        """Write free bits uniformly, copies without an error, and parities that are right with `guide_accuracy`."""
+        """Write free bits uniformly, copies without an error, and parities that are right with `guide_accuracy`.
+
+        Those after `guide_links` are right with probability 1/2.
+        """
         x = [word for word in prompt if word in ("0", "1")]
         if self.fork and not text:
             text.append(EASY if draws[0] < TAKES_EASY else HARD)
@@ -104,7 +111,8 @@ class ChainOfParities(Puzzle):
             else:
                 before = text[-self.width] if link else "0"
                 parity = [before, text[1 - self.width], x[link]].count("1") % 2
-                text.append(choose("01"[parity], "10"[parity], self.guide_accuracy, draw))
+                knows = self.guide_links is None or link < self.guide_links
+                text.append(choose("01"[parity], "10"[parity], self.guide_accuracy if knows else 0.5, draw))
 
 
 class ChainOfParitiesEnv(WithPuzzle, TextEnv, puzzle=ChainOfParities):
@@ -130,8 +138,11 @@ class ChainOfParitiesEnv(WithPuzzle, TextEnv, puzzle=ChainOfParities):
         ``train_length``: the same for the training split, such as ``(1, 2, 3)``; by default that of ``length``.
         ``copies_input``: True for a chain Y1 X1 Z1 ..., in which X must repeat x; by default False.
         ``fork``: True for an easy answer beside the chain, by default False.
+        ``guide_links``: links whose Z the scripted guide knows, the first ones; it guesses the others. By default None,
+        all. Such a guide begins well and seldom succeeds.
 
-        A step of the scripted guide is a Z: it earns 1 with probability ``guide_accuracy ** L``.
+        A step of the scripted guide is a Z: it earns 1 with probability ``guide_accuracy ** L``, or if it knows K links
+        ``guide_accuracy ** K * 0.5 ** (L - K)``.
     """
 
 
