@@ -99,11 +99,20 @@ STEPS: dict[str, dict[str, Any]] = {
     "lr=2e-4": {"learning_rate": 2e-4},
     "minibatch=256": {"minibatch_size": 256},
 }
+SCALES = {
+    "scale=group": {"scale": "group"},
+    "scale=none": {"scale": "none"},
+}
 PREFIXES = {"rescue-2": (0.5, 0.84), "rescue-5": (0.17, 0.33, 0.5, 0.67, 0.84)}
 TRIED: dict[str, Row] = {
     f"{name} {step}": replace(ROWS[name], arguments={**ROWS[name].arguments, **change})
     for name in ("ppo", "grpo", "grpo-adaback", "grpo-rescue")
     for step, change in STEPS.items()
+}
+TRIED |= {
+    f"{name} {scale}": replace(ROWS[name], arguments={**ROWS[name].arguments, **change})
+    for name in ("grpo", "grpo-rescue")
+    for scale, change in SCALES.items()
 }
 TRIED |= {
     name: Row("grpo", {**GROUP, **RESCUE, "rescue_fractions": fractions}, env=GUIDE)

@@ -24,4 +24,4 @@ run imdb ppo-from-base,ppo++-from-base,d2lols-from-base 4
 
 # From results.jsonl alone: summary.json, table.md, curves.png, learning_curves.csv and report.html; then the page.
 python -m benchmarks.report benchmarks/results/small
-python -m benchmarks.findings benchmarks/results/small --page docs/evidence.md
+python -m benchmarks.report.findings benchmarks/results/small --page docs/evidence.md
