@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, gather_object, parse_flag_from_env
 from torch.distributed.tensor import DTensor
 
 from agents.rollout import Rollout
@@ -47,6 +48,7 @@ def make_accelerator(
         output_dir: Where trackers write.
 
     Raises:
+        ImportError: A tracker's package is not installed.
         ValueError: The processes were started in a way that is not supported.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
@@ -54,6 +56,11 @@ def make_accelerator(
             f"{algorithm} does not run under DeepSpeed; FSDP spreads the same over processes: accelerate launch "
             "--config_file examples/accelerate/fsdp.yaml"
         )
+    given = [track] if isinstance(track, str) or not isinstance(track, Sequence) else track
+    known, found = set(LoggerType.list()) - {LoggerType.ALL.value}, {str(name) for name in get_available_trackers()}
+    if missing := [name for name in given if isinstance(name, str) and name in known - found]:
+        # Accelerate would only leave them out.
+        raise ImportError(f"track needs the packages of its trackers, and there is none for {', '.join(missing)}")
     uses_fsdp()  # refuses what is not supported, before weights are loaded
     accelerator = Accelerator(
         # Without a GPU, the processes of torchrun would otherwise each train a policy alone.

@@ -211,6 +211,12 @@ def test_learning_evaluates_tracks_and_keeps_best_and_last(make_env, make_policy
     assert notebook.config["algorithm"] == "ppo"
 
 
+def test_a_tracker_without_its_package_is_refused(make_env, make_policy, monkeypatch):
+    monkeypatch.setattr("agents.processes.get_available_trackers", list)
+    with pytest.raises(ImportError, match="track needs the packages of its trackers, and there is none for wandb, aim"):
+        PPO(make_policy(), make_env(16), episodes_per_iteration=16, track=["wandb", "aim"])
+
+
 def test_checkpoints_that_an_end_came_between_are_those_of_an_unbroken_run(
     make_env, make_policy, tmp_path, monkeypatch
 ):

@@ -466,6 +466,7 @@ def test_render_colours_authors_apart():
         ({"guidance": {"restart_prob": 1}}, r"needs a guide"),
         ({"guidance": {"restart_prob": 1.5}}, r"restart_prob must be .*got 1.5"),
         ({"guide": 3}, r"guide must be .*got int"),
+        ({"guide": "refrences"}, r"guide must be 'references', .*got 'refrences'"),
         ({"reward": "no such reward"}, r"reward must be .*no such reward"),
         ({"source": "/no/such/folder"}, r"source .*/no/such/folder"),
         ({"tokenizer": 3}, r"tokenizer must be .*got int"),

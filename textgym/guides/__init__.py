@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 
 from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest
 from textgym.guides.references import ReferenceGuide
@@ -25,6 +26,11 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
         return guide
     if guide == "references":
         return ReferenceGuide()
+    if isinstance(guide, str) and get_close_matches(guide, ["references", "scripted"], cutoff=0.8):
+        raise ValueError(
+            "guide must be 'references', 'scripted' (where the environment has such a guide), or the hub id or path "
+            f"of a language model, got {guide!r}"
+        )
     if isinstance(guide, str | os.PathLike):
         from textgym.guides.local import LocalGuide  # imports transformers, which guides behind a server do without
 
