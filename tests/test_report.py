@@ -373,8 +373,8 @@ def test_claims_are_judged_by_intervals(results, tmp_path):
         heading, found, block = re.search(
             rf"\*\*(`{re.escape(row)}` above `{baseline}`.*?)\*\* \((.*?)\)\.\n\n((?:- .*\n)*)", text
         ).groups()
-        assert heading.endswith("holds" if len(above) >= 2 else "does not hold on 2 tasks")
-        assert found.endswith(f"of {len(summary)}")
+        assert heading.endswith("holds" if len(above) >= 2 else "does not hold")
+        assert found.endswith(f"of {len(summary)} tasks; it takes 2")
         for task in summary:
             sentence = re.search(rf"^- {task}: (.*)$", block, re.MULTILINE)[1]
             assert sentence.startswith("above:" if task in above else "not told apart:")
@@ -397,10 +397,10 @@ def test_a_claim_fails_where_perplexity_rises_or_runs_are_missing(tmp_path):
     page.write_text("<!-- claims --><!-- / -->")
     fill_page(tmp_path, page)
     first, second, third = re.findall(r"\*\* \((.*)\)\.\n\n- imdb: (.*)", page.read_text())
-    assert first[0] == "on none of 1"
+    assert first[0] == "on none of 1 task; it takes 1"
     assert first[1].startswith("above:")
     assert first[1].endswith("times that of ppo, higher.")
-    assert second[0] == "on imdb of 1"
+    assert second[0] == "on imdb of 1 task; it takes 1"
     assert third[1] == "no run of sl."
 
 

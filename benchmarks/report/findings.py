@@ -28,7 +28,7 @@ from benchmarks.report.analysis import Analysis
 from benchmarks.report.write import PICTURE
 
 # (row, baseline, whether the row's perplexity must not be higher): the row's interval of test reward lies above the
-# baseline's on at least `TASKS_NEEDED` tasks.
+# baseline's on at least `TASKS_NEEDED` tasks, or on all where there are fewer.
 CLAIMS: tuple[tuple[str, str, bool], ...] = (("d2lols", "ppo", True), ("ppo++", "ppo", True), ("ppo", "sl", False))
 TASKS_NEEDED = 2
 
@@ -84,9 +84,9 @@ class Findings:
         tested = tables.listed([f"{count} prompts of {task}" for task, count in prompts.items()])
         return (
             f"{len(runs.records)} runs of profile `{runs.records[0]['profile']}`: {len(runs.algos)} rows with "
-            f"{' or '.join(map(str, seeds))} seeds, {runs.training_hours:.1f} hours of training after the warm starts, "
-            f"tested on {tested}. Numbers here were written by `python -m benchmarks.report.findings "
-            f"{os.path.relpath(self.folder)} --page {os.path.relpath(self.page)}`."
+            f"{' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}, {runs.training_hours:.1f} hours of training "
+            f"after the warm starts, tested on {tested}. Numbers here were written by `python -m "
+            f"benchmarks.report.findings {os.path.relpath(self.folder)} --page {os.path.relpath(self.page)}`."
         )
 
     def curves(self) -> str:
@@ -128,10 +128,12 @@ class Findings:
             judged = {task: self.claim(task, row, baseline, fluent) for task in tasks}
             where = [task for task, (holds, _) in judged.items() if holds]
             claim = f"`{row}` above `{baseline}`{', its perplexity no higher' if fluent else ''}"
-            outcome = "holds" if len(where) >= TASKS_NEEDED else f"does not hold on {TASKS_NEEDED} tasks"
-            found = f"on {tables.listed(where)}" if where else "on none"
+            needed = min(TASKS_NEEDED, len(tasks))
+            outcome = "holds" if len(where) >= needed else "does not hold"
+            found = tables.listed(where) if where else "none"
             lines = [f"- {task}: {sentence}" for task, (_, sentence) in judged.items()]
-            parts.append("\n".join([f"**{claim}: {outcome}** ({found} of {len(tasks)}).", "", *lines]))
+            counted = f"on {found} of {_count(len(tasks), 'task')}; it takes {needed}"
+            parts.append("\n".join([f"**{claim}: {outcome}** ({counted}).", "", *lines]))
         return "\n\n".join(parts)
 
     def claim(self, task: str, row: str, baseline: str, fluent: bool) -> tuple[bool, str]:
@@ -142,7 +144,7 @@ class Findings:
         first, second = analysis.reward(task, row), analysis.reward(task, baseline)
         verdict, seeds = first.against(second), [len(analysis.runs.of(task, algo)) for algo in (row, baseline)]
         sentences = [
-            f"{verdict}: test reward {first:.3f} over {seeds[0]} seeds against {second:.3f} over {seeds[1]}"
+            f"{verdict}: test reward {first:.3f} over {_count(seeds[0], 'seed')} against {second:.3f} over {seeds[1]}"
             + ("" if min(seeds) > 1 else ", and one seed has no interval")
         ]
         if difference := analysis.differences.get((task, row, baseline)):
@@ -153,6 +155,11 @@ class Findings:
         sentences.append(f"perplexity {ratio:.3f} times that of {baseline}, {told}" if ratio else "perplexity unknown")
         holds = verdict == "above" and (not fluent or told in ("lower", "not told apart"))
         return holds, "; ".join(sentences) + "."
+
+
+def _count(number: int, thing: str) -> str:
+    """A number of things, in the singular or the plural."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def fill_page(folder: tyro.conf.Positional[Path], page: Path) -> None:
