@@ -43,8 +43,9 @@ ROWS = {
     "d2lols": Row("d2lols", CRITIC, env=GUIDE),
     **{f"grpo-{name}": Row("grpo", {**GROUP, "curriculum": rule}, env=GUIDE) for name, rule in CURRICULA.items()},
     "grpo-rescue": Row("grpo", {**GROUP, **RESCUE}, env=GUIDE),
-    "distill-grpo": Row("grpo", GROUP, after=DISTILL),
-    "distill-ppo": Row("ppo", CRITIC, after=DISTILL),
+    # A policy that succeeds loses what it knows in the steps that one without success needs.
+    "distill-grpo": Row("grpo", {**GROUP, "learning_rate": 1e-5}, after=DISTILL),
+    "distill-ppo": Row("ppo", {**CRITIC, "learning_rate": 1e-5}, after=DISTILL),
 }
 
 PARITIES = TaskProfile(
@@ -103,6 +104,12 @@ SCALES = {
     "scale=group": {"scale": "group"},
     "scale=none": {"scale": "none"},
 }
+SMALLER_STEPS: dict[str, dict[str, Any]] = {
+    "lr=1e-5": {"learning_rate": 1e-5},
+    "lr=3e-5": {"learning_rate": 3e-5},
+    "minibatch=256": {"minibatch_size": 256},
+    "lr=1e-4": {},
+}
 PREFIXES = {"rescue-2": (0.5, 0.84), "rescue-5": (0.17, 0.33, 0.5, 0.67, 0.84)}
 TRIED: dict[str, Row] = {
     f"{name} {step}": replace(ROWS[name], arguments={**ROWS[name].arguments, **change})
@@ -113,6 +120,10 @@ TRIED |= {
     f"{name} {scale}": replace(ROWS[name], arguments={**ROWS[name].arguments, **change})
     for name in ("grpo", "grpo-rescue")
     for scale, change in SCALES.items()
+}
+TRIED |= {
+    f"distill-grpo {name}": replace(ROWS["distill-grpo"], arguments={**GROUP, **change})
+    for name, change in SMALLER_STEPS.items()
 }
 TRIED |= {
     name: Row("grpo", {**GROUP, **RESCUE, "rescue_fractions": fractions}, env=GUIDE)
@@ -141,7 +152,7 @@ def guided(guide: Mapping[str, Any]) -> dict[str, Row]:
     distill = replace(DISTILL, arguments={**DISTILL.arguments, "samples_per_prompt": 8}, env=guide)
     return {
         "distill": distill,
-        "distill-grpo": Row("grpo", GROUP, after=distill),
+        "distill-grpo": Row("grpo", {**GROUP, "learning_rate": 1e-5}, after=distill),
         "grpo-adaback": Row("grpo", {**GROUP, "curriculum": "adaback"}, env=guide),
         "grpo-rescue": Row("grpo", {**GROUP, **RESCUE}, env=guide),
     }
