@@ -356,7 +356,8 @@ class Algorithm(ABC):
         self.history = state["history"]
         load_optimizer(self.optimizer, state["optimizer"])
         self.env.set_state(own_state(self.accelerator, state["env"]))
-        self.env.keep_texts(state["guide_texts"])
+        if "guide_texts" in state:  # not in checkpoints of older versions
+            self.env.keep_texts(state["guide_texts"])
 
     def models(self) -> dict[str, nn.Module]:
         """The models of a checkpoint other than the policy, by file name without suffix."""

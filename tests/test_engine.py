@@ -657,6 +657,14 @@ def test_prefixes_by_fraction_are_cut_from_one_text_of_the_guide():
     assert len(asked) == len({request.prompt for request in asked}) <= len(ROWS), "each text is written once"
     assert all(request.max_new_tokens == HORIZON and not request.prefix_ids for request in asked)
 
+    assert env.guide_tokens_written == sum(map(len, env.guide_texts(range(len(ROWS)))))
+    # Another environment that is given the texts asks for none of them.
+    asked.clear()
+    heir = vector(6, guide=CallableGuide(counted))
+    heir.keep_texts(pickle.loads(pickle.dumps(env.kept_texts())))
+    assert heir.guide_texts(range(len(ROWS))) == env.guide_texts(range(len(ROWS)))
+    assert (asked, heir.guide_tokens_written) == ([], 0)
+
     # By the definition, each row with its own fraction; another environment sees the same texts.
     fractions = np.linspace(0, 1, 6)
     other = vector(6, guide=CallableGuide(random_writer))

@@ -570,7 +570,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         return {"keys": np.array(list(self._kept_texts), np.uint64), "ids": ids, "finished": finished}
 
     def keep_texts(self, texts: Mapping[str, np.ndarray]) -> None:
-        """Keep these texts of the guide, which `kept_texts` returned, in the place of those that are kept."""
+        """Keep these texts in the place of others; `kept_texts` of an environment with the same guide returned them."""
         rows = zip(texts["keys"].tolist(), texts["ids"], texts["finished"].tolist(), strict=True)
         self._kept_texts = {key: (ids[ids >= 0].tolist(), finished) for key, ids, finished in rows}
 
