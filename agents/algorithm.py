@@ -53,7 +53,8 @@ class Algorithm(ABC):
         hyperparameters: The arguments, except the objects `policy`, `env`, `eval_env` and `track`.
         history: One record per iteration: metric name to number.
         num_timesteps: Policy tokens so far.
-        num_guide_tokens: Tokens that the guide has written so far, each once, wherever they were read again.
+        num_guide_tokens: Tokens that the guide has written so far, in all processes; parts of kept texts that are read
+            again do not count again.
         num_episodes: Episodes so far.
         iteration: Iterations so far: 0 during the first one.
         optimizer: The optimiser, whose state a checkpoint holds.
@@ -190,7 +191,10 @@ class Algorithm(ABC):
 
     @abstractmethod
     def iterate(self) -> dict[str, Any]:
-        """Run one iteration, advance the counters of tokens and episodes, and return its record."""
+        """Run one iteration, advance the counters of policy tokens and episodes, and return its record.
+
+        The guide's tokens are counted from those that the environment's guide has written meanwhile.
+        """
 
     def score(self, record: Mapping[str, Any]) -> float | None:
         """The policy's score in an iteration's record, higher is better; None if it was not evaluated."""
@@ -356,7 +360,7 @@ class Algorithm(ABC):
         self.history = state["history"]
         load_optimizer(self.optimizer, state["optimizer"])
         self.env.set_state(own_state(self.accelerator, state["env"]))
-        if "guide_texts" in state:  # not in checkpoints of older versions
+        if "guide_texts" in state:  # not in those of `SL`, nor of older versions
             self.env.keep_texts(state["guide_texts"])
 
     def models(self) -> dict[str, nn.Module]:

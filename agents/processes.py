@@ -56,11 +56,7 @@ def make_accelerator(
             f"{algorithm} does not run under DeepSpeed; FSDP spreads the same over processes: accelerate launch "
             "--config_file examples/accelerate/fsdp.yaml"
         )
-    given = [track] if isinstance(track, str) or not isinstance(track, Sequence) else track
-    known, found = set(LoggerType.list()) - {LoggerType.ALL.value}, {str(name) for name in get_available_trackers()}
-    if missing := [name for name in given if isinstance(name, str) and name in known - found]:
-        # Accelerate would only leave them out.
-        raise ImportError(f"track needs the packages of its trackers, and there is none for {', '.join(missing)}")
+    check_trackers(track)
     uses_fsdp()  # refuses what is not supported, before weights are loaded
     accelerator = Accelerator(
         # Without a GPU, the processes of torchrun would otherwise each train a policy alone.
@@ -81,6 +77,21 @@ def make_accelerator(
             "Accelerator before the algorithm, or set ACCELERATE_USE_CPU=true where there is no GPU"
         )
     return accelerator
+
+
+def check_trackers(track: str | GeneralTracker | Sequence[str | GeneralTracker] | None) -> None:
+    """Check that the packages of Accelerate's trackers are installed; Accelerate would only leave them out.
+
+    Raises:
+        ImportError: One is not.
+    """
+    given = [track] if isinstance(track, str) or not isinstance(track, Sequence) else track
+    known, found = {*LoggerType.list()} - {LoggerType.ALL.value}, {str(name) for name in get_available_trackers()}
+    if missing := [str(name) for name in given if isinstance(name, str | LoggerType) and str(name) in known - found]:
+        raise ImportError(
+            f"track needs the packages of its trackers, and those of {', '.join(missing)} are not installed "
+            '(tensorboard: pip install "textgym[track]")'
+        )
 
 
 def share(accelerator: Accelerator, items: Items) -> Items:

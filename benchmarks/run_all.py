@@ -71,8 +71,6 @@ def run_all(
     from textgym.packages import require
 
     require("report", "a benchmark's report", "jinja2", "plotly", "sacrebleu")  # now, not after the runs
-    if "tensorboard" in track:
-        require("track", "--track tensorboard", "tensorboard")  # Accelerate would only leave it out
     console = Console()
     chosen = load_profile(profile)
     own = dict(row_of(given) for given in algo)
@@ -94,11 +92,13 @@ def run_all(
         from transformers.utils.logging import disable_progress_bar
 
         import textgym  # noqa: F401  (registers the environments)
+        from agents.processes import check_trackers
         from benchmarks.comparison import cost, schedule
         from benchmarks.comparison.jobs import Run
         from benchmarks.comparison.runner import Benchmark
         from benchmarks.report.write import write_report
 
+    check_trackers(track)
     disable_progress_bar()  # one display is enough
     folder = Path(out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"))
     benchmark = Benchmark(chosen, source, base, folder, dtype, compile, track, encoder)

@@ -213,7 +213,9 @@ def test_learning_evaluates_tracks_and_keeps_best_and_last(make_env, make_policy
 
 def test_a_tracker_without_its_package_is_refused(make_env, make_policy, monkeypatch):
     monkeypatch.setattr("agents.processes.get_available_trackers", list)
-    with pytest.raises(ImportError, match="track needs the packages of its trackers, and there is none for wandb, aim"):
+    with pytest.raises(
+        ImportError, match="track needs the packages of its trackers, and those of wandb, aim are not installed"
+    ):
         PPO(make_policy(), make_env(16), episodes_per_iteration=16, track=["wandb", "aim"])
 
 

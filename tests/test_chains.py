@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +165,7 @@ def test_tasks_that_differ_after_the_start_model_share_it(out, tmp_path):
     both = Benchmark(replace(LOCKS, tasks={"lock": LOCK, "other": other}), None, None, tmp_path)
     lock, again = (both.warm_start(task, lambda *_: None) for task in ("lock", "other"))
     assert lock.start_model == again.start_model
+    assert json.loads((Path(lock.start_model).parent / "recipe.json").read_text())["task"] == "lock"
     assert lock.supervised != again.supervised
 
 
@@ -181,7 +184,7 @@ def test_the_cost_of_a_budget_in_tokens_is_at_most_an_iteration_more(records, ou
         assert estimates[row].tokens >= record["policy_tokens"] + record["guide_tokens"]
     assert estimates["start"].tokens == 0 < estimates["start"].flop
     start = load_policy(benchmark.warm_start("lock", lambda *_: None).start_model, "float32").model
-    assert parameters(benchmark.jobs["lock", "start"], 1 + LOCK.env["length"], 12) == start.num_parameters()
+    assert parameters(benchmark.jobs["lock", "start"], 1 + LOCK.env["length"], 6) == start.num_parameters()
 
 
 def test_records_have_pass_at_k_and_successes_per_prompt(records):

@@ -21,6 +21,7 @@ from textgym import Guidance, Task, seeding
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
 from textgym.guides import Author, CallableGuide, Completion
+from textgym.tasks.parities import ChainOfParitiesVectorEnv
 from textgym.tokenization import train_tokenizer
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "sea", "hill", "tree"]
@@ -664,6 +665,13 @@ def test_prefixes_by_fraction_are_cut_from_one_text_of_the_guide():
     heir.keep_texts(pickle.loads(pickle.dumps(env.kept_texts())))
     assert heir.guide_texts(range(len(ROWS))) == env.guide_texts(range(len(ROWS)))
     assert (asked, heir.guide_tokens_written) == ([], 0)
+    # Those of another guide are not taken for its own.
+    puzzles = [
+        ChainOfParitiesVectorEnv(1, length=4, guide_accuracy=accuracy, train_problems=8) for accuracy in (0.0, 1.0)
+    ]
+    wrong, right = (puzzle.guide_texts(range(8)) for puzzle in puzzles)
+    puzzles[1].keep_texts(puzzles[0].kept_texts())
+    assert puzzles[1].guide_texts(range(8)) == right != wrong
 
     # By the definition, each row with its own fraction; another environment sees the same texts.
     fractions = np.linspace(0, 1, 6)

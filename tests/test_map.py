@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import tyro
 from fake_results import record
 
+from benchmarks.comparison.jobs import resolve
 from benchmarks.comparison.results import Runs, append_result
+from benchmarks.profiles.frontier import FRONTIER, MAP, SEARCH
 from benchmarks.report.analysis import Analysis
 from benchmarks.report.map import Cell, cells, main
 
@@ -44,8 +47,22 @@ def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     for run in records():
         append_result(tmp_path, run)
-    main(tmp_path, tmp_path / "map.png")
+    tyro.cli(main, args=[str(tmp_path), "--out", str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_that_has_not_run_leaves_its_cell_out_and_other_seeds_are_not_compared():
+    partly = cells(Analysis(Runs(records({"weak": {"start": 0.0, "distill@1": 0.8}, "new": {"start": 0.0}}))))
+    assert [*partly] == [("weak", "1")]
+    runs = records({"weak": {"start": 0.0, "distill@1": 0.8}})
+    runs[0]["seed"] = 1
+    with pytest.raises(ValueError, match="task weak must have a run of distill@1 and of start with one seed"):
+        cells(Analysis(Runs(runs)))
+
+
+@pytest.mark.parametrize("profile", [FRONTIER, SEARCH, MAP], ids=lambda profile: profile.name)
+def test_every_row_of_the_frontier_can_be_run(profile):
+    assert len(resolve(profile, None, {})) == len(profile.tasks) * len(profile.rows)
 
 
 def test_what_is_missing_is_named():

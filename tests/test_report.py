@@ -374,7 +374,7 @@ def test_claims_are_judged_by_intervals(results, tmp_path):
             rf"\*\*(`{re.escape(row)}` above `{baseline}`.*?)\*\* \((.*?)\)\.\n\n((?:- .*\n)*)", text
         ).groups()
         assert heading.endswith("holds" if len(above) >= 2 else "does not hold")
-        assert found.endswith(f"of {len(summary)} tasks; it takes 2")
+        assert found.endswith(f"of {len(summary)} tasks; needed on 2")
         for task in summary:
             sentence = re.search(rf"^- {task}: (.*)$", block, re.MULTILINE)[1]
             assert sentence.startswith("above:" if task in above else "not told apart:")
@@ -397,10 +397,10 @@ def test_a_claim_fails_where_perplexity_rises_or_runs_are_missing(tmp_path):
     page.write_text("<!-- claims --><!-- / -->")
     fill_page(tmp_path, page)
     first, second, third = re.findall(r"\*\* \((.*)\)\.\n\n- imdb: (.*)", page.read_text())
-    assert first[0] == "on none of 1 task; it takes 1"
+    assert first[0] == "on none of 1 task; needed on 1"
     assert first[1].startswith("above:")
     assert first[1].endswith("times that of ppo, higher.")
-    assert second[0] == "on imdb of 1 task; it takes 1"
+    assert second[0] == "on imdb of 1 task; needed on 1"
     assert third[1] == "no run of sl."
 
 
@@ -425,10 +425,11 @@ def test_passages_of_one_number_stand_in_sentences(results, tmp_path):
     assert "?" not in text
 
 
-def test_what_is_published_is_what_the_results_say(monkeypatch):
+@pytest.mark.parametrize(("results", "page"), [("small", "evidence"), ("frontier", "frontier")])
+def test_what_is_published_is_what_the_results_say(results, page, monkeypatch):
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
-    folder, page = Path("benchmarks/results/small"), Path("docs/evidence.md")
+    folder, page = Path("benchmarks/results", results), Path("docs", f"{page}.md")
     analysis = Analysis(Runs.read(folder))
     published = json.loads((folder / "summary.json").read_text())
     assert published == json.loads(json.dumps(analysis.summary()))

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from enum import IntEnum
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal, Never
@@ -550,7 +551,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             for (prompt, prompt_ids, references), seed in zip(encoded, seeds, strict=True)
         ]
         # With the tokens that end a text, because these say where a guide's text is cut.
-        keys = [_key(request, self.end_token_ids) for request in requests]
+        guide = getattr(self.guide, "fingerprint", None) or (
+            repr(self.guide) if is_dataclass(self.guide) else type(self.guide).__qualname__
+        )
+        keys = [_key(guide, request, self.end_token_ids) for request in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._kept_texts}
         contexts = [Context(request.prompt_ids, self.in_template(request.prompt)) for request in new.values()]
         self._kept_texts |= zip(new, self._complete(list(new.values()), contexts), strict=True)
@@ -560,17 +564,21 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """The guide's texts that are kept, for `keep_texts` of another environment.
 
         Returns:
-            ``keys`` (uint64 (n,)), of their requests; ``ids`` (int64 (n, T)), followed by -1; ``finished`` (bool (n,)),
+            ``keys`` (uint64 (n,)), of their requests; ``ids`` (int32 (n, T)), followed by -1; ``finished`` (bool (n,)),
             whether the guide ended them.
         """
-        ids = np.full((len(self._kept_texts), self.max_new_tokens), -1, np.int64)
+        ids = np.full((len(self._kept_texts), self.max_new_tokens), -1, np.int32)
         for row, (text, _) in zip(ids, self._kept_texts.values(), strict=True):
             row[: len(text)] = text
         finished = np.array([finished for _, finished in self._kept_texts.values()], bool)
         return {"keys": np.array(list(self._kept_texts), np.uint64), "ids": ids, "finished": finished}
 
     def keep_texts(self, texts: Mapping[str, np.ndarray]) -> None:
-        """Keep these texts in the place of others; `kept_texts` of an environment with the same guide returned them."""
+        """Keep these texts, which `kept_texts` returned, in the place of others.
+
+        Those of another guide are not used, as far as guides can be told apart: by their fingerprint, the settings of a
+        dataclass, or else their class.
+        """
         rows = zip(texts["keys"].tolist(), texts["ids"], texts["finished"].tolist(), strict=True)
         self._kept_texts = {key: (ids[ids >= 0].tolist(), finished) for key, ids, finished in rows}
 

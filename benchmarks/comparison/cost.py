@@ -45,7 +45,8 @@ def cost(job: Job) -> Cost:
 
     Every episode is sampled, read by the reference policy, and read forward and backward once per epoch; a guide writes
     as much as the policy does; completions have the maximum length; tests and validation are sampled. A budget of
-    tokens is used up by every run that trains, and by an iteration more.
+    tokens is used up by every run that trains, and by an iteration more; where episodes start from a prefix there can
+    be more of them than are estimated.
 
     Raises:
         ValueError: The configuration of the start model cannot be read.

@@ -139,11 +139,12 @@ def start_model(
     }
     with _made_once("start_models", recipe) as (folder, made):
         if made is not None:
-            CausalLMPolicy(initial_model(env, shape, shared["seed"]), env.tokenizer).save_pretrained(made)
-            policy = load_policy(made, shared["dtype"])
+            model = made / "model"
+            CausalLMPolicy(initial_model(env, shape, shared["seed"]), env.tokenizer).save_pretrained(model)
+            policy = load_policy(model, shared["dtype"])
             training = {"loss_on": "text", **shape.training}
-            learn(policy, easier, training, shared["seed"], made, partial(report, "start model"))
-    return folder
+            learn(policy, easier, training, shared["seed"], model, partial(report, "start model"))
+    return folder / "model"
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 The learner is a Llama of 0.8 million parameters that knows the format and a little: it is trained on shorter problems
 with a perfect guide, then imitates a poor one on the problems of the task. That policy is the start of all rows; a good
-guide then helps some of them. All rows that play episodes have the same number of tokens: the policy's and the guide's
-in all episodes, those of attempts that were replaced included. Supervised rows follow their own schedules.
+guide then helps some of them. All rows that play episodes have the same budget of tokens, which are those that policy
+and guide write, in attempts that were replaced too. Supervised rows follow their own schedules.
 
-Settings are those of first pilots with one seed; they were not searched for yet, neither for plain nor for guided rows.
+Step sizes, scales and prefixes are those that `SEARCH` tried, for plain rows as for guided ones; docs/frontier.md says
+what it found. The other arguments were not searched for.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ CRITIC = {"kl_coef": 0.0}
 DISTILL = Row("sl", {"targets": "guide", "samples_per_prompt": 4, "min_reward": 1.0, "n_epochs": 4}, env=GUIDE)
 CURRICULA = {
     "uniform": "uniform",
-    # About as many iterations as the tokens last for.
+    # Prefixes go within the tokens, and leave some iterations without.
     "cosine": {"name": "cosine", "iterations": 80},
     "stages": {"name": "stages", "stages": (0.75, 0.5, 0.25, 0.0), "iterations": 25},
     "adaback": "adaback",
@@ -43,7 +44,7 @@ ROWS = {
     "d2lols": Row("d2lols", CRITIC, env=GUIDE),
     **{f"grpo-{name}": Row("grpo", {**GROUP, "curriculum": rule}, env=GUIDE) for name, rule in CURRICULA.items()},
     "grpo-rescue": Row("grpo", {**GROUP, **RESCUE}, env=GUIDE),
-    # A policy that succeeds loses what it knows in the steps that one without success needs.
+    # A policy that succeeds loses what it knows in longer steps; this one was searched for GRPO alone.
     "distill-grpo": Row("grpo", {**GROUP, "learning_rate": 1e-5}, after=DISTILL),
     "distill-ppo": Row("ppo", {**CRITIC, "learning_rate": 1e-5}, after=DISTILL),
 }
@@ -107,7 +108,7 @@ SCALES = {
 SMALLER_STEPS: dict[str, dict[str, Any]] = {
     "lr=1e-5": {"learning_rate": 1e-5},
     "lr=3e-5": {"learning_rate": 3e-5},
-    "minibatch=256": {"minibatch_size": 256},
+    "lr=1e-4 minibatch=256": {"minibatch_size": 256},
     "lr=1e-4": {},
 }
 PREFIXES = {"rescue-2": (0.5, 0.84), "rescue-5": (0.17, 0.33, 0.5, 0.67, 0.84)}

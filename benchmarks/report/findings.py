@@ -132,7 +132,7 @@ class Findings:
             outcome = "holds" if len(where) >= needed else "does not hold"
             found = tables.listed(where) if where else "none"
             lines = [f"- {task}: {sentence}" for task, (_, sentence) in judged.items()]
-            counted = f"on {found} of {_count(len(tasks), 'task')}; it takes {needed}"
+            counted = f"on {found} of {_count(len(tasks), 'task')}; needed on {needed}"
             parts.append("\n".join([f"**{claim}: {outcome}** ({counted}).", "", *lines]))
         return "\n\n".join(parts)
 

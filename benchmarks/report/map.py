@@ -47,6 +47,8 @@ def cells(analysis: Analysis) -> dict[tuple[str, str], Cell]:
             raise ValueError(f"task {task} must have a run of the row {START!r}")
 
         def above(row: str, other: str, task: str = task) -> bool:
+            if (task, row, other) not in analysis.differences:
+                raise ValueError(f"task {task} must have a run of {row} and of {other} with one seed and the same test")
             return analysis.differences[task, row, other].reward.low > 0
 
         rewards = {
@@ -55,9 +57,10 @@ def cells(analysis: Analysis) -> dict[tuple[str, str], Cell]:
             if algo != START and runs.of(task, algo)
         }
         for guide in guides:
-            best, *others = sorted(
-                (algo for algo in rewards if algo.partition("@")[2] in ("", guide)), key=lambda algo: -rewards[algo]
-            )
+            beside = [algo for algo in rewards if algo.partition("@")[2] in ("", guide)]
+            if not beside:
+                continue  # no run yet
+            best, *others = sorted(beside, key=lambda algo: -rewards[algo])
             equal = [best, *(algo for algo in others if not above(best, algo))] if above(best, START) else []
             found[task, guide] = Cell(rewards[best], [algo.partition("@")[0] for algo in equal])
     return found
@@ -84,14 +87,14 @@ def draw(analysis: Analysis, path: Path) -> None:
         name = " or\n".join(cell.methods) if cell.methods else "none above the start"
         panel.text(x, y, f"{name}\n{cell.reward:.2f}", ha="center", va="center", fontsize=8)
     panel.set(xlim=(-0.5, len(tasks) - 0.5), ylim=(-0.5, len(guides) - 0.5))
-    panel.set_xticks(range(len(tasks)), [f"{analysis.reward(task, START).value:.3f}" for task in tasks])
+    panel.set_xticks(range(len(tasks)), [f"{task}: {analysis.reward(task, START).value:.3f}" for task in tasks])
     panel.set_yticks(range(len(guides)), guides)
-    panel.set(xlabel="test reward of the start policy", ylabel="guide")
-    panel.set_title(f"Highest test reward at equal tokens, of {listed(methods)}", fontsize=9)
+    panel.set(xlabel="task, and the test reward of its start policy", ylabel="guide")
+    panel.set_title(f"Highest test reward within one budget of tokens, of {listed(methods)}", fontsize=9)
     save(picture, path)
 
 
-def main(folder: Path, out: Path) -> None:
+def main(folder: tyro.conf.Positional[Path], out: Path) -> None:
     """Draw the map of a benchmark folder.
 
     Args:

@@ -26,7 +26,8 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
         return guide
     if guide == "references":
         return ReferenceGuide()
-    if isinstance(guide, str) and get_close_matches(guide, ["references", "scripted"], cutoff=0.8):
+    named = isinstance(guide, str) and "/" not in guide and not os.path.exists(guide)
+    if named and get_close_matches(str(guide), ["references", "scripted"], cutoff=0.8):
         raise ValueError(
             "guide must be 'references', 'scripted' (where the environment has such a guide), or the hub id or path "
             f"of a language model, got {guide!r}"

@@ -141,8 +141,8 @@ class ChainOfParitiesEnv(WithPuzzle, TextEnv, puzzle=ChainOfParities):
         ``guide_links``: links whose Z the scripted guide knows, the first ones; it guesses the others. By default None,
         all. Such a guide begins well and seldom succeeds.
 
-        A step of the scripted guide is a Z: it earns 1 with probability ``guide_accuracy ** L``, or if it knows K links
-        ``guide_accuracy ** K * 0.5 ** (L - K)``.
+        A step of the scripted guide is a Z: without a fork it earns 1 with probability ``guide_accuracy ** L``, or if
+        it knows K < L links ``guide_accuracy ** K * 0.5 ** (L - K)``.
     """
 
 
