@@ -345,13 +345,15 @@ class Algorithm(ABC):
     def training_state(self) -> dict[str, Any]:
         """The state of the training, except models: nested dicts and lists of arrays, tensors and numbers."""
         counters = ("iteration", "num_timesteps", "num_guide_tokens", "num_episodes", "best_score")
-        return {
+        state = {
             "counters": {name: getattr(self, name) for name in counters},
             "history": self.history,
             "optimizer": whole(self.optimizer.state_dict()),
             "env": gather_state(self.accelerator, self.env.get_state()),
-            "guide_texts": gather_texts(self.accelerator, self.env.kept_texts()),
         }
+        if self.plays_episodes:  # others ask for texts before they have a state
+            state["guide_texts"] = gather_texts(self.accelerator, self.env.kept_texts())
+        return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from a `training_state`."""
@@ -360,7 +362,7 @@ class Algorithm(ABC):
         self.history = state["history"]
         load_optimizer(self.optimizer, state["optimizer"])
         self.env.set_state(own_state(self.accelerator, state["env"]))
-        if "guide_texts" in state:  # not in those of `SL`, nor of older versions
+        if "guide_texts" in state:  # not in those of older versions either
             self.env.keep_texts(state["guide_texts"])
 
     def models(self) -> dict[str, nn.Module]:

@@ -396,9 +396,7 @@ class SL(Algorithm):
     def training_state(self) -> dict[str, Any]:
         """Add the best weights and how long ago they were found."""
         best = {"best_state": self.best_state, "iterations_since_best": self.iterations_since_best}
-        state = {**super().training_state(), **best}
-        del state["guide_texts"]  # which were asked for before there was a state
-        return state
+        return {**super().training_state(), **best}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continue from a `training_state`."""

@@ -113,9 +113,9 @@ class TaskProfile:
         episodes: Training episodes of every RL run.
         tokens: Instead of `episodes`, the tokens of every run that the policy and the guide wrote, with texts of the
             guide that are not learned and episodes that are played again; a prefix counts once, however many episodes
-            start from it. A run ends with the iteration in which it reaches them. Supervised
-            learning follows its own schedule of epochs, however many tokens its guide writes; tokens that it learns are
-            no tokens that the policy writes, and do not count.
+            start from it. A run ends with the iteration in which it reaches them. Supervised learning follows its own
+            schedule of epochs, however many tokens its guide writes; tokens that it learns are no tokens that the
+            policy writes, and do not count.
         language_model: The start model that is trained from scratch, unless ``--base`` gives another.
         base: Hub id of the start model, instead of `language_model`.
         policy: Arguments of the policy's `from_pretrained`, for supervised learning and all rows.

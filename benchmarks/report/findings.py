@@ -84,7 +84,8 @@ class Findings:
         tested = tables.listed([f"{count} prompts of {task}" for task, count in prompts.items()])
         return (
             f"{len(runs.records)} runs of profile `{runs.records[0]['profile']}`: {len(runs.algos)} rows with "
-            f"{' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}, {runs.training_hours:.1f} hours of training "
+            f"{''.join(f'{number} or ' for number in seeds[:-1])}{_count(seeds[-1], 'seed')}, "
+            f"{runs.training_hours:.1f} hours of training "
             f"after the warm starts, tested on {tested}. Numbers here were written by `python -m "
             f"benchmarks.report.findings {os.path.relpath(self.folder)} --page {os.path.relpath(self.page)}`."
         )

@@ -23,7 +23,8 @@ def results(analysis: Analysis) -> Table:
     handed_off = any(_hands_off(record) for record in runs.records)
     normalised = bool(analysis.scales)
     ks = _least_and_most(runs.records)
-    newly = any(np.isfinite(analysis.newly_solved(task, algo)) for task, algo, _ in runs.groups())
+    solved = {(task, algo): analysis.newly_solved(task, algo) for task, algo, _ in runs.groups()}
+    newly = any(map(np.isfinite, solved.values()))
     rows: list[dict[str, Cell]] = []
     for task, algo, group in runs.groups():
         score = analysis.reward(task, algo)
@@ -34,7 +35,7 @@ def results(analysis: Analysis) -> Table:
         row["best checkpoint"] = f"{mean(record['best_reward'] for record in group):.3f}"
         row |= _pass_at(group, ks)
         if newly:
-            row["newly solved"] = number(analysis.newly_solved(task, algo), ".3f")
+            row["newly solved"] = number(solved[task, algo], ".3f")
         row |= {label: number(mean(run["metrics"].get(name) for run in group)) for name, label in FLUENCY.items()}
         row["KL"] = number(mean(run["history"][-1].get("kl") if run["history"] else None for run in group))
         if handed_off:

@@ -1,4 +1,4 @@
-# What made results.jsonl of this folder and of ../frontier-search, from the root of a checkout. Code of environments and
+# What made results.jsonl of this folder and table.md of ../frontier-search, from the root of a checkout. Code of environments and
 # algorithms was that of feee520; rows of the profile were added until d8fc1ba, and those that had run did not change. Each line
 # goes on where it was cut off: of the search, "distill-grpo" with other steps than 1e-5 and 3e-5 was not run.
 export OMP_NUM_THREADS=1
@@ -9,7 +9,6 @@ run() {
 run start,distill,grpo-rescue,distill-grpo 5
 run ppo,grpo 2
 
-# From results.jsonl alone: the reports, then the page.
+# From results.jsonl alone: the report, then the page.
 python -m benchmarks.report benchmarks/results/frontier
-python -m benchmarks.report benchmarks/results/frontier-search
 python -m benchmarks.report.findings benchmarks/results/frontier --page docs/frontier.md
