@@ -141,7 +141,7 @@ SEARCH = Profile(
 # imitated a guide with this accuracy; the guide "half" is right in the first half of a chain, and guesses the rest.
 STARTS = (0.55, 0.7, 0.85)
 GUIDES: dict[str, dict[str, Any]] = {
-    "0.6": {"guide_accuracy": 0.6},
+    "0.7": {"guide_accuracy": 0.7},
     "0.8": {"guide_accuracy": 0.8},
     "half": {"guide_accuracy": 1.0, "guide_links": 6},
     "1": {"guide_accuracy": 1.0},
