@@ -47,6 +47,10 @@ class GroupPolicyGradient(PolicyGradient):
     """Ascending parts of the guide's text that a rescue tries as prefixes."""
     resamplings: int = 4
     """Most rounds of "resample" in an iteration."""
+    drop_dead: bool = False
+    """Whether gradient steps leave out the groups that are dead in the end, as if they had not been played: the loss
+    and the diagnostics are means over the others, and an iteration without any takes no step. That saves the time of
+    their passes, which change nothing but the divisor of the loss, and the KL penalty of these texts."""
     success: float = 1.0
     """Reward from which a text is a success, for "rescue"."""
 
@@ -165,6 +169,8 @@ class GroupPolicyGradient(PolicyGradient):
 
     def minibatches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Split groups at random, `n_epochs` times: a group stays together, so that its prompt is read once."""
+        if self.drop_dead:
+            rows = rows[~self.dead(self.last_rollout)[rows // self.group_size]]
         random = np.random.default_rng([self.seed, self.iteration])
         for _ in range(self.n_epochs):
             places = torch.from_numpy(random.permutation(len(self.last_rollout) // self.group_size)).to(rows.device)

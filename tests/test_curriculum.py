@@ -235,6 +235,24 @@ def test_dead_groups_are_replaced_by_live_ones():
     assert agent.num_episodes > kept.num_episodes == 32
 
 
+def test_dropped_groups_change_nothing_but_the_divisor():
+    gradients = []
+    for drop_dead in (False, True):
+        agent = lock_agent(GRPO, rows=64, env={"length": 2}, seed=3, drop_dead=drop_dead, kl_coef=0.0)
+        rollout = agent.play()
+        dead = agent.dead(rollout)
+        assert 0 < dead.sum() < len(dead)
+        credit = agent.credit(rollout, agent.reference_log_probs(rollout))
+        (minibatch, *_) = agent.minibatches(torch.arange(64))
+        agent.backward(rollout, credit, minibatch, {})
+        gradients.append(agent.policy.logits.grad)
+    share = 1 - float(dead.float().mean())
+    torch.testing.assert_close(gradients[0], gradients[1] * share)
+    # Nothing to learn from: no step, where "keep" would take one of Adam's momentum.
+    rollout.rewards[:] = 0.0
+    assert agent.update(rollout, credit) == {"gradient_steps": 0, "stopped_early": 0.0}
+
+
 def test_a_curriculum_opens_a_lock_that_grpo_does_not():
     def opened(**arguments):
         agent = lock_agent(GRPO, rows=64, env={"vocab_size": 12, "length": 6}, seed=0, scale="none", **arguments)
