@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from agents.evaluation import EvaluationResult, evaluate
     from agents.gail import GAIL
     from agents.grpo import GRPO
+    from agents.hpt import HPT
     from agents.lols import D2LOLS, LOLS
+    from agents.luffy import LUFFY
     from agents.policy import CausalLMPolicy, LanguageModelPolicy, Policy, Seq2SeqPolicy
     from agents.policy.tabular import TabularPolicy
     from agents.ppo import PPO
     from agents.ppo_plus_plus import PPOPlusPlus
+    from agents.prefix_rft import PrefixRFT
     from agents.reinforce import REINFORCE
     from agents.rloo import RLOO
     from agents.supervised import SL
+    from agents.uft import UFT
     from agents.vine_ppo import VinePPO
 
     ALGORITHMS: dict[str, type]
@@ -38,6 +42,10 @@ _ALGORITHMS = {
     "RLOO": "rloo",
     "GRPO": "grpo",
     "VinePPO": "vine_ppo",
+    "UFT": "uft",
+    "LUFFY": "luffy",
+    "PrefixRFT": "prefix_rft",
+    "HPT": "hpt",
 }
 _MODULES = _ALGORITHMS | {
     "CausalLMPolicy": "policy",
@@ -55,17 +63,21 @@ __all__ = [
     "DRPO",
     "GAIL",
     "GRPO",
+    "HPT",
     "LOLS",
+    "LUFFY",
     "PPO",
     "REINFORCE",
     "RLOO",
     "SL",
+    "UFT",
     "AggreVaTeD",
     "CausalLMPolicy",
     "EvaluationResult",
     "LanguageModelPolicy",
     "PPOPlusPlus",
     "Policy",
+    "PrefixRFT",
     "Seq2SeqPolicy",
     "TabularPolicy",
     "VinePPO",

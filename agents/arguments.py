@@ -1,12 +1,39 @@
-"""The documentation of arguments, which stands below each in the source of an algorithm, for `help`."""
+"""Arguments of algorithms: their documentation, for `help`, and those that are objects with a name."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import textwrap
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from itertools import pairwise
+from typing import Any, TypeVar
+
+from textgym.checks import check_arguments, check_one_of
+
+Named = TypeVar("Named")
+
+
+def by_name(argument: str, value: Any, base: type[Named]) -> Named:
+    """An object of a subclass of a dataclass, with its settings and without its state.
+
+    Args:
+        argument: What the object is an argument for, in errors.
+        value: Such an object, its ``name``, or a mapping of its name and settings.
+        base: The dataclass, whose direct subclasses have the names.
+
+    Raises:
+        TypeError: A setting that it does not have.
+        ValueError: There is none of this name, or a setting is wrong.
+    """
+    if isinstance(value, base):
+        return replace(value)  # type: ignore[type-var]
+    settings = dict(value) if isinstance(value, Mapping) else {"name": value}
+    kinds = {getattr(kind, "name", None): kind for kind in base.__subclasses__()}
+    kind = kinds[check_one_of(argument, settings.pop("name", None), tuple(kinds))]
+    check_arguments(kind.__name__, settings, [part.name for part in fields(kind) if part.init])  # type: ignore[arg-type]
+    return kind(**settings)
 
 
 def document_arguments(cls: type) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from textgym.checks import check, check_arguments, check_one_of, is_int, is_number
+from agents.arguments import by_name
+from textgym.checks import check, is_int, is_number
 from textgym.guidance import Guidance
 
 if TYPE_CHECKING:
@@ -84,13 +85,7 @@ class Curriculum:
             TypeError: A setting that it does not have.
             ValueError: There is none of this name, or a setting is wrong.
         """
-        if isinstance(value, Curriculum):
-            return replace(value)
-        settings = {"name": value} if isinstance(value, str) else dict(value)
-        rules = {getattr(rule, "name", None): rule for rule in Curriculum.__subclasses__()}
-        rule = rules[check_one_of("curriculum", settings.pop("name", None), tuple(rules))]
-        check_arguments(rule.__name__, settings, [part.name for part in fields(rule) if part.init])
-        return rule(**settings)
+        return by_name("curriculum", value, cls)
 
     def start(self, num_samples: int) -> None:
         """Begin without experience of any of the samples 0 to num_samples - 1."""
@@ -157,7 +152,7 @@ class Cosine(Curriculum):
     """Ever shorter prefixes, then none (UFT, Liu et al. 2025, arXiv 2505.16984).
 
     A text is cut into slices, of which Binomial(slices, p) are revealed; p falls on a cosine from `high` to `low` over
-    `iterations`. Differs from the paper: the prefix carries no supervised loss (`target_coef` adds one on references).
+    `iterations`. Differs from the paper: the prefix carries no supervised loss, which `agents.uft` adds.
 
     Attributes:
         slices: Number of slices.
@@ -181,8 +176,7 @@ class Cosine(Curriculum):
         """Whole slices."""
         if iteration >= self.iterations:
             return np.zeros(len(samples))
-        cosine = 0.5 * (1 + math.cos(math.pi * iteration / self.iterations))
-        probability = self.low + (self.high - self.low) * cosine
+        probability = _cosine(self.high, self.low, iteration / self.iterations)
         return random.binomial(self.slices, probability, len(samples)) / self.slices
 
 
@@ -297,12 +291,8 @@ class AccuracyTrend(Curriculum):
 
     def plan(self, iteration: int, groups: int, group_size: int, random: np.random.Generator) -> Plan:
         """The first episodes of each group are guided."""
-        samples, fractions = random.integers(self.num_samples, size=groups), np.zeros((groups, group_size))
-        if group_size == 1:
-            fractions[random.random(groups) < self.guided] = self.fraction
-        else:
-            fractions[:, : max(1, round(self.guided * group_size))] = self.fraction
-        return Plan(samples, fractions, [None] * groups)
+        samples = random.integers(self.num_samples, size=groups)
+        return Plan(samples, _some(self.guided, self.fraction, groups, group_size, random), [None] * groups)
 
     def record(self, plan: Plan, rewards: np.ndarray, rollout: Rollout) -> None:
         """Adapt the fraction in every third iteration."""
@@ -312,6 +302,39 @@ class AccuracyTrend(Curriculum):
             if before > 0 and now > 0:
                 self.fraction = min(self.fraction * before / now, 1.0)
             self.recent = []
+
+
+@dataclass
+class Mixed(Curriculum):
+    """Some texts of each group start from the guide's text, the others from nothing.
+
+    By default that is the guide's whole text up to its last token, for one text of eight (LUFFY, Yan et al. 2025, arXiv
+    2504.14945). With `high` and `low` the revealed fraction falls on a cosine over `iterations` (Prefix-RFT, Huang et
+    al. 2025, arXiv 2507.01679: from 0.95 to 0.05).
+
+    Attributes:
+        guided: Part of each group's episodes that have the prefix, at least one; without groups, the probability of a
+            prefix.
+        high: The fraction in the first iteration.
+        low: The fraction at the end.
+        iterations: Iterations until then.
+    """
+
+    name: str = field(default="mixed", init=False)
+    guided: float = 1 / 8
+    high: float = 1.0
+    low: float = 1.0
+    iterations: int = 300
+
+    def __post_init__(self) -> None:
+        _check_iterations(self.iterations)
+        _check_shares(self, "guided", "high", "low")
+
+    def plan(self, iteration: int, groups: int, group_size: int, random: np.random.Generator) -> Plan:
+        """The first episodes of each group are guided."""
+        samples = random.integers(self.num_samples, size=groups)
+        fraction = _cosine(self.high, self.low, iteration / self.iterations)
+        return Plan(samples, _some(self.guided, fraction, groups, group_size, random), [None] * groups)
 
 
 @dataclass
@@ -422,6 +445,21 @@ class PrefixRL(Curriculum):
     def _lengths(self, text: list[int]) -> np.ndarray:
         """Tokens before each cut of a text, all less than its number of tokens."""
         return np.arange(self.cuts) * len(text) // self.cuts
+
+
+def _cosine(high: float, low: float, progress: float) -> float:
+    """A number that falls from `high` to `low` as progress goes from 0 to 1."""
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _some(share: float, fraction: float, groups: int, group_size: int, random: np.random.Generator) -> np.ndarray:
+    """Fractions (groups, k): one and the same for the first texts of each group, or for single texts at random."""
+    fractions = np.zeros((groups, group_size))
+    if group_size == 1:
+        fractions[random.random(groups) < share] = fraction
+    else:
+        fractions[:, : max(1, round(share * group_size))] = fraction
+    return fractions
 
 
 def _check_shares(rule: Curriculum, *names: str) -> None:

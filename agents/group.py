@@ -11,7 +11,7 @@ import torch
 
 from agents.algorithm import check_guide
 from agents.phase import Phase
-from agents.policy_gradient import PolicyGradient
+from agents.policy_gradient import Credit, PolicyGradient
 from agents.ppo_plus_plus import restart
 from agents.processes import gather, in_parts, share
 from agents.rollout import Rollout, replay
@@ -34,8 +34,15 @@ class GroupPolicyGradient(PolicyGradient):
             `group_size`, or an argument is wrong.
     """
 
+    credits_texts = True
+
     group_size: int = 4
-    """k, the number of texts of a group, which have the same prompt and prefix, and so the same baseline."""
+    """k, the number of texts of a group, which have the same prompt and, without a curriculum, the same prefix."""
+    baseline: Literal["group", "start", "unguided"] = "group"
+    """Whose returns are a text's baseline, where a curriculum gives a prefix to some texts of a group: those of the
+    "group" (LUFFY, Yan et al. 2025, arXiv 2504.14945); of the texts of the group with the same prefix, "start", so that
+    a start is not credited with being easy; or of those without prefix, "unguided", where texts with one learn only
+    from a higher return (MENTOR, arXiv 2510.04140). A text with nobody to compare with has the advantage 0."""
     beta: float = 0.0
     """Probability that a group starts from a guide's prefix, cut as in PPO++; 0 needs no guide."""
 
@@ -59,6 +66,7 @@ class GroupPolicyGradient(PolicyGradient):
         super().check_hyperparameters()
         check("group_size", self.group_size, self.group_size >= 2, "at least 2")
         check("beta", self.beta, 0 <= self.beta <= 1, "in [0, 1]")
+        check_one_of("baseline", self.baseline, ("group", "start", "unguided"))
         check_one_of("dead_groups", self.dead_groups, ("keep", "rescue", "resample"))
         check("resamplings", self.resamplings, self.resamplings >= 1, "at least 1")
         fractions = self.rescue_fractions
@@ -140,18 +148,25 @@ class GroupPolicyGradient(PolicyGradient):
         return (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
 
     def replay(
-        self, rollout: Rollout, rows: torch.Tensor, options: Mapping[str, Sequence[Any]], attempt: int
+        self,
+        rollout: Rollout,
+        rows: torch.Tensor,
+        options: Mapping[str, Sequence[Any]],
+        attempt: int,
+        group_size: int | None = None,
     ) -> Rollout:
-        """Play some groups again, each process its share, and count the episodes.
+        """Play some episodes again, each process its share, and count them.
 
         Args:
             rollout: The iteration's episodes.
-            rows: int64 (n,), the rows of the groups.
+            rows: int64 (n,), their rows.
             options: Reset options, each with an entry per row.
             attempt: Number of times that this was done before in the iteration.
+            group_size: Neighbouring episodes that share a prefix; None for whole groups, as they were played.
         """
+        size = group_size or (1 if self.rule else self.group_size)
         numbers = rows.cpu().numpy()
-        own = self.rows(share(self.accelerator, torch.arange(len(rows) // self.group_size))).tolist()
+        own = share(self.accelerator, torch.arange(len(rows)).view(-1, size)).flatten().tolist()
         played = rollout[rows[:0]]
         if own:
             played = replay(
@@ -159,7 +174,7 @@ class GroupPolicyGradient(PolicyGradient):
                 self.policy,
                 seeds=hash64(self.seed, self.iteration, attempt, 1, numbers[own]),
                 options={name: [values[row] for row in own] for name, values in options.items()},
-                group_size=1 if self.rule else self.group_size,
+                group_size=size,
                 decoding=self.decoding,
             )
         everything = Rollout.concatenate(gather(self.accelerator, [played]))
@@ -167,10 +182,18 @@ class GroupPolicyGradient(PolicyGradient):
         self.count(everything)
         return everything
 
+    def learned_rows(self, rollout: Rollout, credit: Credit) -> torch.Tensor:
+        """Leave out dead groups if `drop_dead` says so, unless the guide's tokens are learned whatever they earn."""
+        rows = super().learned_rows(rollout, credit)
+        if not self.drop_dead:
+            return rows
+        left = ~self.dead(rollout)
+        if self.imitation is not None and not self.imitation.credited:
+            left |= credit.guided.any(1).view(-1, self.group_size).any(1)
+        return rows[left[rows // self.group_size]]
+
     def minibatches(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Split groups at random, `n_epochs` times: a group stays together, so that its prompt is read once."""
-        if self.drop_dead:
-            rows = rows[~self.dead(self.last_rollout)[rows // self.group_size]]
         random = np.random.default_rng([self.seed, self.iteration])
         for _ in range(self.n_epochs):
             places = torch.from_numpy(random.permutation(len(self.last_rollout) // self.group_size)).to(rows.device)
@@ -183,3 +206,19 @@ class GroupPolicyGradient(PolicyGradient):
         if self.kl_penalty == "reward":
             returns = returns - self.kl_coef * rollout.log_ratio(reference_log_probs).sum(1)
         return returns.unflatten(0, (-1, self.group_size))
+
+    def relative(self, rollout: Rollout, returns: torch.Tensor, leave_one_out: bool) -> torch.Tensor:
+        """Returns (groups, k) minus their `baseline`, a mean over other texts and, unless `leave_one_out`, the text."""
+        starts = rollout.prefix_length.view_as(returns)
+        if self.baseline == "start":  # prefixes of one length are equal: they are cut from one text
+            members = starts[:, :, None] == starts[:, None, :]
+        else:
+            members = (starts[:, None, :] == 0) | (self.baseline == "group")
+            members = members.expand(-1, self.group_size, -1)
+        if leave_one_out:
+            members = members & ~torch.eye(self.group_size, dtype=torch.bool, device=returns.device)
+        count = members.sum(2)
+        advantages = returns - (members * returns[:, None, :]).sum(2) / count.clamp(min=1)
+        if self.baseline == "unguided":
+            advantages = torch.where(starts > 0, advantages.clamp(min=0), advantages)
+        return advantages.masked_fill(count == 0, 0)

@@ -58,23 +58,24 @@ class GRPO(GroupPolicyGradient):
         check("length_norm", self.length_norm, self.length_norm in norms, '"text", "batch" or "horizon"')
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
-        """Advantages are returns relative to the group's mean."""
-        returns = self.group_returns(rollout, reference_log_probs)
-        advantages = returns - returns.mean(1, keepdim=True)
+        """Advantages are returns relative to the baseline."""
+        advantages = self.relative(rollout, self.group_returns(rollout, reference_log_probs), leave_one_out=False)
         if self.scale != "none":
             deviation = advantages.std(1, keepdim=True) if self.scale == "group" else advantages.std()
             advantages = advantages / (deviation + EPSILON)
         return Credit.without_critic(rollout, reference_log_probs, advantages.flatten())
 
+    def token_weights(self, old: Credit, minibatch: Credit) -> torch.Tensor:
+        """One divided by `length_norm`'s divisor and, where it is one of a text, the number of texts."""
+        if self.length_norm == "batch":
+            return super().token_weights(old, minibatch)
+        tokens = self.actions(old).sum(1, keepdim=True).clamp(min=1)
+        divisor = tokens if self.length_norm == "text" else torch.full_like(tokens, self.env.max_new_tokens)
+        return 1 / (len(minibatch.decisions) * divisor)
+
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
         """The clipped surrogate and the KL penalty, averaged over texts as `length_norm` says."""
-        num_texts, num_decisions = len(minibatch.decisions), minibatch.decisions.sum().clamp(min=1)
-        if self.length_norm == "text":
-            weights = 1 / (num_texts * old.decisions.sum(1, keepdim=True).clamp(min=1))
-        elif self.length_norm == "batch":
-            weights = 1 / num_decisions
-        else:
-            weights = torch.tensor(1 / (num_texts * self.env.max_new_tokens), device=now.log_probs.device)
+        weights, num_decisions = self.token_weights(old, minibatch), minibatch.decisions.sum().clamp(min=1)
         log_ratio = (now.log_probs - old.log_probs).masked_fill(~old.decisions, 0)
         ratio, advantages = log_ratio.exp(), old.advantages.masked_fill(~old.decisions, 0)
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)

@@ -14,6 +14,7 @@ import torch
 from agents.advantages import kl_estimate, masked_mean
 from agents.algorithm import Algorithm, check_draws, check_guide
 from agents.curriculum import Curriculum, Plan
+from agents.guide_loss import GuideLoss
 from agents.phase import Phase
 from agents.policy import Evaluation
 from agents.processes import gather, in_parts, in_shares, reduce_gradients, reduce_terms, share_of_loss
@@ -45,6 +46,8 @@ class Credit:
         states: bool (N, T), the states whose value is learned; nowhere True without a value function.
         values: float (N, T), their values before the update.
         returns: float (N, T), the targets of their values.
+        guided: bool (N, T), the guide's tokens that are learned; nowhere True without a guide loss. There `log_probs`
+            and `advantages` are read if the guide loss does.
     """
 
     decisions: Tensor
@@ -54,6 +57,11 @@ class Credit:
     states: Tensor
     values: Tensor
     returns: Tensor
+    guided: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.guided is None:
+            self.guided = torch.zeros_like(self.decisions)
 
     @classmethod
     def without_critic(cls, rollout: Rollout, reference_log_probs: Tensor, advantages: Tensor) -> Self:
@@ -90,6 +98,7 @@ class PolicyGradient(Algorithm):
         reference: The reference policy.
         kl_coef: The current weight of the KL penalty, which `kl_target` adapts.
         rule: The algorithm's own copy of the curriculum, with what it has learned; None without one.
+        imitation: The guide loss; None without one.
         last_rollout: The episodes of the last iteration, for callbacks.
         episodes_before: Number of episodes before the last iteration.
         play_record: What `play` adds to the iteration's record.
@@ -97,6 +106,8 @@ class PolicyGradient(Algorithm):
 
     # Neighbouring episodes with one sample and, without a curriculum, one prefix; a field of algorithms with groups.
     group_size = 1
+    # Whether a text's advantage is that of all its tokens, the guide's too.
+    credits_texts = False
 
     minibatch_size: int = 16
     """Number of episodes per gradient step, over all processes."""
@@ -133,6 +144,10 @@ class PolicyGradient(Algorithm):
     """Which samples are played, and the prefix of each: a `agents.curriculum.Curriculum`, its name ("adaback"), or a
     mapping of its name and settings. It replaces the restarts of the algorithm and of the environment; hand-offs
     stay. None leaves both to them."""
+    guide_loss: GuideLoss | Mapping[str, Any] | str | None = None
+    """What is learned from the guide's tokens: a `agents.guide_loss.GuideLoss`, its name ("likelihood"), or a mapping
+    of its name and settings; None: nothing. The token that a hand-off begins with is left out, because the policy's
+    decision stands there."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments (see `Algorithm.check_hyperparameters`)."""
@@ -167,7 +182,15 @@ class PolicyGradient(Algorithm):
 
     def __post_init__(self) -> None:
         self.rule = None if self.curriculum is None else Curriculum.of(self.curriculum)
+        self.imitation = None if self.guide_loss is None else GuideLoss.of(self.guide_loss)
         super().__post_init__()
+        if self.imitation is not None:
+            check_guide(self.env, f"guide_loss {self.imitation.name!r}")
+            if self.imitation.credited and not self.credits_texts:
+                raise ValueError(
+                    f"guide_loss {self.imitation.name!r} needs an algorithm with groups, which gives a text one "
+                    f"advantage, got {self.name}"
+                )
         if self.rule is not None:
             if self.rule.needs_guide:
                 check_guide(self.env, f"curriculum {self.rule.name!r}")
@@ -225,12 +248,40 @@ class PolicyGradient(Algorithm):
             terms["loss"] = terms["loss"] + self.kl_coef * terms["kl_loss"]
         return terms
 
+    def actions(self, credit: Credit) -> Tensor:
+        """Bool (N, T): the tokens that carry an advantage: decisions and, if the guide loss reads it, the guide's."""
+        credited = self.imitation is not None and self.imitation.credited
+        return credit.decisions | credit.guided if credited else credit.decisions
+
+    def token_weights(self, old: Credit, minibatch: Credit) -> Tensor:
+        """The weight of the `actions` of a minibatch's loss, broadcastable to (B, T).
+
+        Args:
+            old: As for `loss`.
+            minibatch: As for `loss`.
+        """
+        return 1 / self.actions(minibatch).sum().clamp(min=1)
+
+    def with_guide_loss(
+        self, terms: dict[str, Tensor], now: Evaluation, old: Credit, minibatch: Credit, guide_loss: GuideLoss
+    ) -> dict[str, Tensor]:
+        """Add the loss on the guide's tokens to the terms of a loss (arguments as for `loss`)."""
+        mean = 1 / minibatch.guided.sum().clamp(min=1)
+        log_probs = now.log_probs.masked_fill(~old.guided, 0)
+        losses = guide_loss(log_probs, old.log_probs, old.advantages).masked_fill(~old.guided, 0)
+        terms["guide_loss"] = (losses * (self.token_weights(old, minibatch) if guide_loss.credited else mean)).sum()
+        terms["guide_probability"] = (log_probs.detach().exp() * old.guided).sum() * mean
+        terms["loss"] = terms["loss"] + guide_loss.coef * terms["guide_loss"]
+        return terms
+
     def iterate(self) -> dict[str, Any]:
         """Play episodes, credit their decisions, and take gradient steps."""
         policy_tokens = self.num_timesteps
         rollout = self.play()
         reference_log_probs = self.reference_log_probs(rollout)
         credit = self.credit(rollout, reference_log_probs)
+        if self.imitation is not None:
+            self.credit_guide(rollout, credit, self.imitation)
         with self.learning():
             losses = self.update(rollout, credit)
 
@@ -341,15 +392,46 @@ class PolicyGradient(Algorithm):
 
         return in_shares(self.accelerator, torch.zeros_like(rollout.log_probs), rows, self.minibatch_size, log_probs)
 
+    def guide_tokens(self, rollout: Rollout) -> Tensor:
+        """Bool (N, T): the guide's tokens that the guide loss may learn."""
+        return rollout.guided & ~rollout.handoffs
+
+    @torch.no_grad()
+    def credit_guide(self, rollout: Rollout, credit: Credit, guide_loss: GuideLoss) -> None:
+        """Choose the guide's tokens that are learned, and add to the credit what their loss reads."""
+        tokens = self.guide_tokens(rollout)
+        judged = torch.zeros_like(rollout.log_probs)[..., None].repeat(1, 1, 2)
+        if guide_loss.compares:
+            columns, rows = rollout.columns(tokens), torch.nonzero(tokens.any(1)).flatten()
+
+            def judge(part: Tensor) -> Tensor:
+                now = self.policy.evaluate_actions(
+                    rollout.input_ids[part],
+                    rollout.attention_mask[part],
+                    columns[part],
+                    rollout.handoffs[part],
+                    values_of=None,
+                )
+                return torch.stack([now.log_probs, now.entropy], dim=-1)
+
+            judged = in_shares(self.accelerator, judged, rows, self.minibatch_size, judge)
+        log_probs, entropy = judged.unbind(-1)
+        credit.guided = guide_loss.chosen(tokens, entropy)
+        credit.log_probs = torch.where(tokens, log_probs, credit.log_probs)
+
+    def learned_rows(self, rollout: Rollout, credit: Credit) -> Tensor:
+        """The episodes that have a decision, a state or a guide's token to learn from, int64."""
+        return torch.nonzero((credit.decisions | credit.states | credit.guided).any(1)).flatten()
+
     def update(self, rollout: Rollout, credit: Credit) -> dict[str, float]:
-        """Take gradient steps over the episodes that have a decision, or a state to learn from.
+        """Take gradient steps over the episodes of `learned_rows`.
 
         Each process evaluates its share of a minibatch; gradients and losses are summed over processes.
 
         Returns:
             Losses and diagnostics, means over the gradient steps that were taken.
         """
-        rows = torch.nonzero((credit.decisions | credit.states).any(1)).flatten()
+        rows = self.learned_rows(rollout, credit)
         demonstrations = self.demonstrations(rollout) if self.target_coef else {}
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self.scheduled(self.lr_schedule)
@@ -391,7 +473,10 @@ class PolicyGradient(Algorithm):
         step: dict[str, Tensor] = {}
         for part in minibatch.split(math.ceil(len(minibatch) / self.gradient_accumulation_steps)):
             rows, weight = share_of_loss(self.accelerator, part)
-            terms = self.loss(self.evaluate_actions(rollout, credit, rows), credit[rows], whole)
+            now, old = self.evaluate_actions(rollout, credit, rows), credit[rows]
+            terms = self.loss(now, old, whole)
+            if self.imitation is not None:
+                terms = self.with_guide_loss(terms, now, old, whole, self.imitation)
             terms = {name: weight * term for name, term in terms.items()}
             if examples := _of_rows(demonstrations, part):
                 texts, weight = share_of_loss(self.accelerator, examples)
@@ -404,11 +489,11 @@ class PolicyGradient(Algorithm):
         return reduce_terms(self.accelerator, step)
 
     def evaluate_actions(self, rollout: Rollout, credit: Credit, rows: Tensor) -> Evaluation:
-        """Evaluate the decisions of some rows under the current policy."""
+        """Evaluate the decisions of some rows, and the guide's tokens, under the current policy."""
         return self.learner.evaluate_actions(
             rollout.input_ids[rows],
             rollout.attention_mask[rows],
-            rollout.columns(credit.decisions[rows]),
+            rollout.columns((credit.decisions | credit.guided)[rows]),
             rollout.handoffs[rows],
             values_of=None,
         )

@@ -112,9 +112,10 @@ class PPO(PolicyGradient):
         if self.critic == "separate":
             values = self.value_function.learner.values(*texts, rollout.columns(states), continuation)
             return super().evaluate_actions(rollout, credit, rows)._replace(values=values)
-        columns = rollout.columns(decisions | states)
+        tokens = decisions | credit.guided[rows]
+        columns = rollout.columns(tokens | states)
         return self.learner.evaluate_actions(
-            *texts, columns, rollout.handoffs[rows], states_only=states & ~decisions, values_of=continuation
+            *texts, columns, rollout.handoffs[rows], states_only=states & ~tokens, values_of=continuation
         )
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:

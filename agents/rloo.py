@@ -43,9 +43,12 @@ class RLOO(GroupPolicyGradient):
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
         """Advantages are returns minus the mean return of the others in the group."""
-        returns = self.group_returns(rollout, reference_log_probs)
-        others = (returns.sum(1, keepdim=True) - returns) / (self.group_size - 1)
-        return Credit.without_critic(rollout, reference_log_probs, (returns - others).flatten())
+        advantages = self.relative(rollout, self.group_returns(rollout, reference_log_probs), leave_one_out=True)
+        return Credit.without_critic(rollout, reference_log_probs, advantages.flatten())
+
+    def token_weights(self, old: Credit, minibatch: Credit) -> torch.Tensor:
+        """One divided by the number of texts."""
+        return torch.tensor(1 / len(minibatch.decisions))
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
         """The clipped surrogate with whole texts as actions."""

@@ -101,6 +101,11 @@ class Rollout:
         return (self.authors != int(Author.NONE)) & ~self.body & (columns >= self.prefix_length[:, None])
 
     @property
+    def guided(self) -> torch.Tensor:
+        """Bool (N, T): the tokens the guide wrote, in prefixes and completions."""
+        return (self.authors == int(Author.GUIDE)) | (self.authors == int(Author.REFERENCE))
+
+    @property
     def decisions(self) -> torch.Tensor:
         """Bool (N, T): the policy's actions, the tokens it wrote and its hand-offs."""
         return self.body | self.handoffs

@@ -42,6 +42,8 @@ VARIANTS = {
     "grpo with its own prefixes": ("grpo", {"curriculum": {"name": "prefix-rl", "success": 0.5}}),
     "grpo with rescue": ("grpo", {"dead_groups": "rescue", "success": 0.8}),
     "rloo with adaback and other samples": ("rloo", {"curriculum": "adaback", "dead_groups": "resample"}),
+    "grpo in mixed groups": ("grpo", {"curriculum": "mixed", "baseline": "start", "guide_loss": "clipped"}),
+    "ppo that imitates": ("ppo", {"curriculum": "uniform", "guide_loss": "likelihood", "critic": "separate"}),
     "guided grpo": ("grpo", {"beta": 1.0, "lr_schedule": "linear", "schedule_episodes": 64}),
     "vine-ppo with a hand-off": ("vine-ppo", {"kl_penalty": "reward", "tokens_per_step": 2, "rollouts_per_state": 3}),
 }
@@ -81,7 +83,7 @@ def test_a_seed_decides_the_history_to_the_bit(name, make_env, make_policy):
 
 @pytest.mark.parametrize("name", [*sorted(ALGORITHMS), *VARIANTS])
 def test_saving_and_loading_changes_nothing(name, make_env, make_policy, tmp_path):
-    arguments = {} if name == "sl" else {"kl_target": 0.1, "target_coef": 0.1}
+    arguments = {} if name == "sl" else {"kl_target": 0.1, "kl_coef": 0.05, "target_coef": 0.1}
     whole = make_agent(name, make_env, make_policy, **arguments)
     iterate(whole, 4)
 
@@ -121,6 +123,10 @@ PIECES = {
     "grpo by batch": {"length_norm": "batch"},
     "grpo by horizon": {"length_norm": "horizon", "scale": "batch"},
     "vine-ppo": {"tokens_per_step": 2, "rollouts_per_state": 3},
+    "luffy": {},
+    "hpt": {"success": 2.0},
+    "grpo in mixed groups": {},
+    "ppo that imitates": {},
 }
 
 
@@ -137,6 +143,8 @@ def test_a_minibatch_in_pieces_has_the_gradient_of_the_whole(name, make_env, mak
         model.double()
     rollout.log_probs += 0.05 * torch.randn(rollout.log_probs.shape, generator=random)  # ratios that are not 1
     credit = in_double(agent.credit(rollout, agent.reference_log_probs(rollout)))
+    if agent.imitation is not None:
+        agent.credit_guide(rollout, credit, agent.imitation)
     start, results = [parameter.detach().clone() for parameter in agent.trainable], []
     for pieces in (1, 2, 5, 16):
         agent.gradient_accumulation_steps = pieces

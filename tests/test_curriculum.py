@@ -243,7 +243,7 @@ def test_dropped_groups_change_nothing_but_the_divisor():
         dead = agent.dead(rollout)
         assert 0 < dead.sum() < len(dead)
         credit = agent.credit(rollout, agent.reference_log_probs(rollout))
-        (minibatch, *_) = agent.minibatches(torch.arange(64))
+        (minibatch, *_) = agent.minibatches(agent.learned_rows(rollout, credit))
         agent.backward(rollout, credit, minibatch, {})
         gradients.append(agent.policy.logits.grad)
     share = 1 - float(dead.float().mean())

@@ -139,7 +139,7 @@ def loss_of(agent, decisions, arrays, rows):
 def bare(algorithm, **attributes):
     """An algorithm with nothing but what its loss reads."""
     agent = object.__new__(algorithm)
-    vars(agent).update(env=SimpleNamespace(max_new_tokens=5), kl_coef=0.4, **attributes)
+    vars(agent).update(env=SimpleNamespace(max_new_tokens=5), kl_coef=0.4, imitation=None, **attributes)
     return agent
 
 

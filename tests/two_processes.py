@@ -55,6 +55,8 @@ AGENTS = {
         {**UNEVEN, "curriculum": "adaback", "dead_groups": "rescue", "success": 0.3},
     ),
     "rloo with other samples": ("rloo", {**UNEVEN, "beta": 0.5, "dead_groups": "resample"}),
+    "hpt": ("hpt", {**UNEVEN, "success": 0.3}),
+    "prefix-rft": ("prefix-rft", {**UNEVEN, "group_size": 4}),
     "vine-ppo": ("vine-ppo", {**UNEVEN, "tokens_per_step": 4, "rollouts_per_state": 3}),
 }
 AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "rloo")}
