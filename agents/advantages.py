@@ -28,11 +28,12 @@ def gae(
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for column in reversed(range(values.shape[1])):
+        credited = mask[:, column]
         delta = rewards[:, column] + gamma * next_value - values[:, column]
-        next_advantage = torch.where(mask[:, column], delta + gamma * gae_lambda * next_advantage, 0)
-        next_value = values[:, column]
+        next_advantage = torch.where(credited, delta + gamma * gae_lambda * next_advantage, next_advantage)
+        next_value = torch.where(credited, values[:, column], next_value)
         advantages[:, column] = next_advantage
-    return advantages, advantages + values
+    return advantages.masked_fill(~mask, 0), (advantages + values).masked_fill(~mask, 0)
 
 
 def policy_advantages(

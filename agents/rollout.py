@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from agents.policy import Actor
     from textgym.decoding import Decoding
     from textgym.engine import TextVectorEnv
-    from textgym.sampling import Sample
+    from textgym.sampling import Sample, TokenSampler
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Rollout:
 
     @property
     def completion(self) -> torch.Tensor:
-        """Bool (N, T): the tokens the guide wrote after the body, or after the prompt where there is no body."""
+        """Bool (N, T): the tokens the guide wrote after the prefix."""
         columns = torch.arange(self.authors.shape[1], device=self.authors.device)
         return (self.authors != int(Author.NONE)) & ~self.body & (columns >= self.prefix_length[:, None])
 
@@ -187,36 +187,31 @@ def collect(
         prompts, references, sample_ids = info["prompt"], info["references"], info["sample_id"]
         # The last reset of a sequential pass can leave rows without a sample.
         live = np.flatnonzero(sample_ids != NO_SAMPLE)
-        prefix_lengths = info["prefix_length"].copy()
-
-        sampler = policy.sampler(
-            observation,
-            seeds=seeds,
-            decoding=decoding,
-            values=values,
-            max_new_tokens=env.max_new_tokens,
-            prefix_lengths=prefix_lengths,
-        )
-        sampler.keep(~info["parked"][sampler.rows])
+        sampler, lengths = _sampler(env, policy, observation, info["parked"], seeds, decoding, values)
         actions = np.zeros(env.num_envs, np.int64)
         # Only tokens are copied from the device at every step.
         rows: list[np.ndarray] = []
+        columns: list[np.ndarray] = []
         samples: list[Sample] = []
         while True:
             if len(sampler.rows):
                 samples.append(sampler.sample())
                 rows.append(sampler.rows)
+                columns.append(lengths[sampler.rows])
+                lengths[sampler.rows] += 1
                 actions[sampler.rows] = samples[-1].tokens.cpu().numpy()
             observation, rewards, terminations, _, info = env.step(actions)
             if terminations[live].all():
                 break
-            sampler.keep(~info["parked"][sampler.rows])
+            if "handed_back" not in info:
+                sampler.keep(~info["parked"][sampler.rows])
+            else:  # all rows waited for the guide, which wrote what the sampler has not read
+                sampler, lengths = _sampler(env, policy, observation, info["parked"], seeds, decoding, values)
 
     shape = (env.num_envs, env.max_new_tokens)
     log_probs, state_values = torch.zeros(2, *shape, device=policy.device)
     handoffs = torch.zeros(shape, dtype=torch.bool, device=policy.device)
     if samples:
-        columns = [prefix_lengths[chosen] + step for step, chosen in enumerate(rows)]
         where = tuple(torch.from_numpy(np.concatenate(part)).to(policy.device) for part in (rows, columns))
         log_probs[where] = torch.cat([sample.log_probs for sample in samples]).float()
         handoffs[where] = torch.cat([sample.tokens for sample in samples]) == env.vocab_size
@@ -245,6 +240,29 @@ def collect(
         references=references[live],
         sample_ids=sample_ids[live],
     )
+
+
+def _sampler(
+    env: TextVectorEnv,
+    policy: Actor,
+    observation: Mapping[str, np.ndarray],
+    parked: np.ndarray,
+    seeds: np.ndarray,
+    decoding: Decoding | None,
+    values: bool,
+) -> tuple[TokenSampler, np.ndarray]:
+    """A sampler of the rows that are not parked, and the number of new tokens of every row, int64 (N,)."""
+    lengths = observation["attention_mask"][:, env.max_prompt_tokens :].sum(1, dtype=np.int64)
+    sampler = policy.sampler(
+        observation,
+        seeds=seeds,
+        decoding=decoding,
+        values=values,
+        max_new_tokens=env.max_new_tokens,
+        prefix_lengths=lengths,
+    )
+    sampler.keep(~parked[sampler.rows])
+    return sampler, lengths.copy()  # the sampler keeps its own
 
 
 def replay(

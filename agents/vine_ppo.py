@@ -134,7 +134,6 @@ class VinePPO(PolicyGradient):
                 options={
                     "index": [sample for sample, _ in chosen],
                     "prefix": [text for _, text in chosen],
-                    "guidance": [Guidance()] * len(own),
                 },
                 decoding=self.decoding,
                 values=False,

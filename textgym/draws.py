@@ -70,13 +70,14 @@ class EpisodeDraws:
         self._drawn[rows, 1] = self.episode[leader].astype(np.uint64)
         self.episode[rows] += 1
 
-    def uniform(self, rows: np.ndarray, purpose: Purpose) -> np.ndarray:
-        """One number in [0, 1) per row, float64."""
-        return seeding.uniform(self._drawn[rows, 0], self._drawn[rows, 1], purpose)
+    def uniform(self, rows: np.ndarray, purpose: Purpose, occasion: np.ndarray | int = 0) -> np.ndarray:
+        """One number in [0, 1) per row, float64; another one for each occasion in the episode."""
+        return seeding.uniform(self._drawn[rows, 0], self._drawn[rows, 1], purpose + len(Purpose) * occasion)
 
-    def request_seeds(self, rows: np.ndarray, purpose: Purpose) -> list[int]:
-        """One seed per row for a request to the guide."""
+    def request_seeds(self, rows: np.ndarray, purpose: Purpose, occasion: np.ndarray | int = 0) -> list[int]:
+        """One seed per row for a request to the guide; another one for each occasion in the episode."""
         # A group shares its prefix, yet each of its rows gets its own completion.
         member = rows - self.leader[rows] if purpose == Purpose.HANDOFF_SEED else 0
-        hashes = seeding.hash64(self._drawn[rows, 0], self._drawn[rows, 1], purpose, member)
+        number = purpose + len(Purpose) * occasion
+        hashes = seeding.hash64(self._drawn[rows, 0], self._drawn[rows, 1], number, member)
         return (hashes >> np.uint64(1)).tolist()

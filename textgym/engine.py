@@ -233,6 +233,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._length = np.zeros(n, np.int64)
         self._prefix_length = np.zeros(n, np.int64)
         self._handoff_at = np.full(n, -1, np.int64)  # the length at which the guide takes over; -1 for never
+        self._handoffs = np.zeros(n, np.int64)  # hand-offs in the episode so far
         self._finish = np.full(n, -1, np.int8)
         self._sample = np.full(n, NO_SAMPLE, np.int64)
         self._prompts = np.full(n, None, object)
@@ -394,6 +395,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._restart_bounds = np.array([g.restart_bounds(self.max_new_tokens) for g in in_force])
         self._fraction_bounds = np.array([g.fraction_bounds() for g in in_force])
         self._handoff_bounds = np.array([g.handoff_bounds(self.max_new_tokens) for g in in_force])
+        self._handoff_rate = np.array([g.handoff_rate or 0.0 for g in in_force])
+        self._handoff_tokens = np.array([g.handoff_tokens or 0 for g in in_force])  # 0: to the end of the text
 
     def _begin(self, rows: np.ndarray, options: ResetOptions) -> None:
         """Begin an episode in each of `rows`: choose its sample, write prompt and prefix, and schedule its hand-off."""
@@ -403,7 +406,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._input_ids[rows] = self.pad_token_id
         self._attention_mask[rows] = 0
         self._authors[rows] = Author.NONE
-        self._length[rows] = self._prefix_length[rows] = 0
+        self._length[rows] = self._prefix_length[rows] = self._handoffs[rows] = 0
         self._finish[rows] = self._handoff_at[rows] = -1
         rows = rows[self._sample[rows] != NO_SAMPLE]
         self._phase[rows] = ACTIVE
@@ -590,11 +593,23 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         rows = rows[draws.uniform(rows, Purpose.SCHEDULE) < self._handoff_prob[leader[rows]]]
         low, high = self._handoff_bounds[leader[rows]].T
         after = seeding.integer(low, high, draws.uniform(rows, Purpose.HANDOFF_LENGTH))
+        by_rate = self._handoff_rate[leader[rows]] > 0
+        after[by_rate] = self._tokens_until_handoff(rows[by_rate])
         after[draws.uniform(rows, Purpose.NO_BODY) < self._no_body_prob[leader[rows]]] = 0
         self._handoff_at[rows] = self._length[rows] + after
         self._phase[rows[after == 0]] = NEEDS_GUIDE
 
-    def _ask_guide(self, rows: np.ndarray, limits: np.ndarray, purpose: Purpose) -> list[tuple[list[int], bool]]:
+    def _tokens_until_handoff(self, rows: np.ndarray) -> np.ndarray:
+        """The policy's tokens until the next hand-off of rows with a rate: geometric, at least 1."""
+        rate = self._handoff_rate[self._draws.leader[rows]]
+        draws = self._draws.uniform(rows, Purpose.HANDOFF_LENGTH, self._handoffs[rows])
+        with np.errstate(divide="ignore"):  # a rate of 1: log(0) is -inf, and the quotient 0
+            tokens = np.floor(np.log1p(-draws) / np.log1p(-rate))
+        return 1 + np.minimum(tokens, self.max_new_tokens).astype(np.int64)
+
+    def _ask_guide(
+        self, rows: np.ndarray, limits: np.ndarray, purpose: Purpose, occasion: np.ndarray | int = 0
+    ) -> list[tuple[list[int], bool]]:
         """Ask the guide to continue `rows` by at most `limits` tokens (see `completions.complete`)."""
         assert self.guide is not None
         prefixes, contexts = [self._tokens(row) for row in rows], [self._context(row) for row in rows]
@@ -613,7 +628,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 prefixes,
                 decode_continuations(self.tokenizer, contexts, prefixes),
                 limits.tolist(),
-                self._draws.request_seeds(rows, purpose),
+                self._draws.request_seeds(rows, purpose, occasion),
                 strict=True,
             )
         ]
@@ -655,7 +670,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             Observations, rewards (float64 (N,)), terminations (bool (N,)), truncations (bool (N,), never True) and
             infos. Where an episode ended, infos hold ``text``, ``authors`` (int8 (T,)), ``finish_reason`` ("stop",
             "length" or "handoff"), ``reward_parts``, ``prefix_length``, ``policy_tokens`` and ``guide_tokens`` (prefix
-            and completion); with `AutoresetMode.SAME_STEP` they stand in ``final_info``.
+            and completion); with `AutoresetMode.SAME_STEP` they stand in ``final_info``. In a step in which the guide
+            wrote its part and the policy goes on, ``handed_back`` (bool (N,)) says where.
 
         Raises:
             ValueError: Actions of another shape, type or range.
@@ -686,18 +702,22 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._write(rows, chosen)
 
         infos: dict[str, Any] = {}
+        handed_back: dict[str, Any] = {}
         rewards = np.zeros(self.num_envs, np.float64)
-        terminations = self._phase >= NEEDS_GUIDE
+        terminations = np.zeros(self.num_envs, bool)
         # Parked rows wait for all others. A row that was just reset must not end in the same step, so a batch with one
         # ends in the next.
-        if self.parking and (any_reset or (self._phase == ACTIVE).any()):
-            terminations[:] = False
-        elif np.count_nonzero(terminations):
+        if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
+            handed_back = self._hand_off()
+        if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
+            terminations = self._phase == NEEDS_REWARD
+        if np.count_nonzero(terminations):
             infos = self._end_episodes(terminations, rewards)
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 infos = self._reset_in_same_step(terminations, infos)
         if any_reset:
             _merge(infos, self._reset_infos(resetting))
+        infos |= handed_back
         self._finish_infos(infos)
         return self._observation(), rewards, terminations, np.zeros(self.num_envs, bool), infos
 
@@ -722,10 +742,37 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             self._phase[rows[ended]] = NEEDS_REWARD
             self._finish[rows[ended]] = np.where(stopped[ended], STOP, LENGTH)
 
+    def _hand_off(self) -> dict[str, Any]:
+        """Let the guide continue the rows that wait for it, in one call; the policy goes on after bounded hand-offs.
+
+        Returns:
+            Infos, if there are rows in which the policy goes on.
+        """
+        rows = np.flatnonzero(self._phase == NEEDS_GUIDE)
+        if not len(rows):
+            return {}
+        assert self.guide is not None
+        most, bound = self.max_new_tokens - self._length[rows], self._handoff_tokens[self._draws.leader[rows]]
+        limits = np.where(bound > 0, np.minimum(bound, most), most)
+        written = self._ask_guide(rows, limits, Purpose.HANDOFF_SEED, self._handoffs[rows])
+        for row, (ids, _) in zip(rows.tolist(), written, strict=True):
+            self._append(row, ids, self.guide.author)
+        self._handoffs[rows] += 1
+        # A guide that has nothing to say ends the text, too: the policy could ask it for ever.
+        ended = np.array([finished or not ids for ids, finished in written])
+        ended |= (bound == 0) | (self._length[rows] == self.max_new_tokens)
+        # Should the reward fail now, a step that is tried again must not write a second completion.
+        self._phase[rows] = np.where(ended, NEEDS_REWARD, ACTIVE)
+        self._finish[rows[ended]] = HANDOFF
+        again = rows[~ended & (self._handoff_at[rows] >= 0) & (self._handoff_rate[self._draws.leader[rows]] > 0)]
+        self._handoff_at[again] = self._length[again] + self._tokens_until_handoff(again)
+        handed_back = np.isin(np.arange(self.num_envs), rows[~ended])
+        return self._infos(np.ones(self.num_envs, bool), {"handed_back": handed_back}) if handed_back.any() else {}
+
     # End of episodes
 
     def _end_episodes(self, mask: np.ndarray, rewards: np.ndarray) -> dict[str, Any]:
-        """End the episodes of the rows in `mask`: one call of the guide, one of the reward.
+        """End the episodes of the rows in `mask`, with one call of the reward.
 
         Args:
             mask: bool (N,), all rows that wait.
@@ -734,15 +781,6 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         Returns:
             The infos of these rows.
         """
-        handed = np.flatnonzero(self._phase == NEEDS_GUIDE)
-        if len(handed):
-            assert self.guide is not None
-            written = self._ask_guide(handed, self.max_new_tokens - self._length[handed], Purpose.HANDOFF_SEED)
-            for row, (ids, _) in zip(handed.tolist(), written, strict=True):
-                self._append(row, ids, self.guide.author)
-            self._finish[handed] = HANDOFF
-            # Should the reward fail now, a step that is tried again must not write a second completion.
-            self._phase[handed] = NEEDS_REWARD
         rows = np.flatnonzero(mask)
         contexts = [self._context(row) for row in rows.tolist()]
         texts = self._stop_criteria.texts([self._tokens(row) for row in rows.tolist()], contexts)

@@ -19,7 +19,8 @@ class Guidance:
     """How often and where a guide takes part in an episode.
 
     An episode is ``prompt | prefix (guide) | body (policy) | completion (guide)``. A restart gives it a prefix, a
-    hand-off gives it a completion.
+    hand-off gives it a completion; after a hand-off of bounded length the policy goes on, so that body and completion
+    can alternate.
 
     Attributes:
         restart_prob: Probability that an episode starts with a prefix, in [0, 1]; with ``guide="references"`` only
@@ -40,6 +41,10 @@ class Guidance:
             from it.
         text_seed: Seed of these texts. The text of a sample depends on it and the sample, not on the environment's
             seed: environments with the same guide see the same texts.
+        handoff_rate: Probability of a hand-off after each of the policy's tokens, instead of a `handoff_length`; after
+            a bounded hand-off the next one is scheduled in the same way. None for a single one.
+        handoff_tokens: Most tokens that the guide writes at a hand-off, scheduled or chosen, before the policy goes on;
+            where the guide ends the text within them the episode is over. None lets it complete the text.
 
     Raises:
         ValueError: A probability is outside [0, 1], or a length has none of these forms.
@@ -52,6 +57,8 @@ class Guidance:
     no_body_prob: float = 0.0
     restart_fraction: Fraction = None
     text_seed: int = 0
+    handoff_rate: float | None = None
+    handoff_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("restart_prob", "handoff_prob", "no_body_prob"):
@@ -71,6 +78,17 @@ class Guidance:
             raise ValueError(
                 "Guidance.restart_length and Guidance.restart_fraction exclude each other, got "
                 f"{self.restart_length!r} and {self.restart_fraction!r}"
+            )
+        rate, tokens = self.handoff_rate, self.handoff_tokens
+        valid = rate is None or (is_number(rate) and 0 < rate <= 1)
+        check("Guidance.handoff_rate", rate, valid, "None or a number in (0, 1]")
+        check(
+            "Guidance.handoff_tokens", tokens, tokens is None or (is_int(tokens) and tokens >= 1), "None or an int >= 1"
+        )
+        if rate is not None and self.handoff_length is not None:
+            raise ValueError(
+                "Guidance.handoff_length and Guidance.handoff_rate exclude each other, got "
+                f"{self.handoff_length!r} and {rate!r}"
             )
         check("Guidance.text_seed", self.text_seed, is_int(self.text_seed) and self.text_seed >= 0, "an int >= 0")
 
