@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from agents.gail import GAIL
     from agents.grpo import GRPO
     from agents.lols import D2LOLS, LOLS
+    from agents.on_policy_distillation import OnPolicyDistillation
     from agents.policy import CausalLMPolicy, LanguageModelPolicy, Policy, Seq2SeqPolicy
     from agents.policy.tabular import TabularPolicy
     from agents.ppo import PPO
@@ -38,6 +39,7 @@ _ALGORITHMS = {
     "RLOO": "rloo",
     "GRPO": "grpo",
     "VinePPO": "vine_ppo",
+    "OnPolicyDistillation": "on_policy_distillation",
 }
 _MODULES = _ALGORITHMS | {
     "CausalLMPolicy": "policy",
@@ -64,6 +66,7 @@ __all__ = [
     "CausalLMPolicy",
     "EvaluationResult",
     "LanguageModelPolicy",
+    "OnPolicyDistillation",
     "PPOPlusPlus",
     "Policy",
     "Seq2SeqPolicy",
