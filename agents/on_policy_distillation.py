@@ -25,9 +25,8 @@ class OnPolicyDistillation(PolicyGradient):
     The policy writes, and the guide scores what it wrote: ``A_h = sum_{k >= h} gamma^(k-h) (log pi_guide - log pi)`` of
     the tokens, with the clipped loss of `PPO`. With ``gamma=0`` this is the gradient of the reverse KL to the guide of
     the next token, in states that the policy visits, as published; with ``gamma=1`` that of the reverse KL of whole
-    texts (Gu et al. 2024, MiniLLM, arXiv 2306.08543). The guide reads and does not write, so that `guide_tokens` are 0;
-    records have the number of tokens that it scored, ``guide_scored_tokens``, and the KL of a text to it, ``guide_kl``
-    (nats, estimated on the texts).
+    texts (Gu et al. 2024, MiniLLM, arXiv 2306.08543). The guide scores the policy's tokens and writes none, so that
+    `guide_tokens` are 0. Records have the KL of a text to the guide, ``guide_kl`` (nats, estimated on the texts).
 
     Differs from the papers: GKD's divergence is a sum over the vocabulary, and here an estimate from the one token that
     was drawn, which servers can return; ratios are clipped.
