@@ -15,6 +15,7 @@ from agents import ALGORITHMS, PPO, SL, CausalLMPolicy, PPOPlusPlus
 from agents.supervised import supervised_loss
 from textgym.checks import check
 from textgym.guides import CallableGuide, Completion
+from textgym.guides.local import LocalGuide
 from textgym.seeding import hash64
 
 GUIDE = CallableGuide(
@@ -43,8 +44,16 @@ VARIANTS = {
     "grpo with rescue": ("grpo", {"dead_groups": "rescue", "success": 0.8}),
     "rloo with adaback and other samples": ("rloo", {"curriculum": "adaback", "dead_groups": "resample"}),
     "guided grpo": ("grpo", {"beta": 1.0, "lr_schedule": "linear", "schedule_episodes": 64}),
+    "opd of whole texts, with reward": ("opd", {"gamma": 1.0, "reward_coef": 0.5, "n_epochs": 2}),
     "vine-ppo with a hand-off": ("vine-ppo", {"kl_penalty": "reward", "tokens_per_step": 2, "rollouts_per_state": 3}),
 }
+
+
+def guide_of(name, make_policy):
+    """A guide that an algorithm can learn from."""
+    if name == "opd":
+        return LocalGuide(make_policy(1).model, device="cpu")
+    return "references" if name == "dr-po" else GUIDE
 
 
 def make_agent(name, make_env, make_policy, **arguments):
@@ -52,7 +61,7 @@ def make_agent(name, make_env, make_policy, **arguments):
         return SL(make_policy(), make_env(4), episodes_per_iteration=16, learning_rate=3e-3, **arguments)
     handoff = name.endswith("hand-off")
     name, own = VARIANTS.get(name, (name, {}))
-    policy, env = make_policy(), make_env(8, guide="references" if name == "dr-po" else GUIDE, handoff=handoff)
+    policy, env = make_policy(), make_env(8, guide=guide_of(name, make_policy), handoff=handoff)
     if handoff:
         policy = type(policy)(policy.model, policy.tokenizer, handoff_prob=0.2)
     return ALGORITHMS[name](policy, env, episodes_per_iteration=16, **own, **arguments)
@@ -81,7 +90,7 @@ def test_a_seed_decides_the_history_to_the_bit(name, make_env, make_policy):
 
 @pytest.mark.parametrize("name", [*sorted(ALGORITHMS), *VARIANTS])
 def test_saving_and_loading_changes_nothing(name, make_env, make_policy, tmp_path):
-    arguments = {} if name == "sl" else {"kl_target": 0.1, "target_coef": 0.1}
+    arguments = {} if name == "sl" else {"kl_coef": 0.1, "kl_target": 0.1, "target_coef": 0.1}
     whole = make_agent(name, make_env, make_policy, **arguments)
     iterate(whole, 4)
 
@@ -121,6 +130,7 @@ PIECES = {
     "grpo by batch": {"length_norm": "batch"},
     "grpo by horizon": {"length_norm": "horizon", "scale": "batch"},
     "vine-ppo": {"tokens_per_step": 2, "rollouts_per_state": 3},
+    "opd": {"kl_penalty": "loss", "reward_coef": 0.5},
 }
 
 
