@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from agents.hpt import HPT
     from agents.lols import D2LOLS, LOLS
     from agents.luffy import LUFFY
+    from agents.on_policy_distillation import OnPolicyDistillation
     from agents.policy import CausalLMPolicy, LanguageModelPolicy, Policy, Seq2SeqPolicy
     from agents.policy.tabular import TabularPolicy
     from agents.ppo import PPO
@@ -46,6 +47,7 @@ _ALGORITHMS = {
     "LUFFY": "luffy",
     "PrefixRFT": "prefix_rft",
     "HPT": "hpt",
+    "OnPolicyDistillation": "on_policy_distillation",
 }
 _MODULES = _ALGORITHMS | {
     "CausalLMPolicy": "policy",
@@ -75,6 +77,7 @@ __all__ = [
     "CausalLMPolicy",
     "EvaluationResult",
     "LanguageModelPolicy",
+    "OnPolicyDistillation",
     "PPOPlusPlus",
     "Policy",
     "PrefixRFT",

@@ -28,6 +28,7 @@ from agents.sharding import assemble, load_optimizer, scatter, shard, whole
 from textgym.checks import check, check_arguments, is_int, is_number
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
+from textgym.guides import ScoringGuide
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -453,18 +454,28 @@ def check_draws(decoding: Decoding) -> None:
         )
 
 
-def check_guide(env: Any, name: str, *, completes: bool = False) -> None:
+def check_guide(env: Any, name: str, *, completes: bool = False, scores: bool = False) -> None:
     """Refuse an environment whose guide cannot do what an algorithm needs.
 
     Args:
         env: The environment.
         name: The algorithm's name.
         completes: Whether the guide must be able to complete the policy's texts at any point.
+        scores: Whether it must only be able to score the policy's tokens.
 
     Raises:
-        ValueError: It has no guide, or one that can only start texts; or the policy decides when to hand off.
+        ValueError: It has no guide, or one that can only start texts; or the policy decides when to hand off; or it
+            cannot score the tokens of the environment.
     """
     guide = getattr(env, "guide", None)
+    if scores:
+        if not isinstance(guide, ScoringGuide):
+            raise ValueError(
+                f"env must have a guide that can score tokens for {name}, a LocalGuide or HTTPGuide of the "
+                f"environment's vocabulary: make_vec(..., guide=...), got {guide!r}"
+            )
+        guide.score([], [], env.tokenizer)
+        return
     if guide is None or (completes and not guide.can_hand_off):
         task = "complete texts" if completes else "start texts"
         raise ValueError(f"env must have a guide that can {task} for {name}: make_vec(..., guide=...), got {guide!r}")

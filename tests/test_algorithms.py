@@ -15,6 +15,7 @@ from agents import ALGORITHMS, PPO, SL, CausalLMPolicy, PPOPlusPlus
 from agents.supervised import supervised_loss
 from textgym.checks import check
 from textgym.guides import CallableGuide, Completion
+from textgym.guides.local import LocalGuide
 from textgym.seeding import hash64
 
 GUIDE = CallableGuide(
@@ -45,8 +46,16 @@ VARIANTS = {
     "grpo in mixed groups": ("grpo", {"curriculum": "mixed", "baseline": "start", "guide_loss": "clipped"}),
     "ppo that imitates": ("ppo", {"curriculum": "uniform", "guide_loss": "likelihood", "critic": "separate"}),
     "guided grpo": ("grpo", {"beta": 1.0, "lr_schedule": "linear", "schedule_episodes": 64}),
+    "opd of whole texts, with reward": ("opd", {"gamma": 1.0, "reward_coef": 0.5, "n_epochs": 2}),
     "vine-ppo with a hand-off": ("vine-ppo", {"kl_penalty": "reward", "tokens_per_step": 2, "rollouts_per_state": 3}),
 }
+
+
+def guide_of(name, make_policy):
+    """A guide that an algorithm can learn from."""
+    if name == "opd":
+        return LocalGuide(make_policy(1).model, device="cpu")
+    return "references" if name == "dr-po" else GUIDE
 
 
 def make_agent(name, make_env, make_policy, **arguments):
@@ -54,7 +63,7 @@ def make_agent(name, make_env, make_policy, **arguments):
         return SL(make_policy(), make_env(4), episodes_per_iteration=16, learning_rate=3e-3, **arguments)
     handoff = name.endswith("hand-off")
     name, own = VARIANTS.get(name, (name, {}))
-    policy, env = make_policy(), make_env(8, guide="references" if name == "dr-po" else GUIDE, handoff=handoff)
+    policy, env = make_policy(), make_env(8, guide=guide_of(name, make_policy), handoff=handoff)
     if handoff:
         policy = type(policy)(policy.model, policy.tokenizer, handoff_prob=0.2)
     return ALGORITHMS[name](policy, env, episodes_per_iteration=16, **own, **arguments)
@@ -127,6 +136,7 @@ PIECES = {
     "hpt": {"success": 2.0},
     "grpo in mixed groups": {},
     "ppo that imitates": {},
+    "opd": {"kl_penalty": "loss", "reward_coef": 0.5},
 }
 
 

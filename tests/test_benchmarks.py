@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from plugins import MICRO
+from test_algorithms import guide_of
 
 from agents import ALGORITHMS, CausalLMPolicy
 from agents.evaluation import make_env
@@ -21,9 +22,6 @@ from benchmarks.comparison.results import read_results
 from benchmarks.comparison.runner import Benchmark, spread
 from benchmarks.comparison.warm_start import load_policy
 from benchmarks.profiles import Row, load_profile
-from textgym.guides import CallableGuide
-
-GUIDE = CallableGuide(lambda requests: [" sea"] * len(requests))
 
 
 @pytest.fixture
@@ -113,7 +111,8 @@ def test_a_profile_has_a_row_for_every_algorithm_and_each_takes_its_arguments(na
         assert 0.2 <= task.rows["d2lols"].arguments["tau"] / iterations <= 0.42
         for row in task.rows.values():
             if row.algorithm != "sl":
-                env = make_env(task.rl["episodes_per_iteration"], **{"guide": GUIDE, **row.env})
+                guide = guide_of(row.algorithm, make_policy)
+                env = make_env(task.rl["episodes_per_iteration"], **{"guide": guide, **row.env})
                 policy = CausalLMPolicy(model, tokenizer, **row.policy)
                 ALGORITHMS[row.algorithm](policy, env, **{**task.rl, **row.arguments})
 

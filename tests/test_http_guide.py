@@ -41,6 +41,8 @@ KEY = "sk-this-must-never-be-seen"
 class FakeServer(ThreadingHTTPServer):
     """Answers with words that hang on the text and the seed, one word a token; `answers` and `plan` override it.
 
+    Token ids to be scored are answered by `scores`.
+
     Attributes:
         bodies: Everything that was asked, in order.
         plan: What happens to the next calls instead of an answer: (status, headers, body).
@@ -55,7 +57,7 @@ class FakeServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.bodies, self.headers, self.plan, self.times = [], [], [], []
         self.delay = 0.0
-        self.answer = None
+        self.answer = self.scores = None
         self.busy = self.busiest = 0
 
     @property
@@ -77,11 +79,15 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay)
         chat = self.path == "/v1/chat/completions"
         assert chat or self.path == "/v1/completions"
-        text = body["messages"][-1]["content"] if chat else body["prompt"]
-        limit = body["max_tokens"]
-        written, reason = server.answer(text, body) if server.answer else self.words(text, body, limit)
-        choice = {"message": {"role": "assistant", "content": written}} if chat else {"text": written}
-        usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(written.split())}
+        if server.scores and body.get("echo"):
+            usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
+            choice, reason = server.scores(body["prompt"]), "length"
+        else:
+            text = body["messages"][-1]["content"] if chat else body["prompt"]
+            limit = body["max_tokens"]
+            written, reason = server.answer(text, body) if server.answer else self.words(text, body, limit)
+            choice = {"message": {"role": "assistant", "content": written}} if chat else {"text": written}
+            usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(written.split())}
         answer = {"choices": [{**choice, "index": 0, "finish_reason": reason}], "usage": usage}
         status, headers, sent = planned or (200, {}, answer)
         payload = sent.encode() if isinstance(sent, str) else json.dumps(sent).encode()
@@ -420,6 +426,115 @@ def test_what_the_cache_answers_is_free(server, words_tokenizer, tmp_path):
     assert broke.complete(requests(5), words_tokenizer) == written
     with pytest.raises(BudgetExceeded):
         broke.complete(requests(6), words_tokenizer)
+
+
+def log_prob_of(token, at):
+    """What the server says of a token at a place of a text."""
+    return -((7 * token + 3 * at) % 11) / 4 - 0.1
+
+
+def answers(tokenizer):
+    """The forms in which servers return log-probabilities of what they read."""
+
+    def echo(ids):
+        """OpenAI's, followed by a token that was written."""
+        log_probs = [None, *(log_prob_of(token, at) for at, token in enumerate(ids) if at), -0.5]
+        tokens = [*tokenizer.convert_ids_to_tokens(ids), " moon"]
+        logprobs = {"tokens": tokens, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": None}
+        return {"text": tokenizer.decode(ids) + " moon", "logprobs": logprobs}
+
+    def prompt_logprobs(ids):
+        """vLLM's, where likelier tokens stand beside, and nothing of the prompt is repeated."""
+        places = [
+            {str(token): {"logprob": log_prob_of(token, at), "rank": 2, "decoded_token": "?"}, "1": {"logprob": -0.01}}
+            for at, token in enumerate(ids)
+        ]
+        logprobs = {"tokens": [" moon"], "token_logprobs": [-0.5], "top_logprobs": None, "text_offset": [0]}
+        return {"text": " moon", "logprobs": logprobs, "prompt_logprobs": [None, *places[1:]]}
+
+    def both(ids):
+        return echo(ids) | {"prompt_logprobs": prompt_logprobs(ids)["prompt_logprobs"]}
+
+    return {"echo": echo, "prompt_logprobs": prompt_logprobs, "both": both}
+
+
+def texts_to_score(tokenizer, count=6):
+    """Requests with continuations of one to three words, or none."""
+    ids = [tuple(tokenizer("".join(f" {word}" for word in WORDS[k : k + 3]))["input_ids"]) for k in range(count)]
+    asked = [GuideRequest("red sun", (262, 263), " moon", text[:1], 6, seed) for seed, text in enumerate(ids)]
+    return asked, [text[: k % 4] for k, text in enumerate(ids)]
+
+
+@pytest.mark.parametrize("form", ["echo", "prompt_logprobs", "both"])
+def test_a_server_scores_given_tokens_and_each_text_once(server, words_tokenizer, tmp_path, form):
+    server.scores = answers(words_tokenizer)[form]
+    guide = HTTPGuide("words", base_url=server.url, cache=tmp_path, extra_body={"min_p": 0.1}, concurrency=2)
+    asked, texts = texts_to_score(words_tokenizer)
+    twice = guide.score(asked + asked[::-1], texts + texts[::-1], words_tokenizer)
+    for request, text, scores in zip(asked, texts, twice, strict=False):
+        before = len(request.prompt_ids) + len(request.prefix_ids)
+        expected = [log_prob_of(token, before + h) for h, token in enumerate(text)]
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, np.array(expected, np.float32))
+    np.testing.assert_equal(twice[6:], twice[:6][::-1])
+    sent = {(*r.prompt_ids, *r.prefix_ids, *text) for r, text in zip(asked, texts, strict=True) if text}
+    assert sorted(tuple(body["prompt"]) for body in server.bodies) == sorted(sent)
+    assert {(body["temperature"], body["top_p"], body["min_p"], "stop" in body) for body in server.bodies} == {
+        (1.0, 1.0, 0.1, False)
+    }
+    calls = guide.usage.calls
+    assert calls == len(server.bodies) == guide.usage.completion_tokens == 4
+    again = HTTPGuide("words", base_url=server.url, cache=tmp_path, extra_body={"min_p": 0.1}, budget=Budget(calls=0))
+    np.testing.assert_equal(again.score(asked, texts, words_tokenizer), twice[:6])
+    assert (again.usage.calls, again.usage.cache_hits, len(server.bodies)) == (0, 4, calls)
+    assert again.score([], [], words_tokenizer) == []
+
+
+def test_a_server_that_cannot_score_says_so(server, words_tokenizer):
+    asked, texts = texts_to_score(words_tokenizer)
+    forms = answers(words_tokenizer)
+    guide = HTTPGuide("words", base_url=server.url, concurrency=1)
+    none = {"text": " moon", "logprobs": None}
+    ignores_echo = {"text": " moon", "logprobs": {"tokens": [" moon"], "token_logprobs": [-0.5]}}
+    for choice in (none, ignores_echo, {"text": " moon"}):
+        server.scores = lambda ids, choice=choice: choice
+        with pytest.raises(
+            RuntimeError, match=r"must answer with the log-probabilities of the tokens that it read, got"
+        ):
+            guide.score(asked, texts, words_tokenizer)
+    others = {"prompt_logprobs": lambda ids: forms["prompt_logprobs"]([token + 1 for token in ids])}
+    others["nan"] = lambda ids: {"text": "", "logprobs": {"token_logprobs": [None, *[float("nan")] * len(ids)]}}
+    for server.scores in others.values():
+        with pytest.raises(RuntimeError, match="must answer with the log-probabilities"):
+            guide.score(asked, texts, words_tokenizer)
+    server.scores = lambda ids: forms["echo"]([token + 1 for token in ids])
+    with pytest.raises(
+        ValueError, match="a model with the environment's vocabulary to score its tokens, and 'words' reads"
+    ):
+        guide.score(asked, texts, words_tokenizer)
+    server.scores = forms["echo"]
+    spent = HTTPGuide("words", base_url=server.url, budget=Budget(calls=2, when_spent="unguided"))
+    with pytest.raises(BudgetExceeded, match="nothing is learned without its scores: 2 of 2 calls"):
+        spent.score(asked, texts, words_tokenizer)
+    for arguments, message in (
+        ({"api": "chat"}, 'api must be "completions" to score tokens'),
+        ({"template": "Say: {prompt}{prefix}"}, "template must be None to score tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HTTPGuide("words", base_url=server.url, **arguments).score([], [], words_tokenizer)
+
+
+def test_a_text_that_ends_within_a_character_is_an_echo(server):
+    """The token after it, which the server writes, can complete the character."""
+    tokenizer = train_tokenizer(["red sun and blue moon"] * 3, vocab_size=280)
+    ids = tokenizer("red é")["input_ids"]
+    server.scores = lambda ids: {**answers(tokenizer)["echo"](ids), "text": "<s>red é"}
+    guide = HTTPGuide("words", base_url=server.url)
+    asked = GuideRequest("red", tuple(ids[:1]), "", (), 6, 0)
+    with pytest.raises(ValueError, match="reads"):  # a token that the environment's tokenizer has not
+        guide.score([asked], [ids[1:-1]], tokenizer)
+    server.scores = lambda ids: {**answers(tokenizer)["echo"](ids), "text": "red é"}
+    assert len(guide.score([asked], [ids[1:-1]], tokenizer)[0]) == len(ids) - 2
 
 
 def test_concurrency_has_a_limit_and_works_in_a_loop(server, words_tokenizer):

@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from agents import ALGORITHMS, CausalLMPolicy
 from agents.checkpoint import write_checkpoint
 from textgym.guides import CallableGuide, Completion
+from textgym.guides.local import LocalGuide
 from textgym.seeding import hash64
 from textgym.tokenization import train_tokenizer
 
@@ -58,6 +59,7 @@ AGENTS = {
     "hpt": ("hpt", {**UNEVEN, "success": 0.3}),
     "prefix-rft": ("prefix-rft", {**UNEVEN, "group_size": 4}),
     "vine-ppo": ("vine-ppo", {**UNEVEN, "tokens_per_step": 4, "rollouts_per_state": 3}),
+    "opd": ("opd", {**UNEVEN, "gamma": 1.0, "reward_coef": 0.5}),
 }
 AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "rloo")}
 # What `accelerate launch` tells the processes that it starts.
@@ -74,13 +76,17 @@ def make(name, arguments, rows=ROWS, **env_arguments):
     shape = {"n_positions": PROMPT_TOKENS + HORIZON, "n_embd": 32, "n_layer": 2, "n_head": 2}
     config = GPT2Config(vocab_size=len(tokenizer), **shape, **ids)
     policy = CausalLMPolicy(GPT2LMHeadModel(config), tokenizer).double()
+    guide: CallableGuide | LocalGuide = GUIDE
+    if name == "opd":  # the same in all processes
+        torch.manual_seed(2)
+        guide = LocalGuide(GPT2LMHeadModel(config).double(), tokenizer=tokenizer)
     env = gym.make_vec(
         ENV_ID,
         num_envs=rows // PartialState().num_processes,
         tokenizer=tokenizer,
         parking=True,
         autoreset_mode=AutoresetMode.DISABLED,
-        **{"guide": GUIDE, **env_arguments},
+        **{"guide": guide, **env_arguments},
     ).unwrapped
     return ALGORITHMS[name](policy, env, **{"episodes_per_iteration": EPISODES, **arguments})
 

@@ -68,4 +68,6 @@ def suite(
         "guide": Row("sl", as_guide=True),
         # Three or so states of a text of 48 tokens: each costs as many texts as there are rollouts.
         "vine-ppo": Row("vine-ppo", {"rollouts_per_state": 4, "tokens_per_step": 16}),
+        # From below its guide: the supervised policy is the guide, and has nothing to learn from itself.
+        "opd-from-base": Row("opd", {"n_epochs": 1, "kl_coef": 0.0}, start="start_model"),
     }

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest
+from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest, ScoringGuide
 from textgym.guides.references import ReferenceGuide
 
-__all__ = ["Author", "CallableGuide", "Completion", "Guide", "GuideRequest", "load_guide"]
+__all__ = ["Author", "CallableGuide", "Completion", "Guide", "GuideRequest", "ScoringGuide", "load_guide"]
 
 
 def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | None:

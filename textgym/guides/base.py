@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 
@@ -87,6 +88,36 @@ class Guide(Protocol):
         Returns:
             N completions, in order. A string is a finished text; a sequence of ints is token ids, finished if the last
             is EOS.
+        """
+        ...
+
+
+@runtime_checkable
+class ScoringGuide(Guide, Protocol):
+    """A guide that also says how likely given tokens are.
+
+    It reads the very tokens that the policy reads and wrote, so its vocabulary is the environment's.
+    """
+
+    def score(
+        self,
+        requests: Sequence[GuideRequest],
+        continuations: Sequence[Sequence[int]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[np.ndarray]:
+        """Log-probabilities of given continuations, under the untruncated softmax at temperature 1.
+
+        Args:
+            requests: N requests, which say what is continued; their `max_new_tokens` and `seed` have no effect. With
+                none, only the guide's ability to score is checked.
+            continuations: N sequences of token ids of the environment's vocabulary, EOS included where it was written.
+            tokenizer: The environment's tokenizer.
+
+        Returns:
+            For each request float32 (L,) in nats, of the L tokens of its continuation, each given all before it.
+
+        Raises:
+            ValueError: The guide cannot score: it has another vocabulary, or reads texts in another form.
         """
         ...
 

@@ -14,12 +14,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from textgym.checks import check, check_int, check_texts
 from textgym.decoding import Decoding
 from textgym.guides.base import Author, Completion, GuideRequest
 from textgym.guides.budget import Budget, BudgetExceeded, Ledger, Usage, is_amount
 from textgym.guides.completion_cache import CompletionCache
-from textgym.guides.templates import chat_messages, completions_template, without_echo
+from textgym.guides.templates import COMPLETIONS_TEMPLATE, chat_messages, completions_template, without_echo
 from textgym.packages import require
 
 # openai and transformers are imported for the first completion, so that a guide is made quickly.
@@ -34,7 +36,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 _MOST_TOKENS_FOR_ONE = 16
 _OWN_FIELDS = {
     "model", "prompt", "messages", "temperature", "top_p", "top_k", "seed", "stop", "max_tokens",
-    "max_completion_tokens", "n", "stream",
+    "max_completion_tokens", "n", "stream", "echo", "logprobs",
 }  # fmt: skip
 
 
@@ -44,6 +46,9 @@ class HTTPGuide:
     The server reads and writes text. Its text is encoded in the environment's vocabulary as a continuation of the
     tokens before it, which do not change. A text that reaches the server's limit of tokens before the limit of the
     request is continued by another call.
+
+    A server of a model with the environment's vocabulary can also score the policy's tokens (`score`): vLLM, SGLang and
+    others that return log-probabilities of what they read. It is sent token ids then.
 
     Every request has the seed of its episode, so a run repeats as far as the server uses `seed`. With a cache it
     repeats exactly.
@@ -184,6 +189,63 @@ class HTTPGuide:
             waiting = again
         return [completions[request] for request in asked]
 
+    def score(
+        self,
+        requests: Sequence[GuideRequest],
+        continuations: Sequence[Sequence[int]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[np.ndarray]:
+        """Log-probabilities of continuations (see `ScoringGuide.score`); equal texts are sent once.
+
+        One call reads a whole text, as token ids, and writes one token: log-probabilities come as ``logprobs`` of an
+        ``echo``, or as vLLM's ``prompt_logprobs``.
+
+        Raises:
+            BudgetExceeded: The budget is spent, whatever `when_spent` is: nothing can be learned without scores.
+            ConnectionError: The server cannot be reached.
+            RuntimeError: The server answers with an error, or without log-probabilities.
+            TimeoutError: The server does not answer in time.
+            ValueError: `api` is not "completions", there is a template, or the server's model has another vocabulary.
+        """
+        check("api", self.api, self.api == "completions", '"completions" to score tokens, which chats do not echo')
+        plain = self.template == COMPLETIONS_TEMPLATE
+        check("template", self.template, plain, "None to score tokens: the server reads those that the policy reads")
+        started = time.perf_counter()
+        try:
+            return self._score(requests, continuations, tokenizer)
+        finally:
+            self._ledger.add(seconds=time.perf_counter() - started)
+
+    def _score(
+        self,
+        requests: Sequence[GuideRequest],
+        continuations: Sequence[Sequence[int]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[np.ndarray]:
+        texts = [
+            tuple(map(int, (*request.prompt_ids, *request.prefix_ids, *ids)))
+            for request, ids in zip(requests, continuations, strict=True)
+        ]
+        asked = list(dict.fromkeys(text for text, ids in zip(texts, continuations, strict=True) if len(ids)))
+        # The least that every server writes is a token. Of the untruncated softmax at temperature 1.
+        how = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+        bodies = [{"model": self.model, **self.extra_body, **how, "prompt": list(text)} for text in asked]
+        scores = {}
+        for text, answer in zip(asked, self._answers(bodies), strict=True):
+            if answer is None:
+                spent = self.budget.spent(self.usage)
+                raise BudgetExceeded(f"the guide's budget is spent, and nothing is learned without its scores: {spent}")
+            if not _is_echo(answer.text, text, tokenizer):
+                raise ValueError(
+                    f"guide must be a server of a model with the environment's vocabulary to score its tokens, and "
+                    f"{self.model!r} reads {tokenizer.decode(list(text))!r} as {answer.text!r}"
+                )
+            scores[text] = np.array(answer.log_probs, np.float32)
+        return [
+            scores[text][len(text) - len(ids) - 1 :] if len(ids) else np.zeros(0, np.float32)
+            for text, ids in zip(texts, continuations, strict=True)
+        ]
+
     def _continuation(self, request: GuideRequest, text: str, answer: str) -> str:
         """Return what an answer adds to prompt, prefix and `text`."""
         from textgym.tokenization import as_continuation
@@ -268,11 +330,12 @@ class HTTPGuide:
         else:
             self._ledger.add(failures=response.retries_taken)
             try:
-                answer = _Answer.of(response.http_response.json())
+                answer = _Answer.of(response.http_response.json(), body["prompt"] if "echo" in body else None)
             except (LookupError, TypeError, ValueError):
                 self._ledger.add(failures=1)
+                wanted = "the log-probabilities of the tokens that it read" if "echo" in body else "a completion"
                 failure = RuntimeError(
-                    self._public(f"{where} must answer with a completion, got {response.http_response.text[:200]!r}")
+                    self._public(f"{where} must answer with {wanted}, got {response.http_response.text[:200]!r}")
                 )
             else:
                 used = (answer.prompt_tokens, answer.completion_tokens)
@@ -346,25 +409,54 @@ class HTTPGuide:
 
 
 class _Answer(NamedTuple):
-    """A server's completion."""
+    """A server's completion.
+
+    Of a text that was scored, `log_probs` are those of its tokens after the first, and `text` begins with the text as
+    the server reads it, or is empty where it does not say.
+    """
 
     text: str
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
+    log_probs: list[float] | None = None
 
     @classmethod
-    def of(cls, answer: Any) -> _Answer:
-        """Read a server's answer; raises LookupError, TypeError or ValueError where it is no completion."""
+    def of(cls, answer: Any, scored: Sequence[int] | None = None) -> _Answer:
+        """Read a server's answer, to a text to be scored if there is one.
+
+        Raises:
+            LookupError: It is no completion, or has no log-probabilities of the tokens to be scored.
+            TypeError: As above.
+            ValueError: As above.
+        """
         choice = answer["choices"][0]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         usage = answer["usage"]
+        log_probs = None
+        if scored is not None:
+            echoed = (choice.get("logprobs") or {}).get("token_logprobs") or []
+            text = text if len(echoed) >= len(scored) else ""
+            if (by_token := choice.get("prompt_logprobs")) is not None:
+                log_probs = [float(by_token[at][str(token)]["logprob"]) for at, token in enumerate(scored) if at]
+            else:
+                log_probs = [float(echoed[at]) for at in range(1, len(scored))]
+            if not all(map(math.isfinite, log_probs)):
+                raise ValueError("a log-probability is not finite")
         return cls(
             "" if text is None else str(text),
             choice.get("finish_reason"),
             int(usage["prompt_tokens"]),
             int(usage.get("completion_tokens") or 0),
+            log_probs,
         )
+
+
+def _is_echo(answer: str, text: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether an answer begins with a text, but for white space, special tokens and a last character that is cut."""
+    squeezed = "".join(answer.split())
+    written = [str(tokenizer.decode(list(text), skip_special_tokens=skip)) for skip in (True, False)]
+    return not answer or any(squeezed.startswith("".join(t.rstrip("\ufffd").split())) for t in written)
 
 
 def _is_loopback(url: str) -> bool:

@@ -44,7 +44,8 @@ _LOADED: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 class LocalGuide:
     """Continues texts with a language model whose weights never change.
 
-    With the vocabulary of the environment, the guide reads the token ids that the policy reads and returns token ids.
+    With the vocabulary of the environment, the guide reads the token ids that the policy reads and returns token ids,
+    and it can score them.
     With another vocabulary, or with a template of its own, it reads prompt and prefix as text, without the template of
     the environment, and returns text.
 
@@ -118,19 +119,43 @@ class LocalGuide:
         """
         if not requests:
             return []
-        self._load()
-        own = self._own_tokenizer or tokenizer
-        try:
-            check_vocabulary(own, self._model.get_input_embeddings().weight.shape[0])
-        except ValueError as error:
-            raise ValueError(
-                f"guide: {error}; pass LocalGuide(model, tokenizer=...) the tokenizer that belongs to it"
-            ) from error
-        if self.chat and own.chat_template is None:
-            raise ValueError("chat must be False for a tokenizer without a chat template")
+        own = self._load_for(tokenizer)
         if not self._asks and self._same_vocabulary(own, tokenizer):
             return self._complete_ids(requests, own, tokenizer)
         return self._complete_texts(requests, own, tokenizer)
+
+    def score(
+        self,
+        requests: Sequence[GuideRequest],
+        continuations: Sequence[Sequence[int]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[np.ndarray]:
+        """Log-probabilities of continuations in one pass over each batch of texts (see `ScoringGuide.score`).
+
+        Raises:
+            ValueError: The guide has another vocabulary, or a template, chat or stop of its own; the model or its
+                tokenizer cannot be loaded, or a text is too long for the model.
+        """
+        from textgym.scoring import log_probs
+
+        own = self._load_for(tokenizer)
+        if self._asks or not self._same_vocabulary(own, tokenizer):
+            why = "has a template, chat or stop of its own" if self._asks else "has another vocabulary"
+            raise ValueError(
+                f"guide must read the tokens that the policy reads to score them, and this one {why}: it needs a model "
+                "with the environment's tokenizer, and templates are the environment's"
+            )
+        for request, ids in zip(requests, continuations, strict=True):
+            whole = np.array([*request.prompt_ids, *request.prefix_ids, *ids])
+            check_embedded(own, self._model, whole, np.ones_like(whole))
+        return log_probs(
+            self._model,
+            [request.prompt_ids for request in requests],
+            [request.prefix_ids for request in requests],
+            continuations,
+            batch_size=self.batch_size,
+            dtype=self._products,
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -226,7 +251,6 @@ class LocalGuide:
     ) -> list[list[int]]:
         """Generate at most `limits` tokens after each context, a pair of prompt and prefix in the guide's tokens."""
         from textgym.generation import generate
-        from textgym.precision import fast_dtype
 
         whole = [np.array([*prompt, *prefix], np.int64) for prompt, prefix in contexts]
         mask = np.arange(max(map(len, whole))) < np.array([len(ids) for ids in whole])[:, None]
@@ -249,8 +273,15 @@ class LocalGuide:
             batch_size=self.batch_size,
             vocab_size=vocabulary_size(own),
             unused_ids=unused_ids(own),
-            dtype=fast_dtype(self._model.device) if self.dtype == "auto" else self.dtype,
+            dtype=self._products,
         )
+
+    @property
+    def _products(self) -> torch.dtype | None:
+        """The data type of matrix products."""
+        from textgym.precision import fast_dtype
+
+        return fast_dtype(self._model.device) if self.dtype == "auto" else self.dtype
 
     def _ends_of(self, own: PreTrainedTokenizerBase) -> StopCriteria:
         """Where what the model writes ends, in tokens of its own."""
@@ -259,6 +290,20 @@ class LocalGuide:
             ids = end_ids(own, None if config is None else config.eos_token_id)
             self._ends = own, StopCriteria(own, self.stop, ids, self.chat)
         return self._ends[1]
+
+    def _load_for(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Load what is not loaded, and return the guide's own tokenizer."""
+        self._load()
+        own = self._own_tokenizer or tokenizer
+        try:
+            check_vocabulary(own, self._model.get_input_embeddings().weight.shape[0])
+        except ValueError as error:
+            raise ValueError(
+                f"guide: {error}; pass LocalGuide(model, tokenizer=...) the tokenizer that belongs to it"
+            ) from error
+        if self.chat and own.chat_template is None:
+            raise ValueError("chat must be False for a tokenizer without a chat template")
+        return own
 
     def _load(self) -> None:
         from textgym.model_checks import check_served
