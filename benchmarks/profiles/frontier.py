@@ -92,7 +92,61 @@ PARITIES = TaskProfile(
     test_samples=16,
 )
 
-FRONTIER = Profile(name="frontier", source="mini", tasks={"parities": PARITIES}, default=tuple(ROWS))
+
+def like_parities(env_id: str, *, tokens: int, start: Mapping[str, Any], env: Mapping[str, Any]) -> TaskProfile:
+    """Another task with the learner, the training and the rows of the parities.
+
+    Args:
+        env_id: The environment.
+        tokens: The budget.
+        start: Arguments of the environment of the start model, in which the guide makes no error.
+        env: Arguments of the task's environment, in which the guide is the poor one that the start policy imitates.
+    """
+    model = PARITIES.language_model
+    assert model is not None
+    return replace(
+        PARITIES,
+        env_id=env_id,
+        language_model=replace(model, env={"train_problems": 12_000, "guide_accuracy": 1.0, **start}),
+        tokens=tokens,
+        env=env,
+    )
+
+
+# The guide takes the easy answer, worth half, four times in five.
+FORK = like_parities(
+    "textgym/ChainOfParities-v0",
+    tokens=400_000,
+    start={"train_length": tuple(range(1, 9))},
+    env={"length": 8, "copies_input": True, "fork": True, "guide_accuracy": 0.55, "train_problems": 4096},
+)
+COUNTDOWN = like_parities(
+    "textgym/Countdown-v0",
+    tokens=400_000,
+    start={"train_numbers": (2, 3, 4)},
+    env={
+        "numbers": 4,
+        "max_number": 12,
+        "max_value": 50,
+        "search": True,
+        "guide_accuracy": 0.1,
+        "train_problems": 2048,
+    },
+)
+# The control: the hard token is the first one, which any prefix gives away.
+STAR_GRAPH = like_parities(
+    "textgym/StarGraph-v0",
+    tokens=150_000,
+    start={"train_path_length": (2, 3, 4)},
+    env={"degree": 5, "path_length": 4, "nodes": 20, "guide_accuracy": 0.2, "train_problems": 4096},
+)
+
+FRONTIER = Profile(
+    name="frontier",
+    source="mini",
+    tasks={"parities": PARITIES, "fork": FORK, "countdown": COUNTDOWN, "star-graph": STAR_GRAPH},
+    default=tuple(ROWS),
+)
 
 # What was searched, on validation prompts with one seed: the same steps for rows that play alone as for guided ones.
 STEPS: dict[str, dict[str, Any]] = {
