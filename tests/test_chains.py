@@ -15,13 +15,14 @@ from test_schedule import numbers
 
 from agents import CausalLMPolicy
 from agents.environments import make_env
-from agents.supervised import SL
+from agents.supervised import SL, rewards_of
 from benchmarks.comparison.cost import cost, parameters
 from benchmarks.comparison.jobs import Run, resolve
 from benchmarks.comparison.results import append_result, read_results
 from benchmarks.comparison.runner import Benchmark
 from benchmarks.comparison.warm_start import initial_model, load_policy
 from benchmarks.profiles import Row, algorithm_class, load_profile
+from benchmarks.profiles.frontier import FRONTIER, GUIDE
 from benchmarks.report.write import write_report
 
 LOCK = LOCKS.tasks["lock"]
@@ -232,3 +233,16 @@ def test_every_row_of_the_frontier_can_begin():
                 arguments["episodes_per_iteration"] = 8
             policy = CausalLMPolicy(initial_model(env, shape, 0), env.tokenizer)
             algorithm_class(stage.row.algorithm)(policy, env, **arguments)
+
+
+@pytest.mark.parametrize("task", FRONTIER.tasks.values(), ids=FRONTIER.tasks)
+def test_guides_of_the_frontier_succeed_and_those_that_starts_imitate_do_not(task):
+    def worth(**arguments):
+        env = make_env(task.env_id, num_envs=1, **{**task.env, **arguments, "train_problems": 256})
+        written = env.guide_texts(range(256), 0)
+        return np.asarray(rewards_of(env, list(enumerate(written))))
+
+    good = worth(**GUIDE)
+    assert set(good) == ({0.5, 1.0} if task.env.get("fork") else {1.0})
+    assert np.mean(good == 1.0) > 0.15
+    assert np.mean(worth() == 1.0) < 0.03

@@ -92,7 +92,65 @@ PARITIES = TaskProfile(
     test_samples=16,
 )
 
-FRONTIER = Profile(name="frontier", source="mini", tasks={"parities": PARITIES}, default=tuple(ROWS))
+
+def like_parities(
+    env_id: str, *, tokens: int, start: Mapping[str, Any], training: Mapping[str, Any], env: Mapping[str, Any]
+) -> TaskProfile:
+    """Another task with the learner, the training and the rows of the parities.
+
+    Args:
+        env_id: The environment.
+        tokens: The budget.
+        start: Arguments of the environment of the start model, in which the guide makes no error.
+        training: How the start model is trained there, where it differs.
+        env: Arguments of the task's environment, in which the guide is the poor one that the start policy imitates.
+    """
+    model = PARITIES.language_model
+    assert model is not None
+    return replace(
+        PARITIES,
+        env_id=env_id,
+        language_model=replace(
+            model,
+            env={"train_problems": 12_000, "guide_accuracy": 1.0, **start},
+            training={**model.training, **training},
+        ),
+        tokens=tokens,
+        env=env,
+    )
+
+
+# The guide takes the easy answer, worth half, four times in five. The references, of which the start model learns
+# chains, never do.
+FORK = like_parities(
+    "textgym/ChainOfParities-v0",
+    tokens=400_000,
+    start={"train_length": tuple(range(1, 13)), "train_problems": 36_000},
+    training={"targets": "references", "samples_per_prompt": 1, "n_epochs": 4},
+    env={"length": 12, "copies_input": True, "fork": True, "guide_accuracy": 0.55, "train_problems": 2048},
+)
+COUNTDOWN = like_parities(
+    "textgym/Countdown-v0",
+    tokens=400_000,
+    start={"train_numbers": (2, 3)},
+    training={"n_epochs": 5, "learning_rate": 2e-3},
+    env={"max_number": 20, "max_value": 50, "search": True, "guide_accuracy": 0.1, "train_problems": 2048},
+)
+# The control: the hard token is the first one, which any prefix gives away.
+STAR_GRAPH = like_parities(
+    "textgym/StarGraph-v0",
+    tokens=150_000,
+    start={"train_path_length": (2, 3)},
+    training={"samples_per_prompt": 1, "n_epochs": 6},
+    env={"degree": 5, "path_length": 3, "nodes": 20, "guide_accuracy": 0.1, "train_problems": 4096},
+)
+
+FRONTIER = Profile(
+    name="frontier",
+    source="mini",
+    tasks={"parities": PARITIES, "fork": FORK, "countdown": COUNTDOWN, "star-graph": STAR_GRAPH},
+    default=tuple(ROWS),
+)
 
 # What was searched, on validation prompts with one seed: the same steps for rows that play alone as for guided ones.
 STEPS: dict[str, dict[str, Any]] = {
