@@ -331,7 +331,8 @@ def policy_in(precision, name, **arguments):
 
 def alone(policy, prompt, new):
     """What transformers makes of one text alone in the precision of a policy: log-probabilities before each token."""
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast is not None):
+    half = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast is not None)
+    with half, torch.compiler.set_stance("force_eager"):  # transformers' own code, not compiled
         return slow(policy, prompt, new)[0].float().log_softmax(-1).cpu()
 
 

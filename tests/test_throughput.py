@@ -169,9 +169,11 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
 
 
 def test_scaling_is_measured_and_drawn(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        scaling, "SWEEPS", {"texts": [{"rows": 2}, {"rows": 4}], "parameters": [{"n_embd": 16}, {"n_embd": 32}]}
-    )
+    sweeps = {
+        "texts": [{"rows": rows, "vocab_size": 64} for rows in (2, 4)],
+        "parameters": [{"n_embd": width, "vocab_size": 64} for width in (16, 32)],
+    }
+    monkeypatch.setattr(scaling, "SWEEPS", sweeps)
     scaling.main(rounds=1, out=tmp_path / "docs" / "scaling.png")
     figures = json.loads((tmp_path / "docs" / "scaling.json").read_text())
     assert [(figure["sweep"], figure["name"]) for figure in figures[:4]] == [
