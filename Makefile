@@ -8,13 +8,13 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/run_all.py --profile quick
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 	$(BIN)/python -m pytest -m llm
 
 # Strong tests that take half a minute together: chosen by what they prove and by `pytest --durations=0`.
 FAST := engine groups guided lock_env positions ppo tabular tasks wrappers
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not llm" $(FAST:%=tests/test_%.py)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not llm" $(FAST:%=tests/test_%.py)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

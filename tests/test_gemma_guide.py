@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import re
 import urllib.request
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from agents import CausalLMPolicy
@@ -32,7 +32,7 @@ ROWS = 4
 
 @pytest.fixture(scope="module")
 def url():
-    with gemma_guide.serve(threads=torch.get_num_threads()) as url:
+    with gemma_guide.serve(threads=os.cpu_count() or 1) as url:
         yield url
 
 

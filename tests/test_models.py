@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -331,7 +330,8 @@ def policy_in(precision, name, **arguments):
 
 def alone(policy, prompt, new):
     """What transformers makes of one text alone in the precision of a policy: log-probabilities before each token."""
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast is not None):
+    half = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.autocast is not None)
+    with half, torch.compiler.set_stance("force_eager"):  # transformers' own code, not compiled
         return slow(policy, prompt, new)[0].float().log_softmax(-1).cpu()
 
 
@@ -437,15 +437,6 @@ def test_an_iteration_of_ppo_moves_every_parameter(name, precision):
     for before, after in iterate(name, precision):
         assert after.isfinite().all()
         assert not torch.equal(before, after)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
-def test_compiled_code_in_half_precision_turns_positions_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    policy = policy_in("bfloat16 autocast", "llama", compile=True)
-    assert all(differences(policy, policy_of("llama")).near())
-    assert policy.model.model.layers[0]._compiled_call_impl is not None
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
