@@ -29,6 +29,7 @@ CURRICULA = {
     "trend": "trend",
     "pope": "pope",
 }
+FADING = {"name": "mixed", "high": 0.95, "low": 0.05, "iterations": 80}
 
 ROWS = {
     "start": Row("sl"),
@@ -44,6 +45,10 @@ ROWS = {
     "d2lols": Row("d2lols", CRITIC, env=GUIDE),
     **{f"grpo-{name}": Row("grpo", {**GROUP, "curriculum": rule}, env=GUIDE) for name, rule in CURRICULA.items()},
     "grpo-rescue": Row("grpo", {**GROUP, **RESCUE}, env=GUIDE),
+    "uft": Row("uft", {**GROUP, "curriculum": CURRICULA["cosine"]}, env=GUIDE),
+    "luffy": Row("luffy", {"group_size": 8}, env=GUIDE),
+    "prefix-rft": Row("prefix-rft", {"group_size": 8, "curriculum": FADING}, env=GUIDE),
+    "hpt": Row("hpt", GROUP, env=GUIDE),
     # A policy that succeeds loses what it knows in longer steps; this one was searched for GRPO alone.
     "distill-grpo": Row("grpo", {**GROUP, "learning_rate": 1e-5}, after=DISTILL),
     "distill-ppo": Row("ppo", {**CRITIC, "learning_rate": 1e-5}, after=DISTILL),
@@ -199,7 +204,6 @@ SEARCH = Profile(
 # imitated a guide with this accuracy; the guide "half" is right in the first half of a chain, and guesses the rest.
 STARTS = (0.55, 0.7, 0.85)
 GUIDES: dict[str, dict[str, Any]] = {
-    "0.7": {"guide_accuracy": 0.7},
     "0.8": {"guide_accuracy": 0.8},
     "half": {"guide_accuracy": 1.0, "guide_links": 6},
     "1": {"guide_accuracy": 1.0},
