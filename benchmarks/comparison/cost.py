@@ -40,7 +40,7 @@ class Cost(NamedTuple):
     flop: float
 
 
-def cost(job: Job) -> Cost:
+def cost(job: Job, size: tuple[int, int, int] | None = None) -> Cost:
     """Estimate the cost of a run, without its task's warm start.
 
     Every episode is sampled, read by the reference policy, and read forward and backward once per epoch; a guide writes
@@ -48,17 +48,21 @@ def cost(job: Job) -> Cost:
     tokens is used up by every run that trains, and by an iteration more; where episodes start from a prefix there can
     be more of them than are estimated.
 
+    Args:
+        job: The row and its task.
+        size: The `sizes` of the task; None finds them out.
+
     Raises:
         ValueError: The configuration of the start model cannot be read.
     """
     task, arguments = job.task, job.arguments
-    prompt, new, vocab_size = sizes(task)
+    prompt, new, vocab_size = size or sizes(task)
     judged = task.test_prompts * max(job.row.best_of, task.samples(job.row))
     trained = 0
     if job.row.trains:
-        size = arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
-        trained = (task.episodes or 0) if task.tokens is None else -(-task.tokens // new) + size
-        iterations = trained // size
+        at_once = arguments.get("episodes_per_iteration", task.rl["episodes_per_iteration"])
+        trained = (task.episodes or 0) if task.tokens is None else -(-task.tokens // new) + at_once
+        iterations = trained // at_once
         evaluations = iterations // max(arguments.get("eval_every", 0), 1)
         judged += evaluations * arguments.get("eval_prompts", 0) * bool(arguments.get("eval_every"))
     passes = 3 * trained * (1 + arguments.get("n_epochs", 1)) + judged
@@ -133,10 +137,17 @@ def table(benchmark: Benchmark, runs: Sequence[Run]) -> Table:
     for column in ("run", "episodes", "new tokens", "TFLOP", "hours", "state"):
         result.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=True)
     total = 0.0
+    # Environments can take seconds to make, and all rows and seeds of a task have the same.
+    size: dict[str, tuple[int, int, int]] = {}
+    estimates: dict[tuple[str, str], Cost] = {}
     for run in runs:
-        done = run in benchmark.finished
+        done, job = run in benchmark.finished, benchmark.job(run)
         try:
-            estimate = cost(benchmark.job(run))
+            if run.task not in size:
+                size[run.task] = sizes(job.task)
+            if run[:2] not in estimates:
+                estimates[run[:2]] = cost(job, size[run.task])
+            estimate = estimates[run[:2]]
         except ValueError as error:
             result.add_row(str(run), "", "", "", "", str(error).splitlines()[0])
             continue
