@@ -51,6 +51,7 @@ class Benchmark:
 
     Attributes:
         jobs: What is run, by task and row.
+        warm_starts: The models of tasks that are known to be made.
         finished: The runs that have a record.
 
     Raises:
@@ -80,7 +81,7 @@ class Benchmark:
             "encoder": encoder,
         }
         self.jobs = resolve(profile, base, settings)
-        self._warm_starts: dict[str, WarmStart] = {}
+        self.warm_starts: dict[str, WarmStart] = {}
         # What the finished runs of a task started from and were judged by.
         self._fingerprints: dict[str, dict[str, str | None]] = {}
         self.finished: set[Run] = set()
@@ -239,13 +240,13 @@ class Benchmark:
         Raises:
             ValueError: Finished runs started from other models.
         """
-        if task not in self._warm_starts:
+        if task not in self.warm_starts:
             job = self.jobs[task, self.profile.rows[0]]
             # Every row and seed has the same: runs differ in what they do with it.
             start = warm_start(job.task, self.source, job.base, 0, report, self.dtype)
             self._check_same(task, start.fingerprints)
-            self._warm_starts[task] = start
-        return self._warm_starts[task]
+            self.warm_starts[task] = start
+        return self.warm_starts[task]
 
     def _check_same(self, task: str, fingerprints: Mapping[str, str | None]) -> None:
         before = self._fingerprints.get(task, {})

@@ -93,6 +93,7 @@ def run_all(
         elif kind == "failed":
             fail(worker.work, content)
         elif worker.work.run is None:
+            benchmark.warm_starts[worker.work.task] = content  # which the processes of its runs are given
             warm.add(worker.work.task)
             finished(worker.work, "ready")
         else:
@@ -200,10 +201,7 @@ def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, thre
         sender.send(("report", (what, share)))
 
     try:
-        if work.run is None:
-            benchmark.warm_start(work.task, report)
-            sender.send(("done", None))
-        else:
-            sender.send(("done", benchmark.run(work.run, report)))
+        done = benchmark.warm_start(work.task, report) if work.run is None else benchmark.run(work.run, report)
+        sender.send(("done", done))
     except BaseException:
         sender.send(("failed", traceback.format_exc()))
