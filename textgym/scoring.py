@@ -48,45 +48,53 @@ def log_probs(
         ValueError: A text is too long for the model.
     """
     results = [np.zeros(len(ids), np.float32) for ids in continuations]
-    texts = [[*prefix, *ids] for prefix, ids in zip(prefixes, continuations, strict=True)]
-    if not model.config.is_encoder_decoder:
-        texts = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+    seq2seq_model = model.config.is_encoder_decoder
+    texts = [
+        [*([] if seq2seq_model else prompt), *prefix, *ids]
+        for prompt, prefix, ids in zip(prompts, prefixes, continuations, strict=True)
+    ]
     lengths = np.array([len(text) for text in texts])
-    longest = max(map(len, prompts), default=0) if model.config.is_encoder_decoder else 0
-    check_positions(model, max(longest, int(lengths.max(initial=0))))
+    start = len(seq2seq.decoder_start(model)) if seq2seq_model else 0
+    check_positions(model, max(start + int(lengths.max(initial=0)), *map(len, prompts), 0))
     for alike in with_positions_alike(model, lengths):
         order = [row for row in alike[np.argsort(-lengths[alike], kind="stable")].tolist() if len(results[row])]
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = torch.from_numpy(np.repeat(np.arange(len(batch)), [len(results[row]) for row in batch]))
-            before = np.concatenate([np.arange(len(texts[row]) - len(results[row]), len(texts[row])) for row in batch])
-            tokens = torch.tensor([token for row in batch for token in continuations[row]])
-            rows, lengths_before, tokens = (t.to(model.device) for t in (rows, torch.from_numpy(before), tokens))
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
             with autocast(model.device, dtype):
-                ids = _padded(model, [texts[row] for row in batch])
-                if model.config.is_encoder_decoder:
-                    of_batch = [prompts[row] for row in batch]
-                    sizes = torch.tensor([len(prompt) for prompt in of_batch], device=model.device)
-                    states = seq2seq.read(model, _padded(model, of_batch), sizes, ids, rows, lengths_before)
-                else:
-                    states = packing.read(model, ids, rows, lengths_before)
-                scores = torch.cat([_of_tokens(model, *part) for part in _blocks(model, states, tokens)])
+                scores = _of_batch(model, *([part[row] for row in batch] for part in (prompts, texts, continuations)))
             for row, part in zip(batch, scores.cpu().split([len(results[row]) for row in batch]), strict=True):
                 results[row][:] = part.numpy()
     return results
 
 
+def _of_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+) -> Tensor:
+    """Log-probabilities (n,) of the tokens with which texts end, text after text; see `log_probs`."""
+    sizes, ends = np.array([len(ids) for ids in continuations]), np.array([len(text) for text in texts])
+    rows = torch.from_numpy(np.repeat(np.arange(len(texts)), sizes)).to(model.device)
+    before = np.concatenate([np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)])
+    lengths = torch.from_numpy(before).to(model.device)
+    if model.config.is_encoder_decoder:
+        of_prompts = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        states = seq2seq.read(model, _padded(model, prompts), of_prompts, _padded(model, texts), rows, lengths)
+    else:
+        states = packing.read(model, _padded(model, texts), rows, lengths)
+    tokens = torch.tensor([token for ids in continuations for token in ids], device=model.device)
+    # In blocks, so that memory does not grow with tokens times vocabulary.
+    block = max(1, _LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
+    parts = zip(states.split(block), tokens.split(block), strict=True)
+    return -torch.cat(
+        [
+            cross_entropy(at_least_float32(packing.head(model, part)), of_part, reduction="none")
+            for part, of_part in parts
+        ]
+    ).float()
+
+
 def _padded(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Tensor:
     """(B, S) int64, texts from the first column on; what follows them is never read."""
     return pad_sequence([torch.tensor(text, dtype=torch.int64) for text in texts], batch_first=True).to(model.device)
-
-
-def _blocks(model: PreTrainedModel, states: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Hidden states (n, d) and the tokens (n,) after them, in parts whose logits fit into memory."""
-    size = max(1, _LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
-    return list(zip(states.split(size), tokens.split(size), strict=True))
-
-
-def _of_tokens(model: PreTrainedModel, states: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities (n,) of tokens (n,) after hidden states (n, d)."""
-    return -cross_entropy(at_least_float32(packing.head(model, states)), tokens, reduction="none").float()
