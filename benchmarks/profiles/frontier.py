@@ -216,7 +216,6 @@ def guided(guide: Mapping[str, Any]) -> dict[str, Row]:
     return {
         "distill": distill,
         "distill-grpo": Row("grpo", {**GROUP, "learning_rate": 1e-5}, after=distill),
-        "grpo-adaback": Row("grpo", {**GROUP, "curriculum": "adaback"}, env=guide),
         "grpo-rescue": Row("grpo", {**GROUP, **RESCUE}, env=guide),
     }
 

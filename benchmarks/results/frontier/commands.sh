@@ -9,6 +9,14 @@ run() {
 run start,distill,grpo-rescue,distill-grpo 5
 run ppo,grpo 2
 
+# The other tasks, HPT and LUFFY, with code of 90bc56b: the start policy of the parities is the same to the bit (its fingerprint in
+# results.jsonl). The map's runs, without its column of 0.7 and without AdaBack, with code of 7eea89f.
+python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks parities --algos hpt,luffy
+python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks star-graph,fork,countdown \
+    --algos start,distill,grpo,grpo-rescue,distill-grpo,hpt,luffy
+python benchmarks/run_all.py --profile benchmarks.profiles.frontier:MAP --jobs 2 --out benchmarks/results/frontier-map
+
 # From results.jsonl alone: the report, then the page.
 python -m benchmarks.report benchmarks/results/frontier
 python -m benchmarks.report.findings benchmarks/results/frontier --page docs/frontier.md
+python -m benchmarks.report.map benchmarks/results/frontier-map --out docs/frontier_map.png
