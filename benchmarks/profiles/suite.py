@@ -68,6 +68,11 @@ def suite(
         "guide": Row("sl", as_guide=True),
         # Three or so states of a text of 48 tokens: each costs as many texts as there are rollouts.
         "vine-ppo": Row("vine-ppo", {"rollouts_per_state": 4, "tokens_per_step": 16}),
+        # What learns from the guide's tokens; rewards of texts are dense, and half of the range counts as a success.
+        "uft": Row("uft", GROUP),
+        "luffy": Row("luffy", GROUP),
+        "prefix-rft": Row("prefix-rft", GROUP),
+        "hpt": Row("hpt", {**GROUP, "success": 0.5}),
         # From below its guide: the supervised policy is the guide, and has nothing to learn from itself.
         "opd-from-base": Row("opd", {"n_epochs": 1, "kl_coef": 0.0}, start="start_model"),
     }
