@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -48,14 +48,7 @@ class Plan:
             "index": self.samples[groups].tolist(),
             "prefix": [self.prefixes[group] for group in groups],
             "guidance": [
-                replace(
-                    given,
-                    restart_prob=float(fraction > 0),
-                    restart_length=None,
-                    restart_fraction=float(fraction),
-                    text_seed=text_seed,
-                )
-                for given, fraction in zip(guidance, fractions, strict=True)
+                given.with_prefix(fraction, text_seed) for given, fraction in zip(guidance, fractions, strict=True)
             ],
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -115,10 +114,7 @@ class GroupPolicyGradient(PolicyGradient):
             if not len(failed):
                 break
             rows = self.rows(failed)
-            prefix: Any = {"restart_prob": 1.0, "restart_length": None, "restart_fraction": float(fraction)}
-            guidance = [replace(given, **prefix, text_seed=self.seed) for given in self.guidance_of(rows.cpu().numpy())]
-            samples = rollout.sample_ids[rows.cpu().numpy()].tolist()
-            tried = self.replay(rollout, rows, {"index": samples, "guidance": guidance}, attempt)
+            tried = self.replay_from(rollout, rows, fraction, attempt)
             helped = self.successful(tried).repeat_interleave(self.group_size)
             rollout = rollout.with_rows(rows[helped], tried[helped])
         return rollout
@@ -146,6 +142,15 @@ class GroupPolicyGradient(PolicyGradient):
     def rows(self, groups: torch.Tensor) -> torch.Tensor:
         """The rows of some groups, int64."""
         return (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
+
+    def replay_from(
+        self, rollout: Rollout, rows: torch.Tensor, fraction: float, attempt: int, group_size: int | None = None
+    ) -> Rollout:
+        """Play some episodes again from a fraction of the guide's text (other arguments as for `replay`)."""
+        places = rows.cpu().numpy()
+        guidance = [given.with_prefix(fraction, self.seed) for given in self.guidance_of(places)]
+        options = {"index": rollout.sample_ids[places].tolist(), "guidance": guidance}
+        return self.replay(rollout, rows, options, attempt, group_size)
 
     def replay(
         self,

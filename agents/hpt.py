@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,11 +58,8 @@ class HPT(GRPO):
         self.play_record["imitated_groups"] = float(self.failed.float().mean())
         rows = torch.nonzero(self.failed).flatten() * self.group_size
         if len(rows):
-            places = rows.cpu().numpy()
-            whole: Any = {"restart_prob": 1.0, "restart_length": None, "restart_fraction": 1.0, "text_seed": self.seed}
-            guidance = [replace(given, **whole) for given in self.guidance_of(places)]
-            options = {"index": rollout.sample_ids[places].tolist(), "guidance": guidance}
-            self.last_rollout = rollout = rollout.with_rows(rows, self.replay(rollout, rows, options, 0, group_size=1))
+            whole = self.replay_from(rollout, rows, 1.0, attempt=0, group_size=1)
+            self.last_rollout = rollout = rollout.with_rows(rows, whole)
         return rollout
 
     def relative(self, rollout: Rollout, returns: torch.Tensor, leave_one_out: bool) -> torch.Tensor:

@@ -8,7 +8,7 @@ from agents.advantages import gae
 from agents.algorithm import check_guide
 from agents.policy import Evaluation
 from agents.policy_gradient import Credit, PolicyGradient
-from agents.ppo import policy_terms
+from agents.ppo import clipped_loss
 from agents.processes import in_shares
 from agents.rollout import Rollout
 from textgym.checks import check
@@ -100,15 +100,6 @@ class OnPolicyDistillation(PolicyGradient):
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
         """The clipped surrogate, and the KL penalty if it is a loss."""
-        num_decisions = minibatch.decisions.sum()
-        terms = policy_terms(
-            log_probs=now.log_probs,
-            entropy=now.entropy,
-            old_log_probs=old.log_probs,
-            advantages=old.advantages,
-            decisions=old.decisions,
-            clip_range=self.clip_range,
-            num_decisions=num_decisions,
-        )
-        terms = {"loss": terms["policy_loss"], **terms}
-        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions.clamp(min=1))
+        num_decisions = minibatch.decisions.sum().clamp(min=1)
+        terms = clipped_loss(now, old, minibatch, self.clip_range)
+        return self.with_kl_loss(terms, now, old, lambda distance: distance.sum() / num_decisions)

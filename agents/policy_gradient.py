@@ -16,7 +16,7 @@ from agents.algorithm import Algorithm, check_draws, check_guide
 from agents.curriculum import Curriculum, Plan
 from agents.guide_loss import GuideLoss
 from agents.phase import Phase
-from agents.policy import Evaluation
+from agents.policy import Evaluation, Policy
 from agents.processes import gather, in_parts, in_shares, reduce_gradients, reduce_terms, share_of_loss
 from agents.rollout import Rollout, collect
 from agents.sharding import clip_gradients
@@ -379,16 +379,10 @@ class PolicyGradient(Algorithm):
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
         """Log-probabilities (N, T) of the decisions under the reference policy, zero elsewhere."""
         decisions = rollout.decisions
-        columns, rows = rollout.columns(decisions), torch.nonzero(decisions.any(1)).flatten()
+        rows = torch.nonzero(decisions.any(1)).flatten()
 
         def log_probs(part: Tensor) -> Tensor:
-            return self.reference.evaluate_actions(
-                rollout.input_ids[part],
-                rollout.attention_mask[part],
-                columns[part],
-                rollout.handoffs[part],
-                values_of=None,
-            ).log_probs
+            return _evaluate(self.reference, rollout, decisions, part).log_probs
 
         return in_shares(self.accelerator, torch.zeros_like(rollout.log_probs), rows, self.minibatch_size, log_probs)
 
@@ -402,16 +396,10 @@ class PolicyGradient(Algorithm):
         tokens = self.guide_tokens(rollout)
         judged = torch.zeros_like(rollout.log_probs)[..., None].repeat(1, 1, 2)
         if guide_loss.compares:
-            columns, rows = rollout.columns(tokens), torch.nonzero(tokens.any(1)).flatten()
+            rows = torch.nonzero(tokens.any(1)).flatten()
 
             def judge(part: Tensor) -> Tensor:
-                now = self.policy.evaluate_actions(
-                    rollout.input_ids[part],
-                    rollout.attention_mask[part],
-                    columns[part],
-                    rollout.handoffs[part],
-                    values_of=None,
-                )
+                now = _evaluate(self.policy, rollout, tokens, part)
                 return torch.stack([now.log_probs, now.entropy], dim=-1)
 
             judged = in_shares(self.accelerator, judged, rows, self.minibatch_size, judge)
@@ -490,13 +478,7 @@ class PolicyGradient(Algorithm):
 
     def evaluate_actions(self, rollout: Rollout, credit: Credit, rows: Tensor) -> Evaluation:
         """Evaluate the decisions of some rows, and the guide's tokens, under the current policy."""
-        return self.learner.evaluate_actions(
-            rollout.input_ids[rows],
-            rollout.attention_mask[rows],
-            rollout.columns((credit.decisions | credit.guided)[rows]),
-            rollout.handoffs[rows],
-            values_of=None,
-        )
+        return _evaluate(self.learner, rollout, credit.decisions | credit.guided, rows)
 
     def minibatches(self, rows: Tensor) -> Iterator[Tensor]:
         """Split rows at random, `n_epochs` times."""
@@ -544,6 +526,17 @@ class PolicyGradient(Algorithm):
         self.kl_coef = state["kl_coef"]
         if self.rule is not None:
             self.rule.set_state(state["curriculum"])
+
+
+def _evaluate(policy: Policy, rollout: Rollout, tokens: Tensor, rows: Tensor) -> Evaluation:
+    """Evaluate some tokens, bool (N, T), of some rows under a policy, without values."""
+    return policy.evaluate_actions(
+        rollout.input_ids[rows],
+        rollout.attention_mask[rows],
+        rollout.columns(tokens[rows]),
+        rollout.handoffs[rows],
+        values_of=None,
+    )
 
 
 def _of_rows(demonstrations: dict[int, Example], rows: Tensor) -> list[Example]:

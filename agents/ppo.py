@@ -257,6 +257,20 @@ def policy_terms(
     return terms
 
 
+def clipped_loss(now: Evaluation, old: Credit, minibatch: Credit, clip_range: float) -> dict[str, torch.Tensor]:
+    """The clipped surrogate without a critic, "loss" among its terms (arguments as for `PolicyGradient.loss`)."""
+    terms = policy_terms(
+        log_probs=now.log_probs,
+        entropy=now.entropy,
+        old_log_probs=old.log_probs,
+        advantages=old.advantages,
+        decisions=old.decisions,
+        clip_range=clip_range,
+        num_decisions=minibatch.decisions.sum(),
+    )
+    return {"loss": terms["policy_loss"], **terms}
+
+
 def token_rewards(
     rewards: torch.Tensor, log_ratio: torch.Tensor, written: torch.Tensor, kl_coef: float
 ) -> torch.Tensor:

@@ -118,6 +118,20 @@ def make_policy(words_tokenizer):
     return make
 
 
+@pytest.fixture
+def make_asking(make_policy):
+    """Make a policy that hands off, more in some states than in others."""
+
+    def make(handoff_prob=0.2, spread=0.3, **arguments):
+        base = make_policy()
+        policy = CausalLMPolicy(base.model, base.tokenizer, handoff_prob=handoff_prob, **arguments)
+        for head in policy.heads.values():
+            torch.nn.init.normal_(head.weight, std=spread)
+        return policy
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def encoder() -> str:
     """A small trained encoder (all-MiniLM-L6-v2: BERT of six layers), as a package carries it."""

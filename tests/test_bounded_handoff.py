@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from agents import GRPO, PPO, RLOO, CausalLMPolicy, TabularPolicy, VinePPO
+from agents import GRPO, PPO, RLOO, TabularPolicy, VinePPO
 from agents.advantages import gae
 from agents.environments import make_env as make_vec
 from agents.rollout import collect
@@ -116,20 +116,6 @@ def test_advantages_with_gaps_are_those_without_them(seed, gamma, gae_lambda):
             assert (spread[row, ~own] == 0).all()
 
 
-@pytest.fixture
-def make_asking(make_policy):
-    """A policy that asks the guide."""
-
-    def make():
-        base = make_policy()
-        policy = CausalLMPolicy(base.model, base.tokenizer, handoff_prob=0.25)
-        for head in policy.heads.values():
-            torch.nn.init.normal_(head.weight, std=0.3)
-        return policy
-
-    return make
-
-
 BOUNDED = Guidance(restart_prob=0.5, handoff_tokens=2)
 
 
@@ -139,7 +125,7 @@ def play(env, policy, rows=slice(None)):
 
 
 def test_a_policy_that_asks_goes_on_and_its_probabilities_are_those_of_the_sampler(make_env, make_asking):
-    policy = make_asking()
+    policy = make_asking(0.25)
     env = make_env(16, guide=GUIDE, handoff=True, handoff_cost=0.01)
     rollout = play(env, policy)
     assert (rollout.handoffs.sum(1) > 1).any(), "rows ask more than once"
@@ -171,7 +157,7 @@ def _before(lengths, horizon):
 
 
 def test_an_episode_depends_on_no_other_row(make_env, make_asking):
-    policy = make_asking()
+    policy = make_asking(0.25)
     whole = play(make_env(16, guide=GUIDE, handoff=True), policy)
     for rows in (slice(0, 1), slice(3, 8), slice(8, 16)):
         part = play(make_env(len(range(16)[rows]), guide=GUIDE, handoff=True), policy, rows)
@@ -210,7 +196,7 @@ def test_each_hand_off_is_another_request(make_env):
 )
 def test_who_asks_learns(algorithm, arguments, make_env, make_asking):
     env = make_env(8, guide=GUIDE, handoff=True, handoff_cost=0.01, guidance=Guidance(handoff_tokens=2))
-    agent = algorithm(make_asking(), env, episodes_per_iteration=16, guide_loss="likelihood", **arguments)
+    agent = algorithm(make_asking(0.25), env, episodes_per_iteration=16, guide_loss="likelihood", **arguments)
     (record,) = agent.learn(total_episodes=16).history
     rollout = agent.last_rollout
     assert any(len(_runs(row)) > 2 for row in rollout.authors.tolist())

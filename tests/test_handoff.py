@@ -25,20 +25,6 @@ GUIDE = CallableGuide(
 SILENT = CallableGuide(lambda requests: [Completion(token_ids=[], finished=False) for _ in requests])
 
 
-@pytest.fixture
-def make_asking(make_policy):
-    """Make a policy that hands off, more in some states than in others."""
-
-    def make(handoff_prob=0.2, spread=0.3, **arguments):
-        base = make_policy()
-        policy = CausalLMPolicy(base.model, base.tokenizer, handoff_prob=handoff_prob, **arguments)
-        for head in policy.heads.values():
-            torch.nn.init.normal_(head.weight, std=spread)
-        return policy
-
-    return make
-
-
 def play(env, policy, **arguments):
     seeds = hash64(1, np.arange(env.num_envs))
     return collect(env, policy, seeds=seeds, reset_seed=1, options={"guidance": Guidance(0.5)}, **arguments)

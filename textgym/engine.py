@@ -709,8 +709,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         # ends in the next.
         if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
             handed_back = self._hand_off()
-        if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
-            terminations = self._phase == NEEDS_REWARD
+            if not (self.parking and handed_back):
+                terminations = self._phase == NEEDS_REWARD
         if np.count_nonzero(terminations):
             infos = self._end_episodes(terminations, rewards)
             if self.autoreset_mode == AutoresetMode.SAME_STEP:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf, nan
 from typing import Any, TypeVar
 
@@ -110,6 +110,16 @@ class Guidance:
         if unknown:
             raise ValueError(f"guidance has unknown keys {unknown}; allowed are {allowed}")
         return cls(**value)
+
+    def with_prefix(self, fraction: float, text_seed: int) -> Guidance:
+        """The same hand-offs, and always a prefix: a fraction of the guide's kept text; none for a fraction of 0."""
+        return replace(
+            self,
+            restart_prob=float(fraction > 0),
+            restart_length=None,
+            restart_fraction=float(fraction),
+            text_seed=text_seed,
+        )
 
     @property
     def needs_guide(self) -> bool:
