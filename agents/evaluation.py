@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -231,6 +231,7 @@ def evaluate(
     num_prompts: int | None = None,
     num_envs: int = 64,
     decoding: Decoding | None = None,
+    guidance: Guidance | Mapping[str, Any] | None = None,
     seed: int = 0,
     best_of: int = 1,
     samples_per_prompt: int = 1,
@@ -251,11 +252,14 @@ def evaluate(
     Args:
         agent: A policy, or an algorithm, whose policy is evaluated.
         env: The id of an environment; or a `TextVectorEnv` made with ``parking=True``, whose split and rows are then
-            used. It is reset with new seeds and without guidance.
+            used. It is reset with new seeds.
         split: "train", "validation" or "test"; only with an id.
         num_prompts: Number of prompts, a random subset that is always the same; None uses all.
         num_envs: Number of rows; only with an id.
         decoding: How texts are decoded; None for the policy's own decoding.
+        guidance: When the environment's guide takes part, whose tokens are then in the texts that are judged; None for
+            never, whatever the environment was made with. With ``Guidance(handoff_prob=1, no_body_prob=1)`` the guide
+            writes whole texts, and the result is the guide's own.
         seed: Seed of the sampling.
         best_of: Number of texts per prompt, of which the one with the highest reward is kept; the first is that of
             ``best_of=1``. The same reward selects and scores the texts: the result is what a user gains who has this
@@ -290,6 +294,7 @@ def evaluate(
         )
     texts_per_prompt = max(best_of, samples_per_prompt)
     check_metrics(metrics or ())
+    guidance = Guidance.of(guidance)
     policy: Any = agent if isinstance(agent, Actor) else agent.policy
     how = decoding or policy.decoding
     if texts_per_prompt > 1 and (how.greedy or how.num_beams > 1):
@@ -331,7 +336,7 @@ def evaluate(
                     values=False,
                     # One per row, so that a guide's text depends on the sample, not on the row.
                     reset_seed=seeds.tolist(),
-                    options={"index": rows.tolist(), "guidance": Guidance()},
+                    options={"index": rows.tolist(), "guidance": guidance},
                 )
             )
     if accelerator is not None:

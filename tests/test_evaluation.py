@@ -16,7 +16,8 @@ from agents.environments import sibling_env
 from agents.evaluation import evaluate, main, pass_at
 from agents.policy import CausalLMPolicy
 from textgym.decoding import Decoding
-from textgym.guides import CallableGuide, Completion
+from textgym.guidance import Guidance
+from textgym.guides import Author, CallableGuide, Completion
 from textgym.metrics import NAMES, MissingRequirement, load
 from textgym.seeding import hash64
 
@@ -293,3 +294,28 @@ def test_the_command_evaluates_a_policy_that_can_hand_off(make_env, make_policy,
     printed = json.loads(capsys.readouterr().out)
     assert printed["handoff_fraction"] > 0
     assert printed["reward_parts"]["handoff_cost"] == pytest.approx(-0.01 * printed["guide_tokens"] / 12)
+
+
+def test_a_guide_alone_is_judged_by_whole_hand_offs(make_env, make_policy):
+    policy = make_policy()
+    alone = Guidance(handoff_prob=1.0, no_body_prob=1.0)
+    first, second = (
+        evaluate(policy, make_env(rows, split="test", guide="references"), guidance=alone) for rows in (5, 64)
+    )
+    assert first.completions == second.completions
+    for text, references in zip(first.completions, first.references, strict=True):
+        assert any(reference.startswith(text.strip()) for reference in references)  # cut at the horizon
+    assert first.policy_tokens == 0
+    assert {author for authors in first.authors for author in authors} == {Author.REFERENCE}
+    # A guide that only writes whole texts takes no other hand-off.
+    for guidance in ({"handoff_prob": 1.0}, {"handoff_prob": 1.0, "no_body_prob": 1.0, "restart_prob": 0.5}):
+        with pytest.raises(ValueError, match="hands off, which this guide cannot"):
+            evaluate(policy, make_env(5, split="test", guide="references"), guidance=guidance)
+
+
+def test_a_policy_is_judged_after_prefixes_of_the_guide(make_env, make_policy):
+    policy, half = make_policy(), Guidance(1.0, restart_fraction=0.5)
+    result = evaluate(policy, make_env(8, split="test", guide=CallableGuide(noise)), guidance=half)
+    written = [sum(author == Author.GUIDE for author in authors) for authors in result.authors]
+    assert all(written)
+    assert result.guide_tokens == sum(written)

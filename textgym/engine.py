@@ -85,6 +85,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         num_envs: N, the number of rows.
         split: "train", "validation" or "test".
         source: "mini", "hub" or a folder; None reads ``TEXTGYM_SOURCE``, else "mini".
+        train_samples: Samples of the train split that are used, evenly spaced; None for all. Other splits are whole.
         tokenizer: A tokenizer, its hub id or path, or None for the task's own (see
             `textgym.tokenization.load_tokenizer`).
         max_prompt_tokens: P, columns for the prompt, template included; None for the task's own and those of the
@@ -101,7 +102,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         reward: None for the task's own, the name of one of the task's rewards, the hub id or path of a
             sequence-classification model, or a callable (see `textgym.rewards.base.RewardFunction`).
         guide: "references" (which restarts only, from references that the task says to imitate), the hub id or path of
-            a language model, a `textgym.guides.Guide` or a function on a list of `GuideRequest`.
+            a language model, a ".jsonl" file of completions (see `textgym.guides.record`), a `textgym.guides.Guide` or
+            a function on a list of `GuideRequest`.
         guidance: When the guide takes part: a `Guidance` or a mapping of its fields.
         handoff: Whether there is an extra action, the last one, by which the policy asks the guide to complete the
             text.
@@ -138,6 +140,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         task: Task | None = None,
         split: SplitName = "train",
         source: str | os.PathLike | None = None,
+        train_samples: int | None = None,
         tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
         max_prompt_tokens: int | None = None,
         max_new_tokens: int | None = None,
@@ -193,6 +196,9 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
         self.source = resolve_source(source)
         self.data: Split = task.split(self.split, self.source)
+        if train_samples is not None:
+            count = check_int("train_samples", train_samples)
+            self.data = self.data.part(count) if self.split == "train" else self.data
         if not len(self.data):
             raise ValueError(f"split {self.split!r} of task {task.name!r} has no samples")
         self.tokenizer = load_tokenizer(tokenizer, task, self.source)
@@ -380,7 +386,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 continue
             if guidance.needs_guide and self.guide is None:
                 raise ValueError(f"guidance {guidance} needs a guide, and the environment was made with guide=None")
-            if guidance.handoff_prob and not (self.guide and self.guide.can_hand_off):
+            completes = self.guide is None or self.guide.can_hand_off or guidance.writes_whole_texts
+            if guidance.handoff_prob and not completes:
                 raise ValueError(f"guidance {guidance} hands off, which this guide cannot: {self.guide!r}")
             if guidance.can_skip_body and not self.parking:
                 raise ValueError(

@@ -127,6 +127,11 @@ class Guidance:
         return self.restart_prob > 0 or self.handoff_prob > 0
 
     @property
+    def writes_whole_texts(self) -> bool:
+        """Whether every hand-off is of an episode without prefix and body: the guide writes the text from its start."""
+        return self.restart_prob == 0 and self.no_body_prob == 1 and self.handoff_tokens is None
+
+    @property
     def can_skip_body(self) -> bool:
         """Whether an episode can have no policy tokens."""
         return self.handoff_prob > 0 and (self.no_body_prob > 0 or self.handoff_bounds(1)[0] < 1)

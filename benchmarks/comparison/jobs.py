@@ -96,6 +96,8 @@ def _hyperparameters(job: Job) -> dict[str, Any]:
         "start_model": job.base or (task.language_model and task.language_model.settings()),
         "supervised": task.supervised,
     }
+    if row.guidance:
+        chosen["test_guidance"] = row.guidance
     if task.samples(row) > 1:
         chosen["test_samples"] = task.test_samples
     if row.trains:

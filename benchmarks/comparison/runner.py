@@ -140,8 +140,10 @@ class Benchmark:
         # A sequence-to-sequence model has no probability of a prompt and its continuation as one text.
         judged_by_start = not AutoConfig.from_pretrained(start.start_model).is_encoder_decoder
         # Policies are tested in an environment that has no guide, whatever its default is, and so neither restarts nor
-        # hands off; except those that have learned when to hand off to it.
-        env = self.guided_env(job, start) if policy.can_hand_off else {**task.env, "guide": None, "guidance": None}
+        # hands off; except those that have learned when to hand off to it, and rows that say otherwise.
+        guided = policy.can_hand_off or bool(job.row.guidance)
+        env = self.guided_env(job, start) if guided else {**task.env, "guide": None}
+        env["guidance"] = job.row.guidance or None
 
         def judge(policy: Policy, samples: int, metrics: tuple[()] | None = None) -> EvaluationResult:
             return evaluate(

@@ -242,7 +242,7 @@ def learn(
 
 def _data_of(env: TextVectorEnv) -> dict[str, str]:
     """Fingerprints of what is learned from, and of what says when to stop."""
-    return {split: env.task.split(split, env.source).fingerprint for split in ("train", "validation")}
+    return {"train": env.data.fingerprint, "validation": env.task.split("validation", env.source).fingerprint}
 
 
 def _digest(content: bytes) -> str:

@@ -60,6 +60,9 @@ class Row:
         policy: Arguments of `agents.CausalLMPolicy.from_pretrained`.
         start: The initial policy, which is also the reference of the KL penalty: the "supervised" policy, which is the
             guide too, or the "start_model" before supervised learning, a learner that is weaker than its guide.
+        guidance: `textgym.Guidance` of the test, which is then in the training environment, with its guide. None takes
+            part by default; with ``{"handoff_prob": 1.0, "no_body_prob": 1.0}`` a row "sl" without arguments is the
+            guide alone.
         best_of: Completions per test prompt, of which the one with the highest reward is kept.
         as_guide: Whether the test uses the guide's decoding; supervised learning is then the guide.
         after: Supervised learning that comes first, as a row "sl" with arguments: it is trained from `start`, and this
@@ -75,6 +78,7 @@ class Row:
     env: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
     start: Literal["supervised", "start_model"] = "supervised"
+    guidance: Mapping[str, Any] = field(default_factory=dict)
     best_of: int = 1
     as_guide: bool = False
     after: Row | None = None
@@ -84,9 +88,10 @@ class Row:
             raise ValueError(f"start must be 'supervised' or 'start_model', got {self.start!r}")
         if self.best_of < 1:
             raise ValueError(f"best_of must be at least 1, got {self.best_of!r}")
-        given = {name: value for name in ("env", "policy", "after") if (value := getattr(self, name))}
+        useless = ("policy", "after") if self.guidance else ("env", "policy", "after")
+        given = {name: value for name in useless if (value := getattr(self, name))}
         if not self.trains and given:
-            raise ValueError(f"env, policy and after must be left out for 'sl' without arguments, got {given}")
+            raise ValueError(f"{', '.join(useless)} must be left out for 'sl' without arguments, got {given}")
         after = self.after
         if after is not None and after != Row("sl", after.arguments, after.env, after.policy):
             raise ValueError(

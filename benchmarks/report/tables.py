@@ -78,14 +78,15 @@ def costs(analysis: Analysis) -> Table:
         }
         counts["all tokens"] = counts["policy tokens"] + counts["guide tokens"]
         counts["seconds"] = mean(record["seconds"] for record in group)
-        written = mean(record["evaluation"]["policy_tokens"] / len(record["evaluation"]["rewards"]) for record in group)
+        tests = [record["evaluation"] for record in group]
+        written = mean((test["policy_tokens"] + test["guide_tokens"]) / len(test["rewards"]) for test in tests)
         cells = {column: f"{count:,.0f}" for column, count in counts.items()}
         rows.append({"task": task, "algorithm": algo, **cells, "tokens at test": f"{written:.1f}"})
     return Table.of(
         "Costs",
         "Of one training run: episodes, tokens that the policy and the guide wrote, and seconds without evaluations "
-        f"({ZERO}: those of its warm start, which all others share); then policy tokens written for one test prompt, "
-        "texts that were not kept counted.",
+        f"({ZERO}: those of its warm start, which all others share); then tokens written for one test prompt by the policy, "
+        "or by the guide where it takes part in the test, texts that were not kept counted.",
         rows,
     )
 

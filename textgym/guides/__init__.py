@@ -7,17 +7,29 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest, ScoringGuide
+from textgym.guides.recorded import RecordedGuide, record
 from textgym.guides.references import ReferenceGuide
 
-__all__ = ["Author", "CallableGuide", "Completion", "Guide", "GuideRequest", "ScoringGuide", "load_guide"]
+__all__ = [
+    "Author",
+    "CallableGuide",
+    "Completion",
+    "Guide",
+    "GuideRequest",
+    "RecordedGuide",
+    "ScoringGuide",
+    "load_guide",
+    "record",
+]
 
 
 def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | None:
     """Return the environment's argument `guide` as a guide.
 
     Args:
-        guide: None; "references" for the dataset's own reference texts; any other string is the hub id or path of a
-            language model; a `Guide`; or a function on a list of `GuideRequest`.
+        guide: None; "references" for the dataset's own reference texts; a path that ends in ".jsonl" is a file of
+            recorded completions; any other string is the hub id or path of a language model; a `Guide`; or a function
+            on a list of `GuideRequest`.
 
     Raises:
         ValueError: `guide` is none of these.
@@ -32,6 +44,8 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
             "guide must be 'references', 'scripted' (where the environment has such a guide), or the hub id or path "
             f"of a language model, got {guide!r}"
         )
+    if isinstance(guide, str | os.PathLike) and os.fspath(guide).endswith(".jsonl"):
+        return RecordedGuide(guide)
     if isinstance(guide, str | os.PathLike):
         from textgym.guides.local import LocalGuide  # imports transformers, which guides behind a server do without
 

@@ -70,7 +70,8 @@ class Guide(Protocol):
 
     Attributes:
         author: The author of its tokens in ``info["authors"]``.
-        can_hand_off: Whether it can complete a text that another author began.
+        can_hand_off: Whether it can complete a text that another author began. Without, it can still write the whole
+            text of an episode.
     """
 
     author: Author

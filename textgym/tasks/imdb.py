@@ -79,6 +79,7 @@ class IMDBEnv(TextEnv):
         ``split``: "train" (default), "validation" or "test".
         ``source``: "mini" (made for this project, no network), "hub", or a folder with the layout of the real data.
         None reads the environment variable ``TEXTGYM_SOURCE``, else "mini".
+        ``train_samples``: samples of the train split that are used, evenly spaced; None for all.
         ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
         ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 64 and 48.
         ``truncation_side``: which end of the truncatable text is dropped, by default "left".
@@ -88,7 +89,8 @@ class IMDBEnv(TextEnv):
         ``reward``: None or "sentiment"; the hub id or path of a sequence-classification
         model; or a callable ``(prompts, completions, references) -> floats or named parts``.
         ``guide``: "references" (which restarts from positive reviews only), the hub id or path of a causal language
-        model, a `textgym.guides.Guide`, or a function on a list of `textgym.guides.GuideRequest`.
+        model, a ".jsonl" file of recorded completions, a `textgym.guides.Guide`, or a function on a list of
+        `textgym.guides.GuideRequest`.
         ``guidance``: a `textgym.Guidance`, or a mapping of its fields, which says when the guide takes part.
         ``handoff``: True adds the hand-off action. ``handoff_cost``: the cost of each token of a guide's completion.
         ``min_new_tokens``, ``banned_tokens``: `action_masks` does not allow an end before so many tokens, nor these

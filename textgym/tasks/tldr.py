@@ -59,6 +59,7 @@ class TLDREnv(TextEnv):
         ``split``: "train" (default), "validation" or "test".
         ``source``: "mini" (made for this project, no network), "hub", or a folder with the layout of the real data.
         None reads the environment variable ``TEXTGYM_SOURCE``, else "mini".
+        ``train_samples``: samples of the train split that are used, evenly spaced; None for all.
         ``tokenizer``: a tokenizer, its hub id or path; None trains a byte-level BPE on the task's train split, once.
         ``max_prompt_tokens``, ``max_new_tokens``: P and T, by default 500 and 50.
         ``truncation_side``: which end of the truncatable text is dropped, by default "right".
@@ -67,8 +68,8 @@ class TLDREnv(TextEnv):
         that end the text; the reward reads the text before them.
         ``reward``: "rouge_l" or "preference" (None is the first); the hub id or path of a sequence-classification
         model; or a callable ``(prompts, completions, references) -> floats or named parts``.
-        ``guide``: "references", the hub id or path of a language model, a `textgym.guides.Guide`, or a function
-        on a list of `textgym.guides.GuideRequest`.
+        ``guide``: "references", the hub id or path of a language model, a ".jsonl" file of recorded completions, a
+        `textgym.guides.Guide`, or a function on a list of `textgym.guides.GuideRequest`.
         ``guidance``: a `textgym.Guidance`, or a mapping of its fields, which says when the guide takes part.
         ``handoff``: True adds the hand-off action. ``handoff_cost``: the cost of each token of a guide's completion.
         ``min_new_tokens``, ``banned_tokens``: `action_masks` does not allow an end before so many tokens, nor these
