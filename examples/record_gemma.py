@@ -1,4 +1,4 @@
-"""Record what Gemma 3 270M writes for CommonGen, so that runs can use it as a guide: ``python examples/record_gemma.py``.
+"""Record what Gemma 3 270M writes for CommonGen, as a guide of runs: ``python examples/record_gemma.py``.
 
 The model is served on this machine (``pip install "textgym[llm]"``), or ``--url`` is any OpenAI-compatible server. It
 reads a few references before each prompt. What it writes for a part of the train split and for the other splits goes to

@@ -85,8 +85,8 @@ def costs(analysis: Analysis) -> Table:
     return Table.of(
         "Costs",
         "Of one training run: episodes, tokens that the policy and the guide wrote, and seconds without evaluations "
-        f"({ZERO}: those of its warm start, which all others share); then tokens written for one test prompt by the policy, "
-        "or by the guide where it takes part in the test, texts that were not kept counted.",
+        f"({ZERO}: those of its warm start, which all others share); then tokens written for one test prompt by the "
+        "policy, or by the guide where it takes part in the test, texts that were not kept counted.",
         rows,
     )
 

@@ -1,0 +1,54 @@
+"""CommonGen with a guide that is clearly better than its learner: Gemma 3 270M, whose texts are recorded.
+
+For people with a small model and a strong black box: 2,048 concept sets with their references, from which the policy of
+seven million parameters that ``--base`` names learns first, and four texts of the guide for each. All rows train on
+these sets; reinforcement learning plays as many episodes everywhere. ``python examples/record_gemma.py`` made the file,
+and a run needs neither the model nor a server.
+"""
+
+from pathlib import Path
+
+from benchmarks.profiles import Profile, Row, TaskProfile
+from benchmarks.profiles.small import COMMONGEN
+from textgym.guides import RecordedGuide
+
+GUIDED = {"guide": RecordedGuide(Path(__file__).parents[1] / "guides" / "commongen-gemma-3-270m.jsonl")}
+ALONE = {"handoff_prob": 1.0, "no_body_prob": 1.0}
+GROUP = {"group_size": 4}
+PUBLISHED_GRPO = {**GROUP, "kl_coef": 0.04}
+DISTILL = Row(
+    "sl",
+    {"targets": "guide", "samples_per_prompt": 4, "min_reward": 0.3, "n_epochs": 3, "episodes_per_iteration": 2048},
+    env=GUIDED,
+)
+
+ROWS = {
+    "sl": Row("sl"),
+    "gemma": Row("sl", env=GUIDED, guidance=ALONE),
+    "gemma-best-of-4": Row("sl", env=GUIDED, guidance=ALONE, best_of=4),
+    "ppo": Row("ppo"),
+    "grpo": Row("grpo", PUBLISHED_GRPO),
+    "ppo++": Row("ppo++", {"beta": 0.8}),
+    "ppo++-gemma": Row("ppo++", {"beta": 0.8}, env=GUIDED),
+    "guided-grpo-gemma": Row("grpo", {**PUBLISHED_GRPO, "beta": 0.8}, env=GUIDED),
+    "distill-all": Row("sl", {**DISTILL.arguments, "min_reward": None}, env=GUIDED),
+    "distill": DISTILL,
+    "luffy": Row("luffy", {}, env=GUIDED),
+    "uft": Row("uft", GROUP, env=GUIDED),
+    "hpt": Row("hpt", {**GROUP, "success": 0.3}, env=GUIDED),
+    "distill-ppo": Row("ppo", after=DISTILL),
+    "distill-grpo": Row("grpo", PUBLISHED_GRPO, after=DISTILL),
+}
+
+TASK = TaskProfile(
+    env_id=COMMONGEN.env_id,
+    language_model=COMMONGEN.language_model,
+    supervised={**COMMONGEN.supervised, "episodes_per_iteration": 2048},
+    episodes=COMMONGEN.episodes,
+    rl=COMMONGEN.rl,
+    rows=ROWS,
+    env={"train_samples": 2048},
+    decoding=COMMONGEN.decoding,
+    test_prompts=1000,
+)
+GEMMA = Profile(name="gemma", source="hub", tasks={"commongen": TASK}, default=tuple(ROWS))
