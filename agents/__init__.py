@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from agents.lols import D2LOLS, LOLS
     from agents.luffy import LUFFY
     from agents.on_policy_distillation import OnPolicyDistillation
+    from agents.pav import PAV
     from agents.policy import CausalLMPolicy, LanguageModelPolicy, Policy, Seq2SeqPolicy
     from agents.policy.tabular import TabularPolicy
     from agents.ppo import PPO
@@ -47,6 +48,7 @@ _ALGORITHMS = {
     "LUFFY": "luffy",
     "PrefixRFT": "prefix_rft",
     "HPT": "hpt",
+    "PAV": "pav",
     "OnPolicyDistillation": "on_policy_distillation",
 }
 _MODULES = _ALGORITHMS | {
@@ -68,6 +70,7 @@ __all__ = [
     "HPT",
     "LOLS",
     "LUFFY",
+    "PAV",
     "PPO",
     "REINFORCE",
     "RLOO",

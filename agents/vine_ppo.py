@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from agents.advantages import whiten
+from agents.monte_carlo import progress
 from agents.policy import Evaluation
 from agents.policy_gradient import Credit, PolicyGradient
 from agents.ppo import clipped_loss
-from agents.processes import reduce
-from agents.rollout import Rollout, replay
+from agents.rollout import Rollout
 from textgym.checks import check
 from textgym.guidance import Guidance
-from textgym.seeding import hash64
-
-# A sample, and the token ids of the text so far.
-State = tuple[int, tuple[int, ...]]
 
 
 class VinePPO(PolicyGradient):
@@ -82,67 +77,14 @@ class VinePPO(PolicyGradient):
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
         """Advantages are differences of the values of successive states."""
-        decisions = rollout.decisions
-        number = (decisions.cumsum(1) - 1).clamp(min=0)
-        step = number // self.tokens_per_step
-        starts = torch.nonzero(decisions & (number % self.tokens_per_step == 0))
-
-        texts = rollout.input_ids[:, rollout.prompt_columns :].tolist()
-        before = [(int(rollout.sample_ids[row]), tuple(texts[row][:column])) for row, column in starts.tolist()]
-        # Texts of one prompt share states, which are valued once. Those of one length are completed together.
-        states = sorted(set(before), key=lambda state: (len(state[1]), state))
-        value = dict(zip(states, self.values(states).tolist(), strict=True))
-
-        # Before each step, and from an episode's end on its reward.
-        values = self.rewards(rollout)[:, None].repeat(1, int(step.max()) + 2)
-        values[starts[:, 0], step[starts[:, 0], starts[:, 1]]] = values.new_tensor([value[state] for state in before])
-        advantages = values.gather(1, step + 1) - values.gather(1, step)
+        advantages, self.value_tokens = progress(self, rollout, self.tokens_per_step, self.rollouts_per_state)
+        self.num_timesteps += self.value_tokens
         if self.kl_penalty == "reward":
             log_ratio = rollout.log_ratio(reference_log_probs)
             advantages = advantages - self.kl_coef * log_ratio.flip(1).cumsum(1).flip(1)
         if self.normalize_advantage:
-            advantages = whiten(advantages, decisions)
+            advantages = whiten(advantages, rollout.decisions)
         return Credit.without_critic(rollout, reference_log_probs, advantages)
-
-    def values(self, states: list[State]) -> torch.Tensor:
-        """Monte Carlo values of states: the mean reward of `rollouts_per_state` completions of each.
-
-        Each process completes every so many of the states. A state's completions depend on its place in the list, not
-        on the number of rows or processes, and the environment's later episodes do not depend on them.
-
-        Args:
-            states: Samples of the environment, each with the token ids of an unfinished text.
-
-        Returns:
-            float (S,).
-        """
-        count, index, processes = (
-            self.rollouts_per_state,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        rewards = torch.zeros(len(states) * count, device=self.policy.device)
-        tokens = torch.zeros((), dtype=torch.int64, device=self.policy.device)
-        own = np.arange(len(rewards)).reshape(-1, count)[index::processes].flatten()
-        if len(own):
-            chosen = [states[completion // count] for completion in own]
-            rollout = replay(
-                self.env,
-                self.policy,
-                # The last key, because those of `play` are hashes of four numbers too.
-                seeds=hash64(self.seed, self.iteration, *np.divmod(own, count), 0),
-                options={
-                    "index": [sample for sample, _ in chosen],
-                    "prefix": [text for _, text in chosen],
-                },
-                decoding=self.decoding,
-                values=False,
-            )
-            rewards[own] = self.rewards(rollout)
-            tokens = rollout.policy_tokens.sum()
-        self.value_tokens = int(reduce(self.accelerator, tokens))
-        self.num_timesteps += self.value_tokens
-        return reduce(self.accelerator, rewards).view(-1, count).mean(1)
 
     def loss(self, now: Evaluation, old: Credit, minibatch: Credit) -> dict[str, torch.Tensor]:
         """The clipped surrogate, and the KL penalty if it is a loss."""

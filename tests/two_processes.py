@@ -59,6 +59,7 @@ AGENTS = {
     "hpt": ("hpt", {**UNEVEN, "success": 0.3}),
     "prefix-rft": ("prefix-rft", {**UNEVEN, "group_size": 4}),
     "vine-ppo": ("vine-ppo", {**UNEVEN, "tokens_per_step": 4, "rollouts_per_state": 3}),
+    "pav": ("pav", {**UNEVEN, "group_size": 4, "tokens_per_step": 4, "rollouts_per_state": 2}),
     "opd": ("opd", {**UNEVEN, "gamma": 1.0, "reward_coef": 0.5}),
 }
 AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "rloo")}

@@ -68,6 +68,7 @@ def suite(
         "guide": Row("sl", as_guide=True),
         # Three or so states of a text of 48 tokens: each costs as many texts as there are rollouts.
         "vine-ppo": Row("vine-ppo", {"rollouts_per_state": 4, "tokens_per_step": 16}),
+        "pav": Row("pav", {**GROUP, "rollouts_per_state": 2, "tokens_per_step": 16}),
         # What learns from the guide's tokens; rewards of texts are dense, and half of the range counts as a success.
         "uft": Row("uft", GROUP),
         "luffy": Row("luffy", GROUP),

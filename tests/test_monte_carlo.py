@@ -1,4 +1,4 @@
-"""VinePPO where every value is known: its values, advantages and gradient are right, and their tokens are counted."""
+"""Values from further texts: VinePPO and PAV, against the closed forms of the lock."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from test_lock import LOCK_ID, SMALL, fixed_policy, prefixes
 
-from agents import CausalLMPolicy, TabularPolicy, VinePPO
-from agents import vine_ppo as module
+from agents import GRPO, PAV, CausalLMPolicy, TabularPolicy, VinePPO
+from agents import monte_carlo as module
 from agents.evaluation import make_env
+from agents.monte_carlo import monte_carlo_values
 from benchmarks.comparison.combination_lock import SETTINGS, expected_reward
 from textgym.guides import CallableGuide, Completion
 from textgym.seeding import hash64
@@ -44,7 +45,7 @@ def test_values_are_those_of_the_closed_form(lock_arguments):
     agent = make_agent(1000, lock_arguments, rollouts_per_state=4000)
     _, probs = fixed_policy(agent.env.lock)
     states = [(sample, prefix) for sample, (_, prefix) in enumerate(prefixes(agent.env.lock))]
-    values = agent.values(states).tolist()
+    values = monte_carlo_values(agent, states, 4000)[0].tolist()
     for (_, prefix), value in zip(states, values, strict=True):
         exact = agent.env.lock.value(probs, prefix)
         assert value == pytest.approx(exact, abs=4 * deviation(exact, 4000) + 1e-6), prefix
@@ -78,6 +79,45 @@ def test_advantages_are_differences_of_values_up_to_the_reward(lock_arguments, t
         firsts.add(round(reward - total, 5))
     assert len(firsts) == 1, "the state that all episodes share is valued once"
     assert ends > 5
+
+
+@LOCKS
+@pytest.mark.parametrize("tokens_per_step", [1, 3])
+def test_pav_adds_the_guides_progress_to_the_advantage_in_the_group(lock_arguments, tokens_per_step):
+    env: Any = make_env(LOCK_ID, num_envs=200, **lock_arguments)
+    settings = {"episodes_per_iteration": 200, "group_size": 2, "kl_coef": 0.0, "device": "cpu", "progress_coef": 3.0}
+    policy = fixed_policy(env.lock)[0]
+    agent = PAV(policy, env, rollouts_per_state=500, tokens_per_step=tokens_per_step, **settings)
+    rollout = agent.play()
+    rollout.sample_ids[:] = 5
+    before = env.guide_tokens_written
+    credit = agent.credit(rollout, agent.reference_log_probs(rollout))
+    assert env.guide_tokens_written > before
+    moved = 0
+    for row, text in enumerate(rollout.input_ids[:, rollout.prompt_columns :].tolist()):
+        length, reward = int(rollout.policy_tokens[row]), float(rollout.rewards[row])
+        alone = reward - float(rollout.rewards[row // 2 * 2 : row // 2 * 2 + 2].mean())
+        for start in range(0, length, tokens_per_step):
+            end = min(start + tokens_per_step, length)
+            value = env.lock.guide_value(text[:start])
+            after = reward if end == length else env.lock.guide_value(text[:end])
+            error = deviation(value, 500) + (0 if end == length else deviation(after, 500))
+            for advantage in credit.advantages[row, start:end].tolist():
+                assert advantage == pytest.approx(alone + 3 * (after - value), abs=3 * 4.5 * error + 1e-5)
+            moved += abs(after - value) > 0.1
+    assert moved > 20
+
+
+def test_pav_opens_a_lock_that_grpo_does_not():
+    for algorithm, arguments, opens in [(PAV, {"progress_coef": 3.0, "tokens_per_step": 1}, True), (GRPO, {}, False)]:
+        env: Any = make_env(LOCK_ID, num_envs=64, vocab_size=8, length=6)
+        policy = TabularPolicy.for_lock(env.lock)
+        settings = {**SETTINGS, "episodes_per_iteration": 64, "minibatch_size": 64, "group_size": 4}
+        agent = algorithm(
+            policy, env, **{name: value for name, value in settings.items() if name != "gae_lambda"}, **arguments
+        )
+        agent.learn(total_episodes=64 * 40)
+        assert (expected_reward(policy, env.lock) > 0.5) == opens, algorithm
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 2])
@@ -165,11 +205,11 @@ def test_values_depend_on_no_other_row_and_later_episodes_on_no_value(handoff, m
         env = make_env(rows, guide=GUIDE, handoff=handoff)
         agent = VinePPO(policy, env, episodes_per_iteration=rows, rollouts_per_state=5, device="cpu")
         agent.play()
-        before, played = env.get_state(), (agent.num_timesteps, env.guide_tokens_written)
-        values = agent.values(states).tolist()
-        tokens = agent.num_timesteps - played[0], env.guide_tokens_written - played[1]
-        assert (tokens[1] > 0) == handoff
-        seen.append((values, tokens))
+        before, guide_tokens_before = env.get_state(), env.guide_tokens_written
+        values, policy_tokens = monte_carlo_values(agent, states, 5)
+        guide_tokens = env.guide_tokens_written - guide_tokens_before
+        assert (guide_tokens > 0) == handoff
+        seen.append((values.tolist(), policy_tokens, guide_tokens))
         for key, value in env.get_state().items():
             assert np.array_equal(value, before[key]), key
     assert seen[0] == seen[1] == seen[2]
