@@ -20,7 +20,7 @@ from torch import nn
 from agents.arguments import document_arguments
 from agents.card import model_card
 from agents.checkpoint import read_checkpoint, write_checkpoint
-from agents.environments import agree, make_env, sibling_env
+from agents.environments import agree, learning_env, sibling_env
 from agents.evaluation import EvaluationResult, evaluate
 from agents.policy import Actor, LanguageModelPolicy, Policy
 from agents.processes import gather_state, gather_texts, make_accelerator, own_state, reduce, start_equal
@@ -72,7 +72,8 @@ class Algorithm(ABC):
     policy: Policy | Any = field(kw_only=False)
     """A `Policy`, or the hub id or path of a language model, causal or sequence-to-sequence."""
     env: TextVectorEnv | Any = field(kw_only=False)
-    """The id of an environment, or a `TextVectorEnv` made with ``parking=True``."""
+    """The id of an environment; one that ``gymnasium.make`` or ``make_vec`` made, which is made again for batches; or a
+    `TextVectorEnv` made with ``parking=True``."""
     episodes_per_iteration: int = 64
     """Number of episodes per iteration, a multiple of the rows of `env` in all processes."""
     seed: int = 0
@@ -125,9 +126,8 @@ class Algorithm(ABC):
         if not isinstance(self.policy, Policy):
             self.policy = LanguageModelPolicy.from_pretrained(self.policy, device=device)
         self.policy.to(device)
-        if isinstance(self.env, str):
-            rows = max(1, self.episodes_per_iteration // processes)
-            self.env = make_env(self.env, num_envs=rows, tokenizer=self.policy.tokenizer)
+        rows = max(1, self.episodes_per_iteration // processes)
+        self.env = learning_env(self.env, rows, self.policy.tokenizer)
         self._check_environment()
         agree(self.env, self.policy)
         start_equal(self.accelerator, self.policy)
@@ -159,7 +159,10 @@ class Algorithm(ABC):
     def _check_environment(self) -> None:
         env, processes = self.env, self.accelerator.num_processes
         if not isinstance(env, TextVectorEnv) or not env.parking:
-            raise ValueError(f"env must be an environment id or a TextVectorEnv made with parking=True, got {env!r}")
+            raise ValueError(
+                "env must be an environment's id, one that gymnasium.make or make_vec made, or a TextVectorEnv made "
+                f"with parking=True, got {env!r}"
+            )
         if self.plays_episodes and self.episodes_per_iteration % (env.num_envs * processes):
             rows_of_all = f"{env.num_envs} rows" + (f" in each of {processes} processes" if processes > 1 else "")
             raise ValueError(

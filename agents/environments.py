@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorWrapper
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from agents.policy import Actor
     from textgym.engine import TextVectorEnv
     from textgym.task import SplitName
+
+
+# Arguments of `gymnasium.make_vec` in a specification that are not the environment's own.
+_ONLY_OF_MAKE = ("num_envs", "vectorization_mode", "autoreset_mode", "parking")
 
 
 def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
@@ -21,8 +27,55 @@ def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
     return gym.make_vec(env_id, num_envs=num_envs, **arguments).unwrapped  # type: ignore[return-value]
 
 
-def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName, guided: bool = False) -> TextVectorEnv:
+def learning_env(env: Any, num_envs: int, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The environment that an algorithm learns in.
+
+    Args:
+        env: An id; an environment that `gymnasium.make` or `make_vec` made, which is made again with what learning in
+            batches needs; or a `TextVectorEnv` made with ``parking=True``, which is returned as it is, like anything
+            else.
+        num_envs: Rows, unless `env` has several.
+        tokenizer: The policy's, unless `env` was made with another.
+
+    Raises:
+        ValueError: `env` is wrapped: an algorithm would not see what the wrapper does.
+    """
+    from textgym.engine import TextVectorEnv
+    from textgym.env import TextEnv
+
+    if isinstance(env, str):
+        return make_env(env, num_envs=num_envs, tokenizer=tokenizer)
+    inner = getattr(env, "unwrapped", env)
+    if not isinstance(inner, TextVectorEnv | TextEnv):
+        return env
+    wrappers = (
+        [wrapper.name for wrapper in env.spec.additional_wrappers] if isinstance(env, gym.Env) and env.spec else []
+    )
+    if isinstance(env, VectorWrapper):
+        wrappers = [type(env).__name__]
+    if wrappers:
+        raise ValueError(f"env must not be wrapped for an algorithm, which plays whole batches, got {wrappers}")
+    if inner.spec is None or (isinstance(inner, TextVectorEnv) and inner.parking):
+        return inner
+    arguments = {name: value for name, value in inner.spec.kwargs.items() if name not in _ONLY_OF_MAKE}
+    engine = inner if isinstance(inner, TextVectorEnv) else inner.engine
+    rows = engine.num_envs if isinstance(inner, TextVectorEnv) else num_envs
+    if arguments.get("tokenizer") is None:
+        arguments["tokenizer"] = tokenizer
+    return make_env(inner.spec.id, num_envs=rows, **arguments | {"guide": engine.guide})
+
+
+def sibling_env(
+    env: TextVectorEnv, *, num_envs: int, split: SplitName, guided: bool = False, **changes: Any
+) -> TextVectorEnv:
     """Make the same environment on another split: without a guide, unless `guided` or its policy can hand off to it.
+
+    Args:
+        env: The environment.
+        num_envs: Rows.
+        split: "train", "validation" or "test".
+        guided: Whether it has the guide.
+        **changes: Other arguments that it is made with.
 
     Raises:
         ValueError: `env` was not made by `gymnasium.make_vec`, so its arguments are unknown.
@@ -32,12 +85,41 @@ def sibling_env(env: TextVectorEnv, *, num_envs: int, split: SplitName, guided: 
             f"env must be made by gymnasium.make_vec, so that it can be made again for split {split!r}; for "
             "evaluations, eval_env can be given instead"
         )
-    arguments = {key: value for key, value in env.spec.kwargs.items() if key not in ("num_envs", "vectorization_mode")}
+    arguments = {name: value for name, value in env.spec.kwargs.items() if name not in _ONLY_OF_MAKE}
     arguments |= {"guidance": None, "order": "random", "split": split}
     # Share what is already loaded.
     arguments |= {"guide": env.guide if env.handoff or guided else None}
     arguments |= {"tokenizer": env.tokenizer, "reward": env.reward_function}
-    return make_env(env.spec.id, num_envs=num_envs, **arguments)
+    return make_env(env.spec.id, num_envs=num_envs, **arguments | changes)
+
+
+def differences(env: TextVectorEnv, other: TextVectorEnv) -> dict[str, tuple[Any, Any]]:
+    """What two environments ask of a policy differently, by name; their splits, rows and guides may differ."""
+    names = (
+        "source",
+        "template",
+        "chat",
+        "stop",
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "truncation_side",
+        "min_new_tokens",
+        "banned_tokens",
+        "handoff",
+        "handoff_cost",
+    )
+    values = {name: (getattr(env, name), getattr(other, name)) for name in names}
+    values["task"] = (env.task.name, other.task.name)
+    if env.reward != other.reward:  # which may be the same, by name and loaded
+        values["reward"] = (described(env.reward_function), described(other.reward_function))
+    return {name: (here, there) for name, (here, there) in values.items() if here != there}
+
+
+def described(reward: Any) -> str:
+    """A reward by its name and, if it has one, its fingerprint."""
+    name = getattr(reward, "__name__", type(reward).__name__)
+    fingerprint = getattr(reward, "fingerprint", None)
+    return name if fingerprint is None else f"{name} {fingerprint}"
 
 
 def agree(env: TextVectorEnv, policy: Actor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from agents.environments import make_env
+from agents.environments import differences, make_env, sibling_env
 from agents.policy import Actor, LanguageModelPolicy
 from agents.processes import gather
 from agents.rollout import Rollout, collect
 from textgym.checks import check, is_int
 from textgym.decoding import Decoding
+from textgym.engine import TextVectorEnv
 from textgym.guidance import Guidance
 from textgym.guides.base import Author
 from textgym.metrics import Metric, check_metrics, columns_of, measure, select
@@ -31,8 +33,6 @@ from textgym.task import SplitName
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
-
-    from textgym.engine import TextVectorEnv
 
 
 class Agent(Protocol):
@@ -225,7 +225,7 @@ def pass_at(successes: Sequence[int] | np.ndarray, n: int, k: int) -> float:
 
 def evaluate(
     agent: Actor | Agent,
-    env: str | TextVectorEnv,
+    env: str | TextVectorEnv | None = None,
     split: SplitName = "test",
     *,
     num_prompts: int | None = None,
@@ -251,11 +251,11 @@ def evaluate(
 
     Args:
         agent: A policy, or an algorithm, whose policy is evaluated.
-        env: The id of an environment; or a `TextVectorEnv` made with ``parking=True``, whose split and rows are then
-            used. It is reset with new seeds.
-        split: "train", "validation" or "test"; only with an id.
+        env: None for the environment that an algorithm learned in; the id of an environment; or a `TextVectorEnv` made
+            with ``parking=True``, whose split and rows are then used. It is reset with new seeds.
+        split: "train", "validation" or "test"; not with a `TextVectorEnv`.
         num_prompts: Number of prompts, a random subset that is always the same; None uses all.
-        num_envs: Number of rows; only with an id.
+        num_envs: Number of rows; not with a `TextVectorEnv`.
         decoding: How texts are decoded; None for the policy's own decoding.
         guidance: When the environment's guide takes part, whose tokens are then in the texts that are judged; None for
             never, whatever the environment was made with. With ``Guidance(handoff_prob=1, no_body_prob=1)`` the guide
@@ -276,7 +276,12 @@ def evaluate(
         encoder: Hub id or folder of the encoder of "bert_score".
         accelerator: Divides the prompts among its processes, which all call this, with environments of equally many
             rows, and return the same result. None: this process alone.
-        **env_arguments: Further arguments of the environment ("source", "reward", "guide", ...); only with an id.
+        **env_arguments: Further arguments of the environment ("source", "reward", "guide", ...), which override those
+            of an algorithm's own; not with a `TextVectorEnv`.
+
+    Warns:
+        UserWarning: An algorithm is evaluated in an environment that differs from its own in more than the split; the
+            message names the differences.
 
     Raises:
         ValueError: An argument is wrong.
@@ -302,16 +307,30 @@ def evaluate(
         raise ValueError(
             f"{name} must be 1 with greedy decoding or beams, which write one text only, got {texts_per_prompt}"
         )
-    handoff = env_arguments.get("handoff", False) if isinstance(env, str) else env.handoff
+    own: Any = getattr(agent, "env", None)
+    if env is None and not isinstance(own, TextVectorEnv):
+        raise ValueError(f"env must be given for {type(agent).__name__}, which has no environment of its own")
+    if isinstance(env, TextVectorEnv) and env_arguments:
+        raise ValueError(f"env_arguments need env to be an id or None, got {sorted(env_arguments)} and {env!r}")
+    made = own if env is None else env
+    handoff = env_arguments.get("handoff", False) if isinstance(made, str) else made.handoff
     if handoff != policy.can_hand_off:
         raise ValueError(
             f"handoff must be {policy.can_hand_off} as the policy's can_hand_off, got {handoff}: a policy that can "
             "hand off is evaluated with evaluate(..., guide=..., handoff=True), or in an environment made so"
         )
-    if isinstance(env, str):
+    if env is None:
+        guided = guidance.needs_guide
+        env = sibling_env(own, num_envs=num_envs, split=split, guided=guided, **env_arguments)
+    elif isinstance(env, str):
         env = make_env(env, num_envs=num_envs, **{"tokenizer": policy.tokenizer, **env_arguments, "split": split})
-    elif env_arguments:
-        raise ValueError(f"env_arguments need env to be an id, got {sorted(env_arguments)} and {env!r}")
+    if isinstance(own, TextVectorEnv) and (others := differences(own, env)):
+        warnings.warn(
+            "the agent is evaluated in another environment than it learned in: "
+            + ", ".join(f"{name}={there!r} instead of {here!r}" for name, (here, there) in others.items())
+            + "; evaluate(agent) is in its own",
+            stacklevel=2,
+        )
     # Before generation, so that a missing requirement is reported at once.
     wanted = env.task.metrics if metrics is None else metrics
     judges, left_out = select(

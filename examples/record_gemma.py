@@ -2,7 +2,7 @@
 
 The model is served on this machine (``pip install "textgym[llm]"``), or ``--url`` is any OpenAI-compatible server. It
 reads a few references before each prompt. What it writes for a part of the train split and for the other splits goes to
-one file, which is a guide by its path: ``gym.make("textgym/CommonGen-v0", guide="gemma.jsonl", train_samples=2048)``.
+one file, which is a guide by its path: ``gym.make("textgym/CommonGen-v0", guide="gemma.jsonl", train_samples=1024)``.
 Interrupted, the same command goes on where it ended.
 """
 
@@ -29,7 +29,7 @@ def main(
     tokenizer: str = "../shared/models/base-7m",
     url: str | None = None,
     model: str = MODEL,
-    train_samples: int = 2048,
+    train_samples: int = 1024,
     texts: tuple[int, int, int] = (4, 1, 4),
     shots: int = 12,
     seed: int = 0,

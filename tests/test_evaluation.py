@@ -7,11 +7,15 @@ import itertools
 import json
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import tyro
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from agents import PPO, TabularPolicy
+from agents.environments import make_env as agents_make_env
 from agents.environments import sibling_env
 from agents.evaluation import evaluate, main, pass_at
 from agents.policy import CausalLMPolicy
@@ -20,6 +24,8 @@ from textgym.guidance import Guidance
 from textgym.guides import Author, CallableGuide, Completion
 from textgym.metrics import NAMES, MissingRequirement, load
 from textgym.seeding import hash64
+
+LOCK_ID = "textgym/CombinationLock-v0"
 
 
 def noise(requests):
@@ -319,3 +325,62 @@ def test_a_policy_is_judged_after_prefixes_of_the_guide(make_env, make_policy):
     written = [sum(author == Author.GUIDE for author in authors) for authors in result.authors]
     assert all(written)
     assert result.guide_tokens == sum(written)
+
+
+def lengths(prompts, completions, references):
+    """A reward."""
+    return [len(text) for text in completions]
+
+
+def test_an_agent_is_judged_in_its_own_environment_unless_told_otherwise(recwarn):
+    """A template, a stop string and a reward of one's own are not lost."""
+    arguments = {"template": "Q: {prompt} A:", "stop": ["z"], "reward": lengths}
+    env = gym.make_vec("textgym/CommonGen-v0", num_envs=4, train_samples=50, **arguments)
+    ids = {"bos_token_id": env.eos_token_id, "eos_token_id": env.eos_token_id, "vocab_size": len(env.tokenizer)}
+    policy = CausalLMPolicy(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, **ids)), env.tokenizer)
+    agent = PPO(policy, env, episodes_per_iteration=8, device="cpu")
+    assert agent.env.parking
+    own = evaluate(agent, num_prompts=6, num_envs=3, metrics=())
+    assert [warning for warning in recwarn if "environment" in str(warning.message)] == []
+    assert own.split == "test"
+    assert own.rewards.tolist() == [len(text) for text in own.completions]
+    same = evaluate(agent, "textgym/CommonGen-v0", num_prompts=6, num_envs=6, metrics=(), **arguments)
+    assert same.completions == own.completions
+    told = r"template='\{prompt\}' instead of 'Q: .* stop=\(\) instead of \('z',\).* instead of 'lengths'"
+    with pytest.warns(UserWarning, match=told):
+        evaluate(agent, "textgym/CommonGen-v0", num_prompts=6, metrics=())
+    with pytest.raises(ValueError, match="env must be given for CausalLMPolicy"):
+        evaluate(policy)
+
+
+def on_the_lock(env):
+    """An agent with a table as its policy."""
+    policy = TabularPolicy.for_lock(gym.make(LOCK_ID).unwrapped.lock)
+    return PPO(policy, env, episodes_per_iteration=8, minibatch_size=8, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gym.make(LOCK_ID),
+        lambda: gym.make_vec(LOCK_ID, num_envs=8),
+        lambda: agents_make_env(LOCK_ID, num_envs=8),
+    ],
+    ids=["make", "make_vec", "parking"],
+)
+def test_an_agent_learns_alike_in_whatever_gymnasium_makes(make):
+    agents = [on_the_lock(env).learn(total_episodes=8) for env in (LOCK_ID, make())]
+    assert [agent.env.num_envs for agent in agents] == [8, 8]
+    assert torch.equal(agents[0].policy.logits, agents[1].policy.logits)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda: gym.wrappers.RecordEpisodeStatistics(gym.make(LOCK_ID)),
+        lambda: gym.wrappers.vector.RecordEpisodeStatistics(gym.make_vec(LOCK_ID, num_envs=4)),
+    ],
+)
+def test_a_wrapped_environment_is_refused_by_the_wrappers_name(wrapped):
+    with pytest.raises(ValueError, match=r"env must not be wrapped .* \['RecordEpisodeStatistics'\]"):
+        on_the_lock(wrapped())

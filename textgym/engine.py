@@ -124,6 +124,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     Attributes:
         initial_guidance: The guidance that the environment was made with.
+        reward: The reward that was asked for, a name or path or a function; `reward_function` is what was loaded.
         end_token_id: The token that ends references that are imitated, and texts of guides: with `chat` the token that
             closes an answer, else the first that `stop` names, else EOS.
         guide_tokens_written: Tokens that the guide has written so far. A text that is kept, or that a group shares,
@@ -191,7 +192,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.guide = load_guide(guide)
         check_reward(reward, task.rewards)
-        self._reward = task.reward if reward is None else reward
+        self.reward = task.reward if reward is None else reward
         self._reward_function: RewardFunction | None = None
 
         self.source = resolve_source(source)
@@ -264,7 +265,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def reward_function(self) -> RewardFunction:
         """The reward; loaded, and trained where the task says so, on first use."""
         if self._reward_function is None:
-            self._reward_function = load_reward(self._reward, self.task.rewards, self.source)
+            self._reward_function = load_reward(self.reward, self.task.rewards, self.source)
         return self._reward_function
 
     @property

@@ -1,6 +1,6 @@
 """CommonGen with a guide that is clearly better than its learner: Gemma 3 270M, whose texts are recorded.
 
-For people with a small model and a strong black box: 2,048 concept sets with their references, from which the policy of
+For people with a small model and a strong black box: 1,024 concept sets with their references, from which the policy of
 seven million parameters that ``--base`` names learns first, and four texts of the guide for each. All rows train on
 these sets; reinforcement learning plays as many episodes everywhere. ``python examples/record_gemma.py`` made the file,
 and a run needs neither the model nor a server.
@@ -47,7 +47,7 @@ TASK = TaskProfile(
     episodes=COMMONGEN.episodes,
     rl=COMMONGEN.rl,
     rows=ROWS,
-    env={"train_samples": 2048},
+    env={"train_samples": 1024},
     decoding=COMMONGEN.decoding,
     test_prompts=1000,
 )
