@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from agents.arguments import document_arguments
 from agents.card import model_card
 from agents.checkpoint import read_checkpoint, write_checkpoint
+from agents.display import Display
 from agents.environments import agree, learning_env, sibling_env
 from agents.evaluation import EvaluationResult, evaluate
 from agents.policy import Actor, LanguageModelPolicy, Policy
@@ -29,9 +29,12 @@ from textgym.checks import check, check_arguments, is_int, is_number
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides import ScoringGuide
+from textgym.storage import new_file
 
 if TYPE_CHECKING:
+    import pandas
     from accelerate.tracking import GeneralTracker
+    from matplotlib.figure import Figure
 
 # How arguments that are annotated as numbers are checked, and what they must be.
 NUMBERS = {"int": (is_int, "an int"), "float": (is_number, "a number")}
@@ -87,8 +90,8 @@ class Algorithm(ABC):
     eval_env: TextVectorEnv | None = None
     """Environment of evaluations; None: the validation split of `env`, with a guide only for hand-offs."""
     output_dir: str | os.PathLike | None = None
-    """Folder of the checkpoints ``last`` and ``best`` (by `score`), from which `load` continues; written at every
-    evaluation and, ``last``, when `learn` returns."""
+    """Folder of the checkpoints ``last`` and ``best`` (by `score`), from which `load` continues, and ``history.csv``;
+    written at every evaluation and, but for ``best``, when `learn` returns."""
     track: str | GeneralTracker | Sequence[str | GeneralTracker] | None = None
     """Names of Accelerate's trackers ("tensorboard", "wandb", ...), or tracker objects."""
 
@@ -126,8 +129,10 @@ class Algorithm(ABC):
         if not isinstance(self.policy, Policy):
             self.policy = LanguageModelPolicy.from_pretrained(self.policy, device=device)
         self.policy.to(device)
-        rows = max(1, self.episodes_per_iteration // processes)
-        self.env = learning_env(self.env, rows, self.policy.tokenizer)
+        given, rows = self.env, max(1, self.episodes_per_iteration // processes)
+        self.env = learning_env(given, rows, self.policy.tokenizer)
+        if self.env is not given:
+            self.check_hyperparameters()  # what is asked of an environment could not be checked of its id
         self._check_environment()
         agree(self.env, self.policy)
         start_equal(self.accelerator, self.policy)
@@ -220,6 +225,7 @@ class Algorithm(ABC):
         total_episodes: int | None = None,
         callback: Callback | None = None,
         progress_bar: bool = False,
+        verbose: int = 0,
     ) -> Self:
         """Run iterations until a number of further timesteps or episodes is reached.
 
@@ -229,7 +235,9 @@ class Algorithm(ABC):
             callback: Called after each iteration as ``callback(locals(), globals())``, as in Stable-Baselines3;
                 ``locals["self"]`` is the algorithm, ``locals["record"]`` the iteration's record. Returning False stops
                 training. Every process calls its callback, and one that returns False stops all.
-            progress_bar: Whether to draw a progress bar.
+            progress_bar: Whether to draw a progress bar; without a terminal, and outside of a notebook, it is a line
+                every half minute.
+            verbose: 1 prints a line for each iteration: reward, KL, entropy, tokens a second, the time that is left.
 
         Raises:
             ValueError: Not exactly one total is given, or it is not positive.
@@ -245,24 +253,17 @@ class Algorithm(ABC):
         total = total_episodes if total_timesteps is None else total_timesteps
         check(f"total_{counter[4:]}", total, total >= 1, "at least 1")  # type: ignore[operator]
         start = getattr(self, counter)
-        return self._learn(lambda: (getattr(self, counter) - start) / total, callback, progress_bar)
+        return self._learn(lambda: (getattr(self, counter) - start) / total, callback, progress_bar, verbose)
 
-    def _learn(self, done: Callable[[], float], callback: Callback | None, progress_bar: bool) -> Self:
+    def _learn(
+        self, done: Callable[[], float], callback: Callback | None, progress_bar: bool, verbose: int = 0
+    ) -> Self:
         """Iterate until `done`, the share of the work that is finished, reaches 1."""
         if self.track is not None:
             config = {key: value for key, value in self.hyperparameters.items() if isinstance(value, int | float | str)}
             self.accelerator.init_trackers("textgym", config={"algorithm": self.name, **config})
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-        )
-        shown = progress_bar and self.accelerator.is_main_process
-        with Progress(*columns, disable=not shown, transient=True) as progress:
-            bar = progress.add_task(self.name, total=1.0, status="")
+        first = self.accelerator.is_main_process
+        with Display(self.name, lines=first and verbose > 0, bar=first and progress_bar) as display:
             while done() < 1 and not self.finished:
                 try:
                     record = self._run_iteration()
@@ -271,13 +272,14 @@ class Algorithm(ABC):
                         f"in iteration {self.iteration + 1} of {self.name}; no checkpoint was written for it"
                     )
                     raise
-                progress.update(bar, completed=min(done(), 1.0), status=self.status(record))
+                display.update(record, done(), self.status(record))
                 if callback is not None:
                     stop = torch.tensor(float(callback(locals(), globals()) is False), device=self.policy.device)
                     if reduce(self.accelerator, stop) > 0:
                         break
         if self.output_dir is not None:
             self.save(Path(self.output_dir) / "last")
+            self.write_history()
         while self.accelerator.trackers:  # `end_training` would also destroy the process group
             self.accelerator.trackers.pop().finish()
         return self
@@ -295,6 +297,8 @@ class Algorithm(ABC):
             "num_episodes": self.num_episodes,
             "seconds": time.perf_counter() - started,
         }
+        if (usage := getattr(self.env.guide, "usage", None)) is not None:  # of a server, in this process
+            record |= {f"guide_{name}": getattr(usage, name) for name in ("calls", "cache_hits", "cost")}
         self.iteration += 1
         if self.eval_every and self.iteration % self.eval_every == 0:
             result = self.evaluate()
@@ -308,9 +312,46 @@ class Algorithm(ABC):
                 # Best first: if the run ends between the two, resuming from the older "last" repeats this iteration.
                 for folder in ("best", "last") if better else ("last",):
                     self.save(Path(self.output_dir) / folder)
+                self.write_history()
         if self.track is not None:
             self.accelerator.log(record, step=self.num_timesteps)
         return record
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The history as a `pandas.DataFrame`, one row per iteration; NaN where an iteration has no such number."""
+        import pandas
+
+        return pandas.DataFrame(self.history)
+
+    def write_history(self) -> None:
+        """Write the history to ``history.csv`` in `output_dir`."""
+        assert self.output_dir is not None
+        if self.accelerator.is_main_process:
+            with new_file(Path(self.output_dir) / "history.csv") as file:
+                self.to_pandas().to_csv(file, index=False)
+
+    def plot(self) -> Figure:
+        """Draw reward, KL, lengths and the guide's share of the tokens by episodes (extra ``plots``).
+
+        Returns:
+            A `matplotlib.figure.Figure`, which `savefig` writes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: There is no iteration yet.
+        """
+        from agents.plots import plot_history
+
+        return plot_history(self.history, self.name)
+
+    def __repr__(self) -> str:
+        weights = sum(parameter.numel() for parameter in self.policy.parameters())
+        reward = [f"reward {self.history[-1]['reward']:.3f}"] if self.history and "reward" in self.history[-1] else []
+        seen = [f"{self.iteration} iterations", f"{self.num_episodes:,} episodes", *reward]
+        return (
+            f"{type(self).__name__}({type(self.policy).__name__} of {weights / 1e6:.3g}M parameters in {self.env}: "
+            f"{', '.join(seen)})"
+        )
 
     def status(self, record: Mapping[str, Any]) -> str:
         """A few words about an iteration for the progress bar."""
@@ -461,7 +502,7 @@ def check_guide(env: Any, name: str, *, completes: bool = False, scores: bool = 
     """Refuse an environment whose guide cannot do what an algorithm needs.
 
     Args:
-        env: The environment.
+        env: The environment; nothing else is checked.
         name: The algorithm's name.
         completes: Whether the guide must be able to complete the policy's texts at any point.
         scores: Whether it must only be able to score the policy's tokens.
@@ -470,7 +511,9 @@ def check_guide(env: Any, name: str, *, completes: bool = False, scores: bool = 
         ValueError: It has no guide, or one that can only start texts; or the policy decides when to hand off; or it
             cannot score the tokens of the environment.
     """
-    guide = getattr(env, "guide", None)
+    if not isinstance(env, TextVectorEnv):
+        return  # an id, of which an environment is yet to be made
+    guide = env.guide
     if scores:
         if not isinstance(guide, ScoringGuide):
             raise ValueError(

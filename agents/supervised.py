@@ -210,6 +210,7 @@ class SL(Algorithm):
         total_episodes: int | None = None,
         callback: Callback | None = None,
         progress_bar: bool = False,
+        verbose: int = 0,
     ) -> Self:
         """Follow the schedule: to its end, or for a number of further timesteps or episodes (see `Algorithm.learn`).
 
@@ -219,10 +220,12 @@ class SL(Algorithm):
         """
         if total_timesteps is None and total_episodes is None:
             total_episodes = max(1, self.total_texts - self.num_episodes)
-        return super().learn(total_timesteps, total_episodes, callback, progress_bar)
+        return super().learn(total_timesteps, total_episodes, callback, progress_bar, verbose)
 
-    def _learn(self, done: Callable[[], float], callback: Callback | None, progress_bar: bool) -> Self:
-        super()._learn(done, callback, progress_bar)
+    def _learn(
+        self, done: Callable[[], float], callback: Callback | None, progress_bar: bool, verbose: int = 0
+    ) -> Self:
+        super()._learn(done, callback, progress_bar, verbose)
         if self.finished and self.best_state is not None:
             self.policy.load_state_dict(self.best_state, strict=False)
         return self
