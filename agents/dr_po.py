@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agents.ppo_plus_plus import PPOPlusPlus
+from textgym.engine import TextVectorEnv
 from textgym.guides.base import Author
 
 
@@ -26,7 +27,7 @@ class DRPO(PPOPlusPlus):
 
     def check_hyperparameters(self) -> None:
         """Check the arguments, and that the guide is the dataset's references."""
-        guide = getattr(self.env, "guide", None)
-        if getattr(guide, "author", None) != Author.REFERENCE:
-            raise ValueError(f"env must be made with guide='references' for {self.name}, got {guide!r}")
+        made = isinstance(self.env, TextVectorEnv)  # an id is checked when the environment is made
+        if made and getattr(self.env.guide, "author", None) != Author.REFERENCE:
+            raise ValueError(f"env must be made with guide='references' for {self.name}, got {self.env.guide!r}")
         super().check_hyperparameters()

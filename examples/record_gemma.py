@@ -18,8 +18,8 @@ from gemma_guide import ENV, MODEL, few_shot, serve
 from agents.environments import make_env
 from textgym.data.splits import SPLITS
 from textgym.decoding import Decoding
-from textgym.guides import record
 from textgym.guides.http import HTTPGuide
+from textgym.recording import record
 from textgym.tasks.commongen import TASK
 
 

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from agents import SL, CausalLMPolicy
 from agents.environments import make_env
 from textgym import Guidance
-from textgym.guides import Author, Completion, RecordedGuide, record
+from textgym.guides import Author, Completion, RecordedGuide
+from textgym.recording import record
 
 ENV = "textgym/CommonGen-v0"
 

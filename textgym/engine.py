@@ -102,8 +102,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         reward: None for the task's own, the name of one of the task's rewards, the hub id or path of a
             sequence-classification model, or a callable (see `textgym.rewards.base.RewardFunction`).
         guide: "references" (which restarts only, from references that the task says to imitate), the hub id or path of
-            a language model, a ".jsonl" file of completions (see `textgym.guides.record`), a `textgym.guides.Guide` or
-            a function on a list of `GuideRequest`.
+            a language model, a ".jsonl" file of completions (see `textgym.recording.record`), a
+            `textgym.guides.Guide` or a function on a list of `GuideRequest`.
         guidance: When the guide takes part: a `Guidance` or a mapping of its fields.
         handoff: Whether there is an extra action, the last one, by which the policy asks the guide to complete the
             text.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest, ScoringGuide
-from textgym.guides.recorded import RecordedGuide, record
+from textgym.guides.recorded import RecordedGuide
 from textgym.guides.references import ReferenceGuide
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "RecordedGuide",
     "ScoringGuide",
     "load_guide",
-    "record",
 ]
 
 
