@@ -349,7 +349,7 @@ class Algorithm(ABC):
         reward = [f"reward {self.history[-1]['reward']:.3f}"] if self.history and "reward" in self.history[-1] else []
         seen = [f"{self.iteration} iterations", f"{self.num_episodes:,} episodes", *reward]
         return (
-            f"{type(self).__name__}({type(self.policy).__name__} of {weights / 1e6:.3g}M parameters in {self.env}: "
+            f"{type(self).__name__}({type(self.policy).__name__} of {weights:,} parameters in {self.env}: "
             f"{', '.join(seen)})"
         )
 

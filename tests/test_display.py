@@ -66,7 +66,7 @@ def test_an_agent_says_what_it_is(agent):
     agent.learn(total_episodes=8)
     reward = agent.history[-1]["reward"]
     assert re.fullmatch(
-        rf"PPOPlusPlus\(TabularPolicy of \S+M parameters in .*: 1 iterations, 8 episodes, reward {reward:.3f}\)",
+        rf"PPOPlusPlus\(TabularPolicy of \S+ parameters in .*: 1 iterations, 8 episodes, reward {reward:.3f}\)",
         repr(agent),
     )
 
