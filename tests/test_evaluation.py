@@ -384,3 +384,14 @@ def test_an_agent_learns_alike_in_whatever_gymnasium_makes(make):
 def test_a_wrapped_environment_is_refused_by_the_wrappers_name(wrapped):
     with pytest.raises(ValueError, match=r"env must not be wrapped .* \['RecordEpisodeStatistics'\]"):
         on_the_lock(wrapped())
+
+
+def test_a_result_is_a_line_and_in_a_notebook_a_table(make_env, make_policy):
+    result = evaluate(make_policy(), make_env(8, split="test"), metrics=("distinct",))
+    assert repr(result).startswith("EvaluationResult(words test, 37 prompts: reward ")
+    assert f"distinct_1 {result.metrics['distinct_1']:.3f}" in repr(result)
+    result.completions[0] = "<script>alert(1)</script>"
+    page = result._repr_html_()
+    assert page.count("<tr>") == 11
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
