@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # How arguments that are annotated as numbers are checked, and what they must be.
 NUMBERS = {"int": (is_int, "an int"), "float": (is_number, "a number")}
+COUNTERS = ("iteration", "num_timesteps", "num_guide_tokens", "num_episodes")
 Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 
 
@@ -144,6 +145,8 @@ class Algorithm(ABC):
         self.history: list[dict[str, Any]] = []
         self.iteration = self.num_timesteps = self.num_guide_tokens = self.num_episodes = 0
         self.best_score = -math.inf
+        # An iteration that is over, whose evaluation failed: its record, and the counters after it.
+        self._unevaluated: tuple[dict[str, Any], dict[str, int]] | None = None
 
     def check_hyperparameters(self) -> None:
         """Check the arguments, before anything is loaded; subclasses extend this method.
@@ -232,6 +235,10 @@ class Algorithm(ABC):
             ValueError: Not exactly one total is given, or it is not positive.
             FloatingPointError: A reward, loss or gradient is not finite. The policy is as it was before that update,
                 and no checkpoint is written.
+
+        Where a guide or a reward fails, the iteration that it interrupts is not counted, and a further call begins it
+        again: the numbers are then those of a training that was never interrupted. (Algorithms of Stable-Baselines3
+        learn while they play, and go on where they were.)
         """
         if (total_timesteps is None) == (total_episodes is None):
             raise ValueError(
@@ -279,24 +286,57 @@ class Algorithm(ABC):
             self.accelerator.trackers.pop().finish()
         return self
 
-    def _run_iteration(self) -> dict[str, Any]:
+    @contextmanager
+    def _keeping_counters(self) -> Iterator[None]:
+        before = self._counters()
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def _counters(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back what is counted and played in a block that fails, as where a guide or a reward does.
+
+        Gradient steps are not taken back; `iterate` takes them last.
+        """
+        with self._keeping_counters(), self.env.all_or_nothing():
+            yield
+
+    def _iterate(self) -> dict[str, Any]:
+        """Run one iteration with `iterate`, and return its record with counters."""
         started = time.perf_counter()
-        before = self.env.guide_tokens_written
-        record = {"iteration": self.iteration + 1, **self.iterate()}
-        written = int(reduce(self.accelerator, torch.tensor(self.env.guide_tokens_written - before)))
-        self.num_guide_tokens += written
-        record.setdefault("guide_tokens", written)
-        record |= {
-            "num_timesteps": self.num_timesteps,
-            "num_guide_tokens": self.num_guide_tokens,
-            "num_episodes": self.num_episodes,
-            "seconds": time.perf_counter() - started,
-        }
-        self.iteration += 1
-        if self.eval_every and self.iteration % self.eval_every == 0:
-            result = self.evaluate()
-            record |= {"eval/reward": result.reward, "eval/length": result.length, "eval/seconds": result.seconds}
-            record |= {f"eval/reward/{name}": value for name, value in result.reward_parts.items() if name != "reward"}
+        with self.all_or_nothing():
+            before = self.env.guide_tokens_written
+            record = {"iteration": self.iteration + 1, **self.iterate()}
+            written = int(reduce(self.accelerator, torch.tensor(self.env.guide_tokens_written - before)))
+            self.num_guide_tokens += written
+            record.setdefault("guide_tokens", written)
+            record |= {
+                "num_timesteps": self.num_timesteps,
+                "num_guide_tokens": self.num_guide_tokens,
+                "num_episodes": self.num_episodes,
+                "seconds": time.perf_counter() - started,
+            }
+            self.iteration += 1
+        return record
+
+    def _run_iteration(self) -> dict[str, Any]:
+        with self._keeping_counters():
+            if self._unevaluated is None:
+                self._unevaluated = self._iterate(), self._counters()
+            record, counters = self._unevaluated
+            vars(self).update(counters)
+            if self.eval_every and self.iteration % self.eval_every == 0:
+                result = self.evaluate()
+                record |= {"eval/reward": result.reward, "eval/length": result.length, "eval/seconds": result.seconds}
+                parts = {name: value for name, value in result.reward_parts.items() if name != "reward"}
+                record |= {f"eval/reward/{name}": value for name, value in parts.items()}
+        self._unevaluated = None
         self.history.append(record)
         score = self.score(record)
         if score is not None:
@@ -345,10 +385,10 @@ class Algorithm(ABC):
 
     def training_state(self) -> dict[str, Any]:
         """The state of the training, except models: nested dicts and lists of arrays, tensors and numbers."""
-        counters = ("iteration", "num_timesteps", "num_guide_tokens", "num_episodes", "best_score")
+        record, counters = self._unevaluated or ({}, self._counters())
         state = {
-            "counters": {name: getattr(self, name) for name in counters},
-            "history": self.history,
+            "counters": {**counters, "best_score": self.best_score},
+            "history": [*self.history, record] if record else self.history,
             "optimizer": whole(self.optimizer.state_dict()),
             "env": gather_state(self.accelerator, self.env.get_state()),
         }

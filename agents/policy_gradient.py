@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -198,6 +199,18 @@ class PolicyGradient(Algorithm):
         check_draws(self.decoding or self.policy.decoding)
         self.reference = self.policy.copy().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.trainable, lr=self.learning_rate, eps=1e-5, fused=True)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Also take back what the curriculum has learned (see `Algorithm.all_or_nothing`)."""
+        learned = None if self.rule is None else self.rule.get_state()
+        try:
+            with super().all_or_nothing():
+                yield
+        except BaseException:
+            if self.rule is not None and learned is not None:
+                self.rule.set_state(learned)
+            raise
 
     @property
     def phase(self) -> Phase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -41,6 +42,12 @@ class EpisodeDraws:
         self.episode = np.zeros(num_envs, np.int64)
         self.leader = np.arange(num_envs)
         self._drawn = np.zeros((num_envs, 2), np.uint64)  # (row key, episode) of each row's running episode
+
+    def copy(self) -> EpisodeDraws:
+        """The same numbers, now and later."""
+        other = copy.copy(self)
+        vars(other).update({name: None if array is None else array.copy() for name, array in vars(self).items()})
+        return other
 
     def seed(self, seed: int | Sequence[int | None] | None, rows: np.ndarray, generator: np.random.Generator) -> None:
         """Seed rows (see `TextVectorEnv.reset`); `generator` makes the first seeds of all others.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import IntEnum
+from functools import partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal, Never
 
@@ -64,6 +65,24 @@ class Phase(IntEnum):
 
 # Arrays are compared with plain ints, which takes NumPy a fifth of the time.
 IDLE, DONE, ACTIVE, NEEDS_GUIDE, NEEDS_REWARD = map(int, Phase)
+
+# What is known of the rows' episodes: arrays with an entry, or a line, for each row.
+_OF_EPISODES = (
+    "_phase",
+    "_input_ids",
+    "_attention_mask",
+    "_authors",
+    "_length",
+    "_prefix_length",
+    "_handoff_at",
+    "_handoffs",
+    "_finish",
+    "_sample",
+    "_prompts",
+    "_prompt_ids",
+    "_references",
+)
+_COUNTERS = ("_cursor", "guide_tokens_written", "_np_random", "_np_random_seed")
 
 # A sample's prompt, the prompt's token ids, and its references.
 EncodedSample = tuple[str, tuple[int, ...], tuple[str, ...]]
@@ -124,8 +143,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         initial_guidance: The guidance that the environment was made with.
         end_token_id: The token that ends references that are imitated, and texts of guides: with `chat` the token that
             closes an answer, else the first that `stop` names, else EOS.
-        guide_tokens_written: Tokens that the guide has written so far. A text that is kept, or that a group shares,
-            counts once; the ``guide_tokens`` of infos are those in each episode.
+        guide_tokens_written: Tokens that the guide has written so far, in calls that did not fail. A text that is kept,
+            or that a group shares, counts once; the ``guide_tokens`` of infos are those in each episode.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
@@ -243,6 +262,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._cursor = 0
         self._encoded: dict[int, EncodedSample] = {}
         self._kept_texts: dict[int, tuple[list[int], bool]] = {}
+        # What the guide wrote in calls that then failed, for the next attempt.
+        self._answers: dict[GuideRequest, tuple[list[int], bool]] = {}
         self.guide_tokens_written = 0
         self._no_options = ResetOptions.read(None, n)
         self._guidance = [Guidance()] * n
@@ -350,20 +371,57 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """
         read = ResetOptions.read(options, self.num_envs)
         rows = np.flatnonzero(read.mask)
-        if options and "guidance" in options:
-            self._set_guidance(rows, options["guidance"])
-        if seed is None or isinstance(seed, int | np.integer):
-            super().reset(seed=None if seed is None else int(seed))
-            seeded = seed is not None
-        else:
-            seeded = None not in seed
-        self._draws.seed(seed, rows, self.np_random)
-        if read.mask.all() and (seeded or self._cursor >= len(self.data)):
-            self._cursor = 0
-        self._begin(rows, read)
-        infos = self._reset_infos(read.mask)
-        self._finish_infos(infos)
+        with self.all_or_nothing(rows):
+            if options and "guidance" in options:
+                self._set_guidance(rows, options["guidance"])
+            if seed is None or isinstance(seed, int | np.integer):
+                super().reset(seed=None if seed is None else int(seed))
+                seeded = seed is not None
+            else:
+                seeded = None not in seed
+            self._draws.seed(seed, rows, self.np_random)
+            if read.mask.all() and (seeded or self._cursor >= len(self.data)):
+                self._cursor = 0
+            self._begin(rows, read)
+            infos = self._reset_infos(read.mask)
+            self._finish_infos(infos)
+        self._answers.clear()
         return self._observation(), infos
+
+    @contextmanager
+    def all_or_nothing(self, rows: np.ndarray | None = None) -> Iterator[None]:
+        """Put the environment back to where it was, if the block fails: the block can then be tried again.
+
+        Args:
+            rows: The only rows whose episodes the block changes; None for all.
+        """
+        saved = self._saved(np.arange(self.num_envs) if rows is None else rows)
+        try:
+            yield
+        except BaseException:
+            self._restore(saved)
+            raise
+
+    def _saved(self, rows: np.ndarray) -> dict[str, Any]:
+        """Everything that `reset` and `step` change, with the episodes of `rows` only."""
+        return {
+            "rows": rows,
+            "episodes": [getattr(self, name)[rows] for name in _OF_EPISODES],
+            "draws": self._draws.copy(),
+            "guidance": self._guidance,
+            "kept_texts": len(self._kept_texts),
+            "rest": {name: vars(self).get(name) for name in _COUNTERS},
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        for name, values in zip(_OF_EPISODES, saved["episodes"], strict=True):
+            getattr(self, name)[saved["rows"]] = values
+        self._draws = saved["draws"]
+        if self._guidance is not saved["guidance"]:
+            self._set_guidance(np.arange(self.num_envs), saved["guidance"])
+        while len(self._kept_texts) > saved["kept_texts"]:
+            self._kept_texts.popitem()
+        vars(self).update(saved["rest"])
 
     def _set_guidance(self, rows: np.ndarray, value: Any) -> None:
         """Put guidance in force for rows; `value` is one guidance or a sequence with one entry per row."""
@@ -635,9 +693,13 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         return self._complete(requests, contexts)
 
     def _complete(self, requests: Sequence[GuideRequest], contexts: Sequence[Context]) -> list[tuple[list[int], bool]]:
-        """Ask the guide (see `completions.complete`), and count its tokens."""
+        """Ask the guide (see `completions.complete`) for what it has not written yet, and count its tokens."""
         assert self.guide is not None
-        written = complete(self.guide, requests, contexts, self.tokenizer, self._stop_criteria)
+        new = [at for at, request in enumerate(requests) if request not in self._answers]
+        asked = [requests[at] for at in new]
+        answers = complete(self.guide, asked, [contexts[at] for at in new], self.tokenizer, self._stop_criteria)
+        self._answers |= zip(asked, answers, strict=True)
+        written = [self._answers[request] for request in requests]
         if self.guide.author == Author.GUIDE:
             self.guide_tokens_written += sum(len(ids) for ids, _ in written)
         return written
@@ -692,42 +754,60 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             )
         resetting = self._phase == DONE
         any_reset = np.count_nonzero(resetting) > 0  # for small arrays several times faster than any()
-        if any_reset:
-            if self.autoreset_mode == AutoresetMode.DISABLED:
-                raise gym.error.ResetNeeded(
-                    "an episode is over and autoreset is disabled: call reset(), with options={'reset_mask': ...} for "
-                    f"rows {np.flatnonzero(resetting).tolist()}"
-                )
-            self._begin(np.flatnonzero(resetting), self._no_options)
-        self._write(rows, chosen)
-
+        if any_reset and self.autoreset_mode == AutoresetMode.DISABLED:
+            raise gym.error.ResetNeeded(
+                "an episode is over and autoreset is disabled: call reset(), with options={'reset_mask': ...} for "
+                f"rows {np.flatnonzero(resetting).tolist()}"
+            )
         infos: dict[str, Any] = {}
         handed_back: dict[str, Any] = {}
         rewards = np.zeros(self.num_envs, np.float64)
         terminations = np.zeros(self.num_envs, bool)
-        # Parked rows wait for all others. A row that was just reset must not end in the same step, so a batch with one
-        # ends in the next.
-        if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
-            handed_back = self._hand_off()
-            if not (self.parking and handed_back):
-                terminations = self._phase == NEEDS_REWARD
-        if np.count_nonzero(terminations):
-            infos = self._end_episodes(terminations, rewards)
-            if self.autoreset_mode == AutoresetMode.SAME_STEP:
-                infos = self._reset_in_same_step(terminations, infos)
-        if any_reset:
-            _merge(infos, self._reset_infos(resetting))
-        infos |= handed_back
-        self._finish_infos(infos)
+        # How to take back, last first, what was done when guide or reward fail: copies only of the rows that they see.
+        undo: list[Callable[[], None]] = []
+        try:
+            if any_reset:
+                undo.append(partial(self._restore, self._saved(np.flatnonzero(resetting))))
+                self._begin(np.flatnonzero(resetting), self._no_options)
+            lengths = self._length[rows]
+            undo.append(partial(self._unwrite, rows, lengths))
+            self._write(rows, chosen, lengths)
+            # Parked rows wait for all others. A row that was just reset must not end in the same step, so a batch with
+            # one ends in the next.
+            if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
+                waiting = np.flatnonzero(self._phase >= NEEDS_GUIDE)
+                if len(waiting):
+                    undo.append(partial(self._restore, self._saved(waiting)))
+                    handed_back = self._hand_off()
+                    if not (self.parking and handed_back):
+                        terminations = self._phase == NEEDS_REWARD
+            if np.count_nonzero(terminations):
+                infos = self._end_episodes(terminations, rewards)
+                if self.autoreset_mode == AutoresetMode.SAME_STEP:
+                    infos = self._reset_in_same_step(terminations, infos)
+            if any_reset:
+                _merge(infos, self._reset_infos(resetting))
+            infos |= handed_back
+            self._finish_infos(infos)
+        except BaseException:
+            for take_back in reversed(undo):
+                take_back()
+            raise
+        self._answers.clear()
         return self._observation(), rewards, terminations, np.zeros(self.num_envs, bool), infos
 
-    def _write(self, rows: np.ndarray, actions: np.ndarray) -> None:
-        """Append the policy's tokens, and find the rows that are complete or handed to the guide."""
+    def _write(self, rows: np.ndarray, actions: np.ndarray, position: np.ndarray) -> None:
+        """Append the policy's tokens, and find the rows that are complete or handed to the guide.
+
+        Args:
+            rows: int (n,), the active rows.
+            actions: int (n,).
+            position: int (n,), the rows' lengths.
+        """
         if self.handoff:
             asks = actions == self.vocab_size
             self._phase[rows[asks]] = NEEDS_GUIDE
-            rows, actions = rows[~asks], actions[~asks]
-        position = self._length[rows]
+            rows, actions, position = rows[~asks], actions[~asks], position[~asks]
         self._input_ids[rows, self.max_prompt_tokens + position] = actions
         self._attention_mask[rows, self.max_prompt_tokens + position] = 1
         self._authors[rows, position] = Author.POLICY
@@ -741,6 +821,13 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             self._phase[rows[handed]] = NEEDS_GUIDE
             self._phase[rows[ended]] = NEEDS_REWARD
             self._finish[rows[ended]] = np.where(stopped[ended], STOP, LENGTH)
+
+    def _unwrite(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        """Take back what `_write` wrote to `rows`, which had these lengths."""
+        self._phase[rows], self._finish[rows], self._length[rows] = ACTIVE, -1, lengths
+        self._input_ids[rows, self.max_prompt_tokens + lengths] = self.pad_token_id
+        self._attention_mask[rows, self.max_prompt_tokens + lengths] = 0
+        self._authors[rows, lengths] = Author.NONE
 
     def _hand_off(self) -> dict[str, Any]:
         """Let the guide continue the rows that wait for it, in one call; the policy goes on after bounded hand-offs.
@@ -761,7 +848,6 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         # A guide that has nothing to say ends the text, too: the policy could ask it for ever.
         ended = np.array([finished or not ids for ids, finished in written])
         ended |= (bound == 0) | (self._length[rows] == self.max_new_tokens)
-        # Should the reward fail now, a step that is tried again must not write a second completion.
         self._phase[rows] = np.where(ended, NEEDS_REWARD, ACTIVE)
         self._finish[rows[ended]] = HANDOFF
         again = rows[~ended & (self._handoff_at[rows] >= 0) & (self._handoff_rate[self._draws.leader[rows]] > 0)]

@@ -7,7 +7,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -211,6 +212,11 @@ class SB3Algorithm(Algorithm):
     def _learn(self, done: Callable[[], float], *arguments: Any) -> Self:
         self._progress = done
         return super()._learn(done, *arguments)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take nothing back: Stable-Baselines3 learns within an iteration, and goes on where it was interrupted."""
+        yield
 
     def iterate(self) -> dict[str, Any]:
         """Run the algorithm for the steps of an iteration."""
