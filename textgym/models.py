@@ -20,7 +20,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.utils import is_bitsandbytes_available, is_gguf_available, is_peft_available
 
 from textgym.checks import check
-from textgym.hub import file_beside
+from textgym.hub import file_beside, load_pretrained
 
 
 def load_model(
@@ -30,6 +30,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quantization: Literal["4bit"] | None = None,
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a language model for use without dropout, a causal or a sequence-to-sequence one as its config says.
 
@@ -41,6 +42,7 @@ def load_model(
         quantization: "4bit" keeps the weights of linear layers in 4 bits (NF4, Dettmers et al. 2023, arXiv 2305.14314),
             by bitsandbytes.
         gguf_file: A GGUF file in that folder, to be read instead; its weights are unpacked.
+        trust_remote_code: Whether Python code of the model's folder or repository may run.
 
     Raises:
         ImportError: A package for adapters, quantised weights or GGUF files is not installed.
@@ -52,19 +54,20 @@ def load_model(
         raise ImportError(f'the adapters in {str(path)!r} need peft: pip install "textgym[peft]"')
     if gguf_file is not None and not is_gguf_available():
         raise ImportError('gguf_file needs gguf: pip install "textgym[gguf]"')
-    base, arguments = path, {"trust_remote_code": False, **({} if gguf_file is None else {"gguf_file": gguf_file})}
+    base: str | os.PathLike = path
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        arguments["gguf_file"] = gguf_file
     if adapters is not None and file_beside(path, "config.json") is None:
         base = json.loads(Path(adapters).read_text())["base_model_name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(str(base), **arguments)
+        config = load_pretrained(AutoConfig, base, **arguments)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if gguf_file is None:
-            arguments["use_safetensors"] = True
-        else:
+        if gguf_file is not None:
             arguments["config"] = config  # to read a large vocabulary from such a file again takes many seconds
         if quantization is not None:
             arguments |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": target}}
-        model = kind.from_pretrained(str(path), dtype=dtype, **arguments)
+        model = load_pretrained(kind, path, dtype=dtype, **arguments)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {str(path)!r} must be a hub id or a folder of a causal or sequence-to-sequence language model with "

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from textgym.hub import file_beside
+from textgym.hub import file_beside, load_pretrained
 from textgym.storage import cache_dir, new_folder
 from textgym.task import Task
 
@@ -60,8 +60,12 @@ def load_tokenizer(
     return loaded
 
 
-def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def pretrained_tokenizer(
+    path: str | os.PathLike, gguf_file: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model from its hub id or folder, or from a GGUF file there.
+
+    Its own Python code runs only with `trust_remote_code`.
 
     Raises:
         ValueError: There is no tokenizer.
@@ -71,14 +75,14 @@ def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) 
 
     wrong = f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}"
     kind: Any = AutoTokenizer
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         if gguf_file is not None:
             options["gguf_file"] = gguf_file
         # These classes are what the tokenizer file says; AutoTokenizer would use the class of the model's family.
         elif get_tokenizer_config(str(path)).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
             kind = PreTrainedTokenizerFast
-        tokenizer = kind.from_pretrained(str(path), **options)
+        tokenizer = load_pretrained(kind, path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{wrong}: {error}") from error
     # For a model without tokenizer, transformers makes one of nothing but the special tokens of its architecture.
@@ -101,7 +105,7 @@ def _trained_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
     layout = hashlib.sha256("\n".join(texts(8)).encode()).hexdigest()[:8]
     folder = cache_dir() / "tokenizers" / f"{task.name}-{split.fingerprint}-{layout}-{VOCAB_SIZE}"
     if folder.is_dir():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        return load_pretrained(PreTrainedTokenizerFast, folder)
     tokenizer = train_tokenizer(texts(TRAINING_ROWS))
     # Where another process finishes first, its tokenizer is the same.
     with new_folder(folder, keep_existing=True) as temporary:

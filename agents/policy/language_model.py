@@ -153,6 +153,7 @@ class LanguageModelPolicy(Policy):
         lora: Mapping[str, Any] | None = None,
         quantization: Literal["4bit"] | None = None,
         gguf_file: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Self:
         """Load a `CausalLMPolicy` or a `Seq2SeqPolicy`, whichever the model is, with what was saved of the policy.
 
@@ -171,6 +172,7 @@ class LanguageModelPolicy(Policy):
             quantization: "4bit" keeps the model's linear layers in 4 bits, by bitsandbytes; such a model is trained by
                 adapters only. None: as saved with the policy, else not.
             gguf_file: A GGUF file at `path` to load the model from; the policy is saved like any other.
+            trust_remote_code: Whether Python code of the model's folder or repository may run.
 
         Raises:
             ImportError: What adapters, quantised weights or GGUF files need is not installed.
@@ -183,7 +185,14 @@ class LanguageModelPolicy(Policy):
         weights = torch.float32 if dtype == "auto" else dtype or saved_dtype
         quantization = settings.get("quantization") if quantization is None else quantization
         packed = settings.get("gguf_file") if gguf_file is None else gguf_file
-        model = load_model(path, device=device, dtype=weights, quantization=quantization, gguf_file=packed)
+        model = load_model(
+            path,
+            device=device,
+            dtype=weights,
+            quantization=quantization,
+            gguf_file=packed,
+            trust_remote_code=trust_remote_code,
+        )
         if lora is not None:
             add_lora(model, path, lora)
         elif has_adapters(model):
@@ -191,9 +200,9 @@ class LanguageModelPolicy(Policy):
         elif quantization is not None:
             raise ValueError(f"quantization={quantization!r} needs lora: quantised weights cannot be trained")
         if tokenizer is None:
-            tokenizer = pretrained_tokenizer(path, gguf_file)
+            tokenizer = pretrained_tokenizer(path, gguf_file, trust_remote_code=trust_remote_code)
         elif not isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer = pretrained_tokenizer(tokenizer)
+            tokenizer = pretrained_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         if decoding is None and settings:
             decoding = Decoding(**settings["decoding"])
         file = file_beside(path, HEADS_FILE)

@@ -18,6 +18,7 @@ from benchmarks.comparison.jobs import Job, Run
 from benchmarks.comparison.runner import Benchmark
 from benchmarks.comparison.warm_start import model_config
 from benchmarks.profiles import TaskProfile
+from textgym.hub import load_pretrained
 from textgym.precision import fast_dtype
 from textgym.task import Task
 from textgym.tokenization import VOCAB_SIZE
@@ -100,7 +101,7 @@ def parameters(job: Job, positions: int, vocab_size: int) -> int:
         config = model_config(shape, vocab_size, positions, None, None)
     else:
         try:
-            config = AutoConfig.from_pretrained(job.base, trust_remote_code=False)
+            config = load_pretrained(AutoConfig, job.base)
         except (OSError, ValueError) as error:
             raise ValueError(f"base must be the hub id or folder of a language model, got {job.base!r}") from error
     with torch.device("meta"):

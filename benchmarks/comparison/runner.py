@@ -30,6 +30,7 @@ from benchmarks.profiles import Profile, accepted, algorithm_class
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import LocalGuide
+from textgym.hub import load_pretrained
 
 COUNTERS = ("iteration", "num_episodes", "num_timesteps", "num_guide_tokens")
 PACKAGES = ("textgym", "torch", "transformers", "tokenizers", "gymnasium", "datasets", "numpy")
@@ -138,7 +139,7 @@ class Benchmark:
             policy = self.policy(start.weights(job.row.start), decoding)
 
         # A sequence-to-sequence model has no probability of a prompt and its continuation as one text.
-        judged_by_start = not AutoConfig.from_pretrained(start.start_model).is_encoder_decoder
+        judged_by_start = not load_pretrained(AutoConfig, start.start_model).is_encoder_decoder
         # Policies are tested in an environment that has no guide, whatever its default is, and so neither restarts nor
         # hands off; except those that have learned when to hand off to it.
         env = self.guided_env(job, start) if policy.can_hand_off else {**task.env, "guide": None, "guidance": None}

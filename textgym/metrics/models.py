@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+from textgym.hub import load_pretrained
 from textgym.metrics.base import TextMetric
 from textgym.models import load_model, resolve_device
 from textgym.positions import with_positions_alike
@@ -144,11 +145,11 @@ class BertScore(TextMetric):
         super().__init__()
         name = os.fspath(encoder)
         try:
-            model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+            model = load_pretrained(AutoModel, name)
             # bert-score's slow tokenizers put a space before the first word for RoBERTa. (Transformers 5 has only fast
             # ones, with which it does not.)
             prefix = {"add_prefix_space": True} if model.config.model_type == "roberta" else {}
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **prefix)
+            self.tokenizer = load_pretrained(AutoTokenizer, name, **prefix)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"encoder must be a hub id or a folder of a model with safetensors weights, got {name!r}: {error}"
