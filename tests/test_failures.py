@@ -12,7 +12,7 @@ import agents
 from agents.rollout import collect, replay
 from agents.sb3.vec_env import TextVecEnv
 from textgym import Guidance, Task, seeding
-from textgym.engine import _OF_EPISODES, TextVectorEnv
+from textgym.engine import _EPISODES, _TEXTS, TextVectorEnv
 from textgym.env import TextEnv
 from textgym.guides import Author, Completion
 from textgym.tokenization import train_tokenizer
@@ -77,7 +77,7 @@ def task(reward):
 def state_of(env):
     """Everything that can be seen of an environment, and what its next episodes depend on."""
     engine = env.engine if isinstance(env, TextEnv) else env
-    arrays = [getattr(engine, name) for name in _OF_EPISODES]
+    arrays = [getattr(engine, name) for name in (*_TEXTS, *_EPISODES)]
     more = [engine.guide_tokens_written, engine.kept_texts(), engine.exhausted, engine.render(), engine._cursor]
     return plain((arrays, vars(engine._draws), list(engine._guidance), more))
 

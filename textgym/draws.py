@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -45,8 +44,9 @@ class EpisodeDraws:
 
     def copy(self) -> EpisodeDraws:
         """The same numbers, now and later."""
-        other = copy.copy(self)
-        vars(other).update({name: None if array is None else array.copy() for name, array in vars(self).items()})
+        other = EpisodeDraws(0)
+        other.row_keys = None if self.row_keys is None else self.row_keys.copy()
+        other.episode, other.leader, other._drawn = self.episode.copy(), self.leader.copy(), self._drawn.copy()
         return other
 
     def seed(self, seed: int | Sequence[int | None] | None, rows: np.ndarray, generator: np.random.Generator) -> None:

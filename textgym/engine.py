@@ -66,22 +66,11 @@ class Phase(IntEnum):
 # Arrays are compared with plain ints, which takes NumPy a fifth of the time.
 IDLE, DONE, ACTIVE, NEEDS_GUIDE, NEEDS_REWARD = map(int, Phase)
 
-# What is known of the rows' episodes: arrays with an entry, or a line, for each row.
-_OF_EPISODES = (
-    "_phase",
-    "_input_ids",
-    "_attention_mask",
-    "_authors",
-    "_length",
-    "_prefix_length",
-    "_handoff_at",
-    "_handoffs",
-    "_finish",
-    "_sample",
-    "_prompts",
-    "_prompt_ids",
-    "_references",
-)
+# What is known of the rows' episodes, in arrays: their texts, a line for each row, and the rest, an entry for each. Of
+# these, a row that goes on changes but the first ones, and a reset all.
+_TEXTS = ("_input_ids", "_attention_mask", "_authors")
+_PROGRESS = ("_phase", "_length", "_finish", "_handoff_at", "_handoffs")
+_EPISODES = (*_PROGRESS, "_prefix_length", "_sample", "_prompts", "_prompt_ids", "_references")
 _COUNTERS = ("_cursor", "guide_tokens_written", "_np_random", "_np_random_seed")
 
 # A sample's prompt, the prompt's token ids, and its references.
@@ -403,25 +392,29 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             raise
 
     def _saved(self, rows: np.ndarray) -> dict[str, Any]:
-        """Everything that `reset` and `step` change, with the episodes of `rows` only."""
+        """Everything that `reset` and `step` change, with the texts of `rows` only."""
+        own = vars(self)
         return {
-            "rows": rows,
-            "episodes": [getattr(self, name)[rows] for name in _OF_EPISODES],
+            "texts": (rows, [own[name][rows] for name in _TEXTS]),
+            "episodes": [own[name].copy() for name in _EPISODES],
             "draws": self._draws.copy(),
             "guidance": self._guidance,
             "kept_texts": len(self._kept_texts),
-            "rest": {name: vars(self).get(name) for name in _COUNTERS},
+            "counters": {name: own.get(name) for name in _COUNTERS},
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        for name, values in zip(_OF_EPISODES, saved["episodes"], strict=True):
-            getattr(self, name)[saved["rows"]] = values
+        """Go back to what was `_saved`."""
+        rows, texts = saved["texts"]
+        for name, values in zip(_TEXTS, texts, strict=True):
+            vars(self)[name][rows] = values
+        vars(self).update(zip(_EPISODES, saved["episodes"], strict=True))
         self._draws = saved["draws"]
         if self._guidance is not saved["guidance"]:
             self._set_guidance(np.arange(self.num_envs), saved["guidance"])
         while len(self._kept_texts) > saved["kept_texts"]:
             self._kept_texts.popitem()
-        vars(self).update(saved["rest"])
+        vars(self).update(saved["counters"])
 
     def _set_guidance(self, rows: np.ndarray, value: Any) -> None:
         """Put guidance in force for rows; `value` is one guidance or a sequence with one entry per row."""
@@ -747,11 +740,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         if self._draws.row_keys is None:
             raise gym.error.ResetNeeded("call reset() before step()")
         rows = np.flatnonzero(self._phase == ACTIVE)
-        chosen = actions[rows]
-        if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.vocab_size + self.handoff):
-            raise ValueError(
-                f"actions must be in [0, {self.vocab_size + self.handoff}), got {chosen.min()} to {chosen.max()}"
-            )
+        chosen = actions[rows].astype(np.int64, copy=False)
+        count = self.vocab_size + self.handoff
+        if np.count_nonzero(chosen.view(np.uint64) >= count):  # without a sign a negative number is a large one
+            raise ValueError(f"actions must be in [0, {count}), got {actions[rows].min()} to {actions[rows].max()}")
         resetting = self._phase == DONE
         any_reset = np.count_nonzero(resetting) > 0  # for small arrays several times faster than any()
         if any_reset and self.autoreset_mode == AutoresetMode.DISABLED:
@@ -763,27 +755,26 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         handed_back: dict[str, Any] = {}
         rewards = np.zeros(self.num_envs, np.float64)
         terminations = np.zeros(self.num_envs, bool)
-        # How to take back, last first, what was done when guide or reward fail: copies only of the rows that they see.
+        # How to take back, last first, what was done when guide or reward fail: texts are copied only of rows that a
+        # reset replaces.
         undo: list[Callable[[], None]] = []
         try:
             if any_reset:
                 undo.append(partial(self._restore, self._saved(np.flatnonzero(resetting))))
                 self._begin(np.flatnonzero(resetting), self._no_options)
-            lengths = self._length[rows]
-            undo.append(partial(self._unwrite, rows, lengths))
-            self._write(rows, chosen, lengths)
+            progress = [vars(self)[name].copy() for name in _PROGRESS]
+            undo.append(partial(self._unwrite, progress, self.guide_tokens_written))
+            self._write(rows, chosen)
             # Parked rows wait for all others. A row that was just reset must not end in the same step, so a batch with
             # one ends in the next.
             if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
-                waiting = np.flatnonzero(self._phase >= NEEDS_GUIDE)
-                if len(waiting):
-                    undo.append(partial(self._restore, self._saved(waiting)))
-                    handed_back = self._hand_off()
-                    if not (self.parking and handed_back):
-                        terminations = self._phase == NEEDS_REWARD
+                handed_back = self._hand_off()
+                if not (self.parking and handed_back):
+                    terminations = self._phase == NEEDS_REWARD
             if np.count_nonzero(terminations):
                 infos = self._end_episodes(terminations, rewards)
                 if self.autoreset_mode == AutoresetMode.SAME_STEP:
+                    undo.append(partial(self._restore, self._saved(np.flatnonzero(terminations))))
                     infos = self._reset_in_same_step(terminations, infos)
             if any_reset:
                 _merge(infos, self._reset_infos(resetting))
@@ -796,18 +787,13 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._answers.clear()
         return self._observation(), rewards, terminations, np.zeros(self.num_envs, bool), infos
 
-    def _write(self, rows: np.ndarray, actions: np.ndarray, position: np.ndarray) -> None:
-        """Append the policy's tokens, and find the rows that are complete or handed to the guide.
-
-        Args:
-            rows: int (n,), the active rows.
-            actions: int (n,).
-            position: int (n,), the rows' lengths.
-        """
+    def _write(self, rows: np.ndarray, actions: np.ndarray) -> None:
+        """Append the policy's tokens, and find the rows that are complete or handed to the guide."""
         if self.handoff:
             asks = actions == self.vocab_size
             self._phase[rows[asks]] = NEEDS_GUIDE
-            rows, actions, position = rows[~asks], actions[~asks], position[~asks]
+            rows, actions = rows[~asks], actions[~asks]
+        position = self._length[rows]
         self._input_ids[rows, self.max_prompt_tokens + position] = actions
         self._attention_mask[rows, self.max_prompt_tokens + position] = 1
         self._authors[rows, position] = Author.POLICY
@@ -822,12 +808,14 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             self._phase[rows[ended]] = NEEDS_REWARD
             self._finish[rows[ended]] = np.where(stopped[ended], STOP, LENGTH)
 
-    def _unwrite(self, rows: np.ndarray, lengths: np.ndarray) -> None:
-        """Take back what `_write` wrote to `rows`, which had these lengths."""
-        self._phase[rows], self._finish[rows], self._length[rows] = ACTIVE, -1, lengths
-        self._input_ids[rows, self.max_prompt_tokens + lengths] = self.pad_token_id
-        self._attention_mask[rows, self.max_prompt_tokens + lengths] = 0
-        self._authors[rows, lengths] = Author.NONE
+    def _unwrite(self, progress: Sequence[np.ndarray], guide_tokens_written: int) -> None:
+        """Take back what policy and guide wrote since the arrays of `_PROGRESS` were these."""
+        vars(self).update(zip(_PROGRESS, progress, strict=True))
+        self.guide_tokens_written = guide_tokens_written
+        written = (self._authors != Author.NONE) & (np.arange(self.max_new_tokens) >= self._length[:, None])
+        self._authors[written] = Author.NONE
+        self._input_ids[:, self.max_prompt_tokens :][written] = self.pad_token_id
+        self._attention_mask[:, self.max_prompt_tokens :][written] = 0
 
     def _hand_off(self) -> dict[str, Any]:
         """Let the guide continue the rows that wait for it, in one call; the policy goes on after bounded hand-offs.
