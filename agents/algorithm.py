@@ -29,6 +29,7 @@ from textgym.checks import check, check_arguments, is_int, is_number
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides import ScoringGuide
+from textgym.models import resolve_device
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -119,11 +120,13 @@ class Algorithm(ABC):
         }
         self.accelerator = make_accelerator(self.name, self.track, self.output_dir)
         processes = self.accelerator.num_processes
-        device = self.accelerator.device if self.device == "auto" else torch.device(self.device)
+        device = self.accelerator.device if self.device == "auto" else resolve_device(self.device)
         check("device", device, processes == 1 or device == self.accelerator.device, '"auto" in several processes')
         if isinstance(self.policy, Actor) and not isinstance(self.policy, Policy):
             raise ValueError(f"policy must be a Policy for {self.name}, got an Actor, which only writes: {self.policy}")
-        if not isinstance(self.policy, Policy):
+        named = isinstance(self.policy, str | os.PathLike)
+        check("policy", self.policy, named or isinstance(self.policy, Policy), "a Policy, or a hub id or folder")
+        if named:
             self.policy = LanguageModelPolicy.from_pretrained(self.policy, device=device)
         self.policy.to(device)
         if isinstance(self.env, str):
@@ -247,7 +250,8 @@ class Algorithm(ABC):
             )
         counter = "num_episodes" if total_timesteps is None else "num_timesteps"
         total = total_episodes if total_timesteps is None else total_timesteps
-        check(f"total_{counter[4:]}", total, total >= 1, "at least 1")  # type: ignore[operator]
+        check(f"total_{counter[4:]}", total, is_number(total) and total >= 1, "a number >= 1")  # type: ignore[operator]
+        check("callback", callback, callback is None or callable(callback), "None or a function")
         start = getattr(self, counter)
         return self._learn(lambda: (getattr(self, counter) - start) / total, callback, progress_bar)
 

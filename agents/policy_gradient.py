@@ -161,7 +161,7 @@ class PolicyGradient(Algorithm):
             f"in {{1..minibatch_size={self.minibatch_size}}}",
         )
         check("n_epochs", self.n_epochs, self.n_epochs >= 1, "at least 1")
-        check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "finite and above 0")
         check("lr_schedule", self.lr_schedule, self.lr_schedule in SCHEDULES, f"one of {SCHEDULES}")
         check(
             "schedule_episodes",
@@ -182,6 +182,7 @@ class PolicyGradient(Algorithm):
             check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
 
     def __post_init__(self) -> None:
+        check("decoding", self.decoding, isinstance(self.decoding, Decoding | None), "None or a Decoding")
         self.rule = None if self.curriculum is None else Curriculum.of(self.curriculum)
         self.imitation = None if self.guide_loss is None else GuideLoss.of(self.guide_loss)
         super().__post_init__()

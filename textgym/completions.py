@@ -50,7 +50,7 @@ def complete(
             if any(not 0 <= token < vocab_size for token in ids):
                 raise ValueError(f"guide must return token ids in [0, {vocab_size}), got {ids}")
         elif completion.text is not None:
-            ids = encode_continuation(tokenizer, context.text + request.prefix, [completion.text])[0]
+            ids = encode_continuation(tokenizer, context.text + request.prefix, [completion.text], "a guide's text")[0]
         else:
             raise ValueError(f"guide must return text or token ids, {name} returned neither")
         ended = stop_criteria.cut(ids, request.prefix_ids, context)

@@ -8,6 +8,7 @@ from enum import IntEnum
 import numpy as np
 
 from textgym import seeding
+from textgym.checks import check, is_int
 
 
 class Purpose(IntEnum):
@@ -53,13 +54,16 @@ class EpisodeDraws:
         """Seed rows (see `TextVectorEnv.reset`); `generator` makes the first seeds of all others.
 
         Raises:
-            ValueError: A sequence of another length than N.
+            ValueError: A sequence of another length than N, or no seed.
         """
         num_envs = len(self.episode)
         if self.row_keys is None:
             self.row_keys = generator.integers(2**64, size=num_envs, dtype=np.uint64)
         if seed is None:
             return
+        seeds = [seed] if isinstance(seed, int | np.integer) else seed
+        valid = all(own is None or (is_int(own) and 0 <= int(own) < 2**64) for own in seeds)
+        check("seed", seed, valid, "an int in [0, 2**64) or, for each row, such an int or None")
         if isinstance(seed, int | np.integer):
             seed = [int(seed) + row for row in range(num_envs)]
         if len(seed) != num_envs:

@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from textgym import seeding
-from textgym.checks import check, check_arguments, check_int, check_one_of, check_texts, is_int, is_number
+from textgym.checks import check, check_arguments, check_int, check_memory, check_one_of, check_texts, is_int, is_number
 from textgym.completions import complete
 from textgym.data.sources import resolve_source
 from textgym.draws import EpisodeDraws, Purpose
@@ -72,6 +72,9 @@ _TEXTS = ("_input_ids", "_attention_mask", "_authors")
 _PROGRESS = ("_phase", "_length", "_finish", "_handoff_at", "_handoffs")
 _EPISODES = (*_PROGRESS, "_prefix_length", "_sample", "_prompts", "_prompt_ids", "_references")
 _COUNTERS = ("_cursor", "guide_tokens_written", "_np_random", "_np_random_seed")
+
+# Of a column of a row: in the arrays, in an observation, and in the bounds of the spaces.
+_BYTES = 40
 
 # A sample's prompt, the prompt's token ids, and its references.
 EncodedSample = tuple[str, tuple[int, ...], tuple[str, ...]]
@@ -203,6 +206,9 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self.data: Split = task.split(self.split, self.source)
         if not len(self.data):
             raise ValueError(f"split {self.split!r} of task {task.name!r} has no samples")
+        # So that a missing column is an error here, not in some episode.
+        task.prompt_of(self.data.rows[0])
+        task.references_of(self.data.rows[0])
         self.tokenizer = load_tokenizer(tokenizer, task, self.source)
         self.vocab_size = vocabulary_size(self.tokenizer)
         self._unused_ids = list(unused_ids(self.tokenizer))
@@ -224,6 +230,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             raise ValueError(f"handoff=True needs a guide that can complete a text, got guide={guide!r}")
 
         n, width = self.num_envs, self.max_prompt_tokens + horizon
+        check_memory(
+            f"num_envs={n} rows of max_prompt_tokens={self.max_prompt_tokens} and max_new_tokens={horizon}",
+            _BYTES * n * width,
+        )
         self.single_observation_space = spaces.Dict(
             {
                 "input_ids": spaces.Box(0, self.vocab_size - 1, (width,), np.int64),
@@ -363,11 +373,13 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         with self.all_or_nothing(rows):
             if options and "guidance" in options:
                 self._set_guidance(rows, options["guidance"])
-            if seed is None or isinstance(seed, int | np.integer):
-                super().reset(seed=None if seed is None else int(seed))
+            if seed is None or is_int(seed):
+                super().reset(seed=None if seed is None else int(seed))  # type: ignore[arg-type]
                 seeded = seed is not None
             else:
-                seeded = None not in seed
+                listed = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str | bytes)
+                check("seed", seed, listed, "an int or a sequence with an int or None for each row")
+                seeded = None not in seed  # type: ignore[operator]
             self._draws.seed(seed, rows, self.np_random)
             if read.mask.all() and (seeded or self._cursor >= len(self.data)):
                 self._cursor = 0
@@ -515,7 +527,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def _user_prefix(self, row: int, prefix: Any) -> list[int]:
         context, horizon = self._context(row), self.max_new_tokens
         if isinstance(prefix, str):
-            (prefix,) = encode_continuation(self.tokenizer, context.text, [prefix])
+            (prefix,) = encode_continuation(self.tokenizer, context.text, [prefix], "options['prefix']")
         ids = [int(token) for token in prefix]
         if len(ids) >= horizon:
             raise ValueError(
@@ -858,8 +870,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         rows = np.flatnonzero(mask)
         contexts = [self._context(row) for row in rows.tolist()]
         texts = self._stop_criteria.texts([self._tokens(row) for row in rows.tolist()], contexts)
-        value = self.reward_function(
-            prompts=self._prompts[rows].tolist(), completions=texts, references=self._references[rows].tolist()
+        value = self.reward_function(  # of lists that it may change
+            prompts=self._prompts[rows].tolist(), completions=[*texts], references=self._references[rows].tolist()
         )
         total, parts = split_parts(value, len(rows))
         prefix_length, policy_tokens = self._prefix_length[rows], (self._authors[rows] == Author.POLICY).sum(1)

@@ -99,12 +99,24 @@ def _quantization(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Read a device argument; "auto" is CUDA where there is one, else CPU."""
+    """Read a device argument; "auto" is CUDA where there is one, else CPU.
+
+    Raises:
+        ValueError: It is no device of torch, or one that this machine does not have.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and (rank := os.environ.get("LOCAL_RANK")):  # each process of a machine has its own
             device = f"cuda:{int(rank) % torch.cuda.device_count()}"
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be "auto" or a device of torch, got {device!r}: {error}') from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        allowed = f"one of {count} CUDA devices" if count else '"auto" or "cpu", since there is no CUDA device here'
+        check("device", str(device), (chosen.index or 0) < count, allowed)
+    return chosen
 
 
 def fuse_activations(model: nn.Module) -> None:

@@ -142,6 +142,7 @@ class _Vocabulary(NamedTuple):
     size: int  # the largest id plus one
     gaps: tuple[int, ...]  # ids below that are no token
     ordinary: np.ndarray  # bool (size,), tokens that are text in any context: neither special nor a byte
+    special: tuple[str, ...]  # names of tokens that are special
     # Whether texts are encoded and decoded to the same alone and after others, space included, except for bytes that
     # are part of a character; None for tokenizers that encode only words of their vocabulary.
     joins: bool | None
@@ -164,7 +165,9 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
         apart = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         ordinary[[id for id in apart if id < size]] = False
         ordinary[[id for token, id in tokens.items() if token.startswith("<0x") and _BYTE.fullmatch(token)]] = False
-        known = _Vocabulary(size, tuple(gaps), ordinary, _joins(tokenizer), {}, {})
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+        known = _Vocabulary(size, tuple(gaps), ordinary, special, _joins(tokenizer), {}, {})
         _VOCABULARIES[tokenizer] = len(tokenizer), known
     return known
 
@@ -173,7 +176,7 @@ def _joins(tokenizer: PreTrainedTokenizerBase) -> bool | None:
     texts = ["a", " a", "  a", "\n a", "a ", "."]
     try:
         letter, *ids = encode(tokenizer, ["x", *texts])
-    except Exception:  # tokenizers raise it where a word has no token
+    except ValueError:  # a word has no token
         return None
     return decode(tokenizer, [*ids, *([*letter, *line] for line in ids)]) == [*texts, *("x" + text for text in texts)]
 
@@ -319,12 +322,14 @@ def encode_prompts(
     max_prompt_tokens: int,
     truncation_side: Literal["left", "right"] = "right",
     add_special_tokens: bool = True,
+    template: tuple[str, str] | None = ("", ""),
 ) -> list[tuple[str, list[int]]]:
     """Encode prompts, dropping tokens of the body where one is too long.
 
     Each prompt is encoded whole, so that truncation never changes how the rest is split into tokens, and with the
     special tokens that the tokenizer puts around a text (BOS of Llama and Gemma, EOS of T5), with which models were
-    trained; a prompt that already has a BOS gets no second one.
+    trained; a prompt that already has a BOS gets no second one. Only the template means special tokens by their names:
+    in a prompt "<|endoftext|>" is thirteen letters.
 
     Args:
         tokenizer: The tokenizer.
@@ -332,23 +337,34 @@ def encode_prompts(
         max_prompt_tokens: Most tokens of a prompt.
         truncation_side: Which end of the body is dropped.
         add_special_tokens: False for prompts that already hold them, as those of a chat do.
+        template: The texts before and after every prompt; None for prompts that may name special tokens themselves.
 
     Returns:
-        For each prompt the text that is left and its token ids.
+        For each prompt the text that is left, the template's included, and its token ids.
 
     Raises:
-        ValueError: A prompt that is too long without its body, or that has no tokens at all.
+        ValueError: A prompt that is too long without its body, that has no tokens at all, or that cannot be encoded.
     """
-    if not tokenizer.is_fast:
-        how = (max_prompt_tokens, truncation_side, add_special_tokens)
-        return [_encode_parts(tokenizer, parts, *how) for parts in prompts]
+    if not prompts:
+        return []
+    names = () if template is None else _vocabulary(tokenizer).special
+    opening, closing = template or ("", "")
+    apart = [not tokenizer.is_fast or any(name in part for name in names for part in parts) for parts in prompts]
+    if any(apart):
+        how = (max_prompt_tokens, truncation_side, add_special_tokens, template)
+        return [
+            _encode_parts(tokenizer, parts, *how) if alone else encode_prompts(tokenizer, [parts], *how)[0]
+            for parts, alone in zip(prompts, apart, strict=True)
+        ]
+    prompts = [(opening + before, body, after + closing) for before, body, after in prompts]
     texts = ["".join(parts) for parts in prompts]
-    encoded = tokenizer(
+    encoded = _tokenize(
+        tokenizer,
         texts,
+        "a prompt",
         add_special_tokens=add_special_tokens,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
-        verbose=False,
     )
     result = []
     for (before, body, _), text, ids, offsets, special in zip(
@@ -379,9 +395,30 @@ def _encode_parts(
     max_prompt_tokens: int,
     truncation_side: str,
     add_special_tokens: bool,
+    template: tuple[str, str] | None,
 ) -> tuple[str, list[int]]:
-    """Encode each part of a prompt alone, for tokenizers that do not say which characters a token covers."""
-    before, body, after = encode(tokenizer, parts)
+    """Encode each part of a prompt alone.
+
+    This is for tokenizers that do not say which characters a token covers, and for prompts in which the name of a
+    special token stands.
+    """
+    start, end = template or ("", "")
+    names = _vocabulary(tokenizer).special
+
+    def encoded(*pieces: tuple[str, bool]) -> list[int]:
+        """Encode texts that follow each other, each with whether it means the special tokens that it names."""
+        if not any(name in text for name in names for text, means in pieces if not means):
+            pieces = (("".join(text for text, _ in pieces), True),)
+        lines = [encode(tokenizer, [text], literally=not means, what="a prompt")[0] for text, means in pieces]
+        return [token for line in lines for token in line]
+
+    own = template is None
+    before, body, after = (
+        encoded((start, True), (parts[0], own)),
+        encoded((parts[1], own)),
+        encoded((parts[2], own), (end, True)),
+    )
+    parts = (start + parts[0], parts[1], parts[2] + end)
     if not before + body + after:
         raise ValueError(f"a prompt must have at least one token, got {''.join(parts)!r}")
     letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True, verbose=False)
@@ -435,12 +472,18 @@ _LAST_CHARACTERS, _LAST_TOKENS, _DECODED_ENDS = 32, 4, 10_000
 _ANCHORS = ("a", ".", "\n", "\u4e2d")
 
 
-def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts that continue a prompt, without an EOS.
+def encode_continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str], what: str = "a text"
+) -> list[list[int]]:
+    """Encode texts that continue a prompt, without an EOS; `what` they are is said in errors.
 
     A SentencePiece tokenizer adds or removes a space before a text that is encoded alone. Where decoding the tokens
     after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out. A leading space is
-    added where there is none (see `as_continuation`).
+    added where there is none (see `as_continuation`). The name of a special token is a text like any other: data and
+    guides cannot end a text by writing "<|endoftext|>".
+
+    Raises:
+        ValueError: A text cannot be encoded.
     """
     if not texts:
         return []
@@ -452,7 +495,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
         read = decode_continuations(tokenizer, [context] * len(ids), [line[: 2 * _LAST_TOKENS] for line in ids])
         return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
 
-    ids = encode(tokenizer, texts)
+    ids = encode(tokenizer, texts, literally=True, what=what)
     if not end or _vocabulary(tokenizer).joins is not False:
         return ids
     context = Context(encode(tokenizer, [end])[0], end)
@@ -460,7 +503,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
     for anchor in (end, *_ANCHORS):
         if not wrong:
             break
-        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)])
+        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)], literally=True)
         after = [line[len(before) :] if line[: len(before)] == before else None for line in tried]
         good = {i: line for i, line in zip(wrong, after, strict=True) if line}
         losses = loses_space([texts[i] for i in good], list(good.values()))
@@ -541,9 +584,47 @@ def decode_by_author(
     return list(zip(written_by, texts, strict=True))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts as they stand, without special tokens (see `encode_continuation` for continuations)."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], literally: bool = False, what: str = "a text"
+) -> list[list[int]]:
+    """Encode texts as they stand, without special tokens around them (see `encode_continuation` for continuations).
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: N texts.
+        literally: Whether the name of a special token in a text is no token, but letters.
+        what: What a text is, in errors.
+
+    Raises:
+        ValueError: A text is not Unicode, has a word without a token where there is none for unknown words, or has the
+            name of a special token which the tokenizer cannot read literally.
+    """
+    names = _vocabulary(tokenizer).special if literally else ()
+    meant = [name for name in names if any(name in text for text in texts)]
+    if not meant:
+        return _tokenize(tokenizer, texts, what, add_special_tokens=False)["input_ids"]
+    ids = _tokenize(tokenizer, texts, what, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    wrong = {tokenizer.convert_tokens_to_ids(name) for name in meant} - {tokenizer.unk_token_id}
+    if any(not wrong.isdisjoint(line) for line in ids):
+        kind = type(tokenizer).__name__
+        raise ValueError(
+            f"{what} must not hold {meant}, names of special tokens that this {kind} cannot read as letters"
+        )
+    return ids
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: str, **how: Any) -> Any:
+    try:
+        return tokenizer(list(texts), verbose=False, **how)
+    except Exception as error:  # tokenizers raise it where a word has no token, and TypeError for lone surrogates
+        culprit = texts[0]
+        for text in texts:
+            try:
+                tokenizer(text, verbose=False, **how)
+            except Exception:
+                culprit = text
+                break
+        raise ValueError(f"{what} must be one that the tokenizer can encode, got {culprit[:200]!r}: {error}") from error
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:

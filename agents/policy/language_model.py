@@ -439,6 +439,10 @@ class CausalLMPolicy(LanguageModelPolicy):
 
     encodes_prompts = False
 
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuse texts of more tokens than the model has positions (see `Actor.check_length`)."""
+        check_positions(self.model, prompt_tokens + new_tokens)
+
     def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         valid = attention_mask.bool()
         before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns]
@@ -458,6 +462,10 @@ class Seq2SeqPolicy(LanguageModelPolicy):
     """
 
     encodes_prompts = True
+
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuse prompts or texts of more tokens than the model has positions (see `Actor.check_length`)."""
+        check_positions(self.model, max(prompt_tokens, len(seq2seq.decoder_start(self.model)) + new_tokens))
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         if self.prompt_columns is None:

@@ -34,7 +34,9 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
         )
     if isinstance(guide, str | os.PathLike):
         from textgym.guides.local import LocalGuide  # imports transformers, which guides behind a server do without
+        from textgym.hub import check_model
 
+        check_model("guide", guide, "'references', the hub id or path of a language model, a Guide or a function")
         return LocalGuide(guide)
     if callable(guide):
         return CallableGuide(guide)
