@@ -136,6 +136,8 @@ class _Vocabulary(NamedTuple):
     """Facts about a tokenizer's vocabulary that are looked up often."""
 
     size: int  # the largest id plus one
+    longest: int  # characters of the longest token
+    special: tuple[str, ...]  # names of the special tokens
     gaps: tuple[int, ...]  # ids below that are no token
     ordinary: np.ndarray  # bool (size,), tokens that are text in any context: neither special nor a byte
     # Whether texts are encoded and decoded to the same alone and after others, space included, except for bytes that
@@ -160,7 +162,9 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
         apart = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         ordinary[[id for id in apart if id < size]] = False
         ordinary[[id for token, id in tokens.items() if token.startswith("<0x") and _BYTE.fullmatch(token)]] = False
-        known = _Vocabulary(size, tuple(gaps), ordinary, _joins(tokenizer), {}, {})
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = tuple({*tokenizer.all_special_tokens, *added} - {""})
+        known = _Vocabulary(size, max(map(len, tokens)), special, tuple(gaps), ordinary, _joins(tokenizer), {}, {})
         _VOCABULARIES[tokenizer] = len(tokenizer), known
     return known
 
@@ -432,7 +436,7 @@ _ANCHORS = ("a", ".", "\n", "\u4e2d")
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts that continue a prompt, without an EOS.
+    """Encode texts that continue a prompt, without an EOS; names of special tokens in them are text like any other.
 
     A SentencePiece tokenizer adds or removes a space before a text that is encoded alone. Where decoding the tokens
     after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out. A leading space is
@@ -448,7 +452,8 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
         read = decode_continuations(tokenizer, [context] * len(ids), [line[: 2 * _LAST_TOKENS] for line in ids])
         return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
 
-    ids = encode(tokenizer, texts)
+    literal = _names_special(tokenizer, texts)
+    ids = encode(tokenizer, texts, literal)
     if not end or _vocabulary(tokenizer).joins is not False:
         return ids
     context = Context(encode(tokenizer, [end])[0], end)
@@ -456,7 +461,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
     for anchor in (end, *_ANCHORS):
         if not wrong:
             break
-        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)])
+        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)], literal)
         after = [line[len(before) :] if line[: len(before)] == before else None for line in tried]
         good = {i: line for i, line in zip(wrong, after, strict=True) if line}
         losses = loses_space([texts[i] for i in good], list(good.values()))
@@ -537,9 +542,32 @@ def decode_by_author(
     return list(zip(written_by, texts, strict=True))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts as they stand, without special tokens (see `encode_continuation` for continuations)."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], literal: bool = False) -> list[list[int]]:
+    """Encode texts as they stand, without special tokens around them (see `encode_continuation` for continuations).
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        literal: Whether the name of a special token in them, such as "<|endoftext|>", is text like any other.
+    """
+    how = {"split_special_tokens": True} if literal else {}
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False, **how)["input_ids"]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts of others, whatever they hold, without special tokens."""
+    return encode(tokenizer, texts, _names_special(tokenizer, texts))
+
+
+def _names_special(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> bool:
+    """Whether texts hold the name of a special token; setting a tokenizer to ignore these takes time."""
+    return any(name in text for text in texts for name in _vocabulary(tokenizer).special)
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """Return enough of the start of a text for its first `count` tokens, however long it is."""
+    # With some more, because the last tokens can depend on what follows.
+    return text[: (count + 16) * _vocabulary(tokenizer).longest]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
