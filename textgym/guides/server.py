@@ -165,22 +165,22 @@ class Server:
                     used = (0, 0)
                 reason = f": {hide.quote(str(error))}" if str(error) else ""
                 return _Failure(ConnectionError(f"{where} cannot be reached, {tries} tries{reason}"), True)
-            said = hide.quote(reply.message)
             if not 200 <= reply.status < 300:
                 used = (0, 0)
+                told = f"{where} answered {reply.status} for model {body['model']!r}, {tries} tries: {reply.said(hide)}"
+                if reply.location:
+                    told += f" (it redirects to {hide.quote(reply.location)}, and prompts go to base_url alone)"
                 again = reply.status in (408, 409, 429) or reply.status >= 500
-                moved = f" (prompts go nowhere else than to base_url, and it redirects to {hide.quote(reply.location)})"
-                told = f"{where} answered {reply.status} for model {body['model']!r}, {tries} tries: {said}"
-                return _Failure(RuntimeError(told + (moved if reply.location else "")), again, reply.wait)
-            wanted = "a completion"
+                return _Failure(RuntimeError(told), again, reply.wait)
             try:
                 answer = read_answer(json.loads(reply.payload), body, hide)
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-                return _Failure(RuntimeError(f"{where} must answer with {wanted}, got {said}, {tries} tries"), True)
+                told = f"{where} must answer with a completion, got {reply.said(hide)}, {tries} tries"
+                return _Failure(RuntimeError(told), True)
             used = (answer.prompt_tokens, answer.completion_tokens)
             if "echo" in body and answer.log_probs is None:
                 wanted = "the log-probabilities of the tokens that it read"
-                return _Failure(RuntimeError(f"{where} must answer with {wanted}, got {said}"), False)
+                return _Failure(RuntimeError(f"{where} must answer with {wanted}, got {reply.said(hide)}"), False)
             failures = 0
             return answer
         finally:
@@ -238,16 +238,15 @@ class _Reply(NamedTuple):
     location: str
     wait: float | None
 
-    @property
-    def message(self) -> str:
-        """What an error says, else the whole reply."""
+    def said(self, hide: Redactor) -> str:
+        """Quote what an error says, else the reply."""
         try:
             reply = json.loads(self.payload)
         except (RecursionError, ValueError):
-            return self.payload.decode("utf-8", "replace")
+            return hide.quote(self.payload.decode("utf-8", "replace"))
         error = reply.get("error") if isinstance(reply, dict) else None
         message = error.get("message") if isinstance(error, dict) else error
-        return message if isinstance(message, str) else json.dumps(reply, ensure_ascii=False)
+        return hide.quote(message if isinstance(message, str) else json.dumps(reply, ensure_ascii=False))
 
 
 async def _post(client: AsyncClient, body: Mapping[str, Any]) -> _Reply:
