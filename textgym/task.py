@@ -9,7 +9,7 @@ from numbers import Number
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
-from textgym.checks import check, check_int, check_one_of
+from textgym.checks import check, check_int, check_name, check_one_of
 from textgym.data.splits import SPLITS, Row, Split, SplitName
 from textgym.metrics import Metric, check_metrics
 from textgym.rewards import check_reward
@@ -44,8 +44,8 @@ class Task:
         tokenizer: Returns the tokenizer, called on first use; None: a byte-level BPE trained on the train split.
 
     Raises:
-        ValueError: An entry of `metrics` is neither a known name nor a metric; a name that is no file name; a format
-            string that names no columns; another argument of a wrong type.
+        ValueError: `name` cannot be part of a file's name; an entry of `metrics` is neither a known name nor a metric; a
+            format string that names no columns; another argument of a wrong type.
     """
 
     name: str
@@ -62,11 +62,8 @@ class Task:
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         check_metrics(self.metrics)
-        named = (
-            isinstance(self.name, str) and re.fullmatch(r"[\w.-]{1,100}", self.name) and self.name not in (".", "..")
-        )
-        check("name", self.name, bool(named), "letters, digits, '_', '-' and '.', at most 100: files are called so")
         if isinstance(self.prompt, str):
             try:
                 fields = [name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None]

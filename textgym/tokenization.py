@@ -140,9 +140,10 @@ class _Vocabulary(NamedTuple):
     """Facts about a tokenizer's vocabulary that are looked up often."""
 
     size: int  # the largest id plus one
+    longest: int  # characters of the longest token
+    special: tuple[str, ...]  # names of the special tokens
     gaps: tuple[int, ...]  # ids below that are no token
     ordinary: np.ndarray  # bool (size,), tokens that are text in any context: neither special nor a byte
-    special: tuple[str, ...]  # names of tokens that are special
     # Whether texts are encoded and decoded to the same alone and after others, space included, except for bytes that
     # are part of a character; None for tokenizers that encode only words of their vocabulary.
     joins: bool | None
@@ -166,8 +167,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
         ordinary[[id for id in apart if id < size]] = False
         ordinary[[id for token, id in tokens.items() if token.startswith("<0x") and _BYTE.fullmatch(token)]] = False
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
-        known = _Vocabulary(size, tuple(gaps), ordinary, special, _joins(tokenizer), {}, {})
+        special = tuple(name for name in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if name)
+        known = _Vocabulary(size, max(map(len, tokens)), special, tuple(gaps), ordinary, _joins(tokenizer), {}, {})
         _VOCABULARIES[tokenizer] = len(tokenizer), known
     return known
 
@@ -409,7 +410,7 @@ def _encode_parts(
         """Encode texts that follow each other, each with whether it means the special tokens that it names."""
         if not any(name in text for name in names for text, means in pieces if not means):
             pieces = (("".join(text for text, _ in pieces), True),)
-        lines = [encode(tokenizer, [text], literally=not means, what="a prompt")[0] for text, means in pieces]
+        lines = [encode(tokenizer, [text], literal=not means, what="a prompt")[0] for text, means in pieces]
         return [token for line in lines for token in line]
 
     own = template is None
@@ -495,7 +496,7 @@ def encode_continuation(
         read = decode_continuations(tokenizer, [context] * len(ids), [line[: 2 * _LAST_TOKENS] for line in ids])
         return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
 
-    ids = encode(tokenizer, texts, literally=True, what=what)
+    ids = encode(tokenizer, texts, literal=True, what=what)
     if not end or _vocabulary(tokenizer).joins is not False:
         return ids
     context = Context(encode(tokenizer, [end])[0], end)
@@ -503,7 +504,7 @@ def encode_continuation(
     for anchor in (end, *_ANCHORS):
         if not wrong:
             break
-        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)], literally=True)
+        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)], literal=True)
         after = [line[len(before) :] if line[: len(before)] == before else None for line in tried]
         good = {i: line for i, line in zip(wrong, after, strict=True) if line}
         losses = loses_space([texts[i] for i in good], list(good.values()))
@@ -585,21 +586,21 @@ def decode_by_author(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], literally: bool = False, what: str = "a text"
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], literal: bool = False, what: str = "a text"
 ) -> list[list[int]]:
     """Encode texts as they stand, without special tokens around them (see `encode_continuation` for continuations).
 
     Args:
         tokenizer: The tokenizer.
         texts: N texts.
-        literally: Whether the name of a special token in a text is no token, but letters.
+        literal: Whether the name of a special token in a text is no token, but letters.
         what: What a text is, in errors.
 
     Raises:
         ValueError: A text is not Unicode, has a word without a token where there is none for unknown words, or has the
             name of a special token which the tokenizer cannot read literally.
     """
-    names = _vocabulary(tokenizer).special if literally else ()
+    names = _vocabulary(tokenizer).special if literal else ()
     meant = [name for name in names if any(name in text for text in texts)]
     if not meant:
         return _tokenize(tokenizer, texts, what, add_special_tokens=False)["input_ids"]
@@ -625,6 +626,12 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: st
                 culprit = text
                 break
         raise ValueError(f"{what} must be one that the tokenizer can encode, got {culprit[:200]!r}: {error}") from error
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """Return enough of the start of a text for its first `count` tokens, however long it is."""
+    # With some more, because the last tokens can depend on what follows.
+    return text[: (count + 16) * _vocabulary(tokenizer).longest]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -10,6 +11,9 @@ from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideR
 from textgym.guides.references import ReferenceGuide
 
 __all__ = ["Author", "CallableGuide", "Completion", "Guide", "GuideRequest", "ScoringGuide", "load_guide"]
+
+# Of at most an owner and a name; anything else is a path.
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | None:
@@ -20,7 +24,7 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
             language model; a `Guide`; or a function on a list of `GuideRequest`.
 
     Raises:
-        ValueError: `guide` is none of these.
+        ValueError: `guide` is none of these, or a path at which there is nothing.
     """
     if guide is None or isinstance(guide, Guide):
         return guide
@@ -33,6 +37,8 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
             f"of a language model, got {guide!r}"
         )
     if isinstance(guide, str | os.PathLike):
+        if not os.path.exists(guide) and not _HUB_ID.fullmatch(os.fspath(guide)):
+            raise ValueError(f"guide must be the hub id or path of a language model, and there is nothing at {guide!r}")
         from textgym.guides.local import LocalGuide  # imports transformers, which guides behind a server do without
         from textgym.hub import check_model
 
