@@ -95,6 +95,18 @@ def check_int(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+def check_name(name: str, value: Any) -> str:
+    """Return a name that can be part of a file's name, and leads to no other folder.
+
+    Raises:
+        ValueError: It is none.
+    """
+    valid = isinstance(value, str) and 0 < len(value.encode(errors="replace")) <= 100 and value.isprintable()
+    valid = valid and value[0] != "." and not set(value) & {"/", "\\"}
+    check(name, value, valid, "at most 100 printable characters without / and \\, the first of them no dot")
+    return value
+
+
 def check_texts(name: str, value: Any) -> tuple[str, ...]:
     """Return a sequence of strings that are not empty, as a tuple.
 

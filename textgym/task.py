@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
-from textgym.checks import check, check_one_of
+from textgym.checks import check, check_name, check_one_of
 from textgym.data.splits import SPLITS, Row, Split, SplitName
 from textgym.metrics import Metric, check_metrics
 from textgym.rewards.base import RewardFunction
@@ -42,7 +42,8 @@ class Task:
         tokenizer: Returns the tokenizer, called on first use; None: a byte-level BPE trained on the train split.
 
     Raises:
-        ValueError: An entry of `metrics` is neither a known name nor a metric.
+        ValueError: `name` cannot be part of a file's name, or an entry of `metrics` is neither a known name nor a
+            metric.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Task:
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         check_metrics(self.metrics)
 
     def split(self, name: SplitName, source: str) -> Split:
