@@ -261,12 +261,12 @@ class Algorithm(ABC):
             config = {key: value for key, value in self.hyperparameters.items() if isinstance(value, int | float | str)}
             self.accelerator.init_trackers("textgym", config={"algorithm": self.name, **config})
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
         )
         shown = progress_bar and self.accelerator.is_main_process
         with Progress(*columns, disable=not shown, transient=True) as progress:

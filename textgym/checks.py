@@ -107,6 +107,18 @@ def check_memory(what: str, needed: int) -> None:
         raise ValueError(f"{what} need {needed / 2**30:,.0f} GiB of memory, and {free / 2**30:,.0f} GiB are free")
 
 
+def check_name(name: str, value: Any) -> str:
+    """Return a name that can be part of a file's name, and leads to no other folder.
+
+    Raises:
+        ValueError: It is none.
+    """
+    valid = isinstance(value, str) and 0 < len(value.encode(errors="replace")) <= 100 and value.isprintable()
+    valid = valid and value[0] != "." and not set(value) & {"/", "\\"}
+    check(name, value, valid, "at most 100 printable characters without / and \\, the first of them no dot")
+    return value
+
+
 def check_texts(name: str, value: Any) -> tuple[str, ...]:
     """Return a sequence of strings that are not empty, as a tuple.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,6 +22,7 @@ from transformers.utils import is_bitsandbytes_available, is_gguf_available, is_
 
 from textgym.checks import check
 from textgym.hub import file_beside, load_pretrained
+from textgym.storage import readable
 
 
 def load_model(
@@ -68,6 +70,11 @@ def load_model(
         if quantization is not None:
             arguments |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": target}}
         model = load_pretrained(kind, path, dtype=dtype, **arguments)
+    except SafetensorError:
+        for file in sorted(Path(path).glob("*.safetensors")):
+            with readable(file), safe_open(file, "pt"):
+                pass
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {str(path)!r} must be a hub id or a folder of a causal or sequence-to-sequence language model with "

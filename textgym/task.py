@@ -44,8 +44,8 @@ class Task:
         tokenizer: Returns the tokenizer, called on first use; None: a byte-level BPE trained on the train split.
 
     Raises:
-        ValueError: `name` cannot be part of a file's name; an entry of `metrics` is neither a known name nor a metric; a
-            format string that names no columns; another argument of a wrong type.
+        ValueError: `name` cannot be part of a file's name; an entry of `metrics` is neither a known name nor a metric;
+            a format string that names no columns; another argument of a wrong type.
     """
 
     name: str

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from textgym.hub import file_beside, load_pretrained
-from textgym.storage import cache_dir, new_folder
+from textgym.storage import cache_dir, made_once
 from textgym.task import Task
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def pretrained_tokenizer(
         elif get_tokenizer_config(str(path)).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
             kind = PreTrainedTokenizerFast
         tokenizer = load_pretrained(kind, path, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # that of tokenizers is a bare one
         raise ValueError(f"{wrong}: {error}") from error
     # For a model without tokenizer, transformers makes one of nothing but the special tokens of its architecture.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -104,13 +105,12 @@ def _trained_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
     # Tasks can write the same data as different texts, which a few rows show.
     layout = hashlib.sha256("\n".join(texts(8)).encode()).hexdigest()[:8]
     folder = cache_dir() / "tokenizers" / f"{task.name}-{split.fingerprint}-{layout}-{VOCAB_SIZE}"
-    if folder.is_dir():
-        return load_pretrained(PreTrainedTokenizerFast, folder)
-    tokenizer = train_tokenizer(texts(TRAINING_ROWS))
-    # Where another process finishes first, its tokenizer is the same.
-    with new_folder(folder, keep_existing=True) as temporary:
-        tokenizer.save_pretrained(temporary)
-    return tokenizer
+    return made_once(
+        folder,
+        make=lambda: train_tokenizer(texts(TRAINING_ROWS)),
+        keep=lambda tokenizer, new: tokenizer.save_pretrained(new),
+        load=partial(load_pretrained, PreTrainedTokenizerFast),
+    )
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

@@ -33,7 +33,7 @@ from textgym.packing import can_pack, compile_layers, head, read
 from textgym.positions import check_positions, fix_positions, short_context, warn_of_short_factors
 from textgym.precision import at_least_float32, autocast, check_autocast, fast_dtype
 from textgym.sampling import TokenSampler
-from textgym.storage import new_folder
+from textgym.storage import new_folder, readable, restore
 from textgym.tokenization import (
     check_embedded,
     check_vocabulary,
@@ -179,8 +179,13 @@ class LanguageModelPolicy(Policy):
             ValueError: There is no model with safetensors weights or no tokenizer at `path`, or they do not fit; a
                 quantised model without adapters; `lora` for a model that has adapters.
         """
+        restore(path)
+        settings: dict[str, Any] = {}
         file = file_beside(path, POLICY_FILE)
-        settings = {} if file is None else json.loads(Path(file).read_text())
+        if file is not None:
+            with readable(file):
+                settings = json.loads(Path(file).read_text(encoding="utf-8"))
+                saved_decoding = Decoding(**settings["decoding"])
         saved_dtype = getattr(torch, settings.get("dtype", "float32"))
         weights = torch.float32 if dtype == "auto" else dtype or saved_dtype
         quantization = settings.get("quantization") if quantization is None else quantization
@@ -204,9 +209,12 @@ class LanguageModelPolicy(Policy):
         elif not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = pretrained_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         if decoding is None and settings:
-            decoding = Decoding(**settings["decoding"])
+            decoding = saved_decoding
         file = file_beside(path, HEADS_FILE)
-        saved = {} if file is None else load_file(file, device=str(model.device))
+        saved: dict[str, Tensor] = {}
+        if file is not None:
+            with readable(file):
+                saved = load_file(file, device=str(model.device))
         if "handoff.weight" in saved and handoff_prob is None:
             handoff_prob = 0.5  # any value: the head is loaded below
         autocast: Any = settings.get("autocast") if dtype is None else "auto" if dtype == "auto" else None
@@ -220,7 +228,8 @@ class LanguageModelPolicy(Policy):
         policy.add_end_tokens(settings.get("end_token_ids", ()))
         policy.quantization, policy.gguf_file = quantization, packed if has_adapters(model) else None
         if saved:
-            policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
+            with readable(str(file)):
+                policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
         return policy
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

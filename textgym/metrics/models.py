@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+from textgym.guides.local import fingerprint_of
 from textgym.hub import load_pretrained
 from textgym.metrics.base import TextMetric
 from textgym.models import load_model, resolve_device
@@ -59,7 +60,9 @@ class Perplexity(TextMetric):
         if self.model.config.is_encoder_decoder:
             raise ValueError(f"model must be a causal language model, got a {type(self.model).__name__}")
         self.batch_size = batch_size
-        self.signature = f"model {self.model.name_or_path or type(self.model).__name__}"
+        # A folder can be anywhere, also in the cache; its weights are the same.
+        name = self.model.name_or_path
+        self.signature = f"model {name if name and not os.path.isdir(name) else fingerprint_of(self.model)}"
 
     @torch.inference_mode()
     def _scores(self, prompt_ids: Sequence[Sequence[int]], prediction_ids: Sequence[Sequence[int]]) -> dict[str, float]:
