@@ -29,6 +29,7 @@ from textgym.checks import check, check_arguments, is_int, is_number
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides import ScoringGuide
+from textgym.models import resolve_device
 from textgym.storage import new_file
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # How arguments that are annotated as numbers are checked, and what they must be.
 NUMBERS = {"int": (is_int, "an int"), "float": (is_number, "a number")}
+COUNTERS = ("iteration", "num_timesteps", "num_guide_tokens", "num_episodes")
 Callback = Callable[[dict[str, Any], dict[str, Any]], bool | None]
 
 
@@ -122,11 +124,13 @@ class Algorithm(ABC):
         }
         self.accelerator = make_accelerator(self.name, self.track, self.output_dir)
         processes = self.accelerator.num_processes
-        device = self.accelerator.device if self.device == "auto" else torch.device(self.device)
+        device = self.accelerator.device if self.device == "auto" else resolve_device(self.device)
         check("device", device, processes == 1 or device == self.accelerator.device, '"auto" in several processes')
         if isinstance(self.policy, Actor) and not isinstance(self.policy, Policy):
             raise ValueError(f"policy must be a Policy for {self.name}, got an Actor, which only writes: {self.policy}")
-        if not isinstance(self.policy, Policy):
+        named = isinstance(self.policy, str | os.PathLike)
+        check("policy", self.policy, named or isinstance(self.policy, Policy), "a Policy, or a hub id or folder")
+        if named:
             self.policy = LanguageModelPolicy.from_pretrained(self.policy, device=device)
         self.policy.to(device)
         given, rows = self.env, max(1, self.episodes_per_iteration // processes)
@@ -149,6 +153,8 @@ class Algorithm(ABC):
         self.history: list[dict[str, Any]] = []
         self.iteration = self.num_timesteps = self.num_guide_tokens = self.num_episodes = 0
         self.best_score = -math.inf
+        # An iteration that is over, whose evaluation failed: its record, and the counters after it.
+        self._unevaluated: tuple[dict[str, Any], dict[str, int]] | None = None
 
     def check_hyperparameters(self) -> None:
         """Check the arguments, before anything is loaded; subclasses extend this method.
@@ -243,6 +249,10 @@ class Algorithm(ABC):
             ValueError: Not exactly one total is given, or it is not positive.
             FloatingPointError: A reward, loss or gradient is not finite. The policy is as it was before that update,
                 and no checkpoint is written.
+
+        Where a guide or a reward fails, the iteration that it interrupts is not counted, and a further call begins it
+        again: the numbers are then those of a training that was never interrupted. (Algorithms of Stable-Baselines3
+        learn while they play, and go on where they were.)
         """
         if (total_timesteps is None) == (total_episodes is None):
             raise ValueError(
@@ -251,7 +261,8 @@ class Algorithm(ABC):
             )
         counter = "num_episodes" if total_timesteps is None else "num_timesteps"
         total = total_episodes if total_timesteps is None else total_timesteps
-        check(f"total_{counter[4:]}", total, total >= 1, "at least 1")  # type: ignore[operator]
+        check(f"total_{counter[4:]}", total, is_number(total) and total >= 1, "a number >= 1")  # type: ignore[operator]
+        check("callback", callback, callback is None or callable(callback), "None or a function")
         start = getattr(self, counter)
         return self._learn(lambda: (getattr(self, counter) - start) / total, callback, progress_bar, verbose)
 
@@ -284,26 +295,59 @@ class Algorithm(ABC):
             self.accelerator.trackers.pop().finish()
         return self
 
-    def _run_iteration(self) -> dict[str, Any]:
+    @contextmanager
+    def _keeping_counters(self) -> Iterator[None]:
+        before = self._counters()
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def _counters(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back what is counted and played in a block that fails, as where a guide or a reward does.
+
+        Gradient steps are not taken back; `iterate` takes them last.
+        """
+        with self._keeping_counters(), self.env.all_or_nothing():
+            yield
+
+    def _iterate(self) -> dict[str, Any]:
+        """Run one iteration with `iterate`, and return its record with counters."""
         started = time.perf_counter()
-        before = self.env.guide_tokens_written
-        record = {"iteration": self.iteration + 1, **self.iterate()}
-        written = int(reduce(self.accelerator, torch.tensor(self.env.guide_tokens_written - before)))
-        self.num_guide_tokens += written
-        record.setdefault("guide_tokens", written)
-        record |= {
-            "num_timesteps": self.num_timesteps,
-            "num_guide_tokens": self.num_guide_tokens,
-            "num_episodes": self.num_episodes,
-            "seconds": time.perf_counter() - started,
-        }
-        if (usage := getattr(self.env.guide, "usage", None)) is not None:  # of a server, in this process
-            record |= {f"guide_{name}": getattr(usage, name) for name in ("calls", "cache_hits", "cost")}
-        self.iteration += 1
-        if self.eval_every and self.iteration % self.eval_every == 0:
-            result = self.evaluate()
-            record |= {"eval/reward": result.reward, "eval/length": result.length, "eval/seconds": result.seconds}
-            record |= {f"eval/reward/{name}": value for name, value in result.reward_parts.items() if name != "reward"}
+        with self.all_or_nothing():
+            before = self.env.guide_tokens_written
+            record = {"iteration": self.iteration + 1, **self.iterate()}
+            written = int(reduce(self.accelerator, torch.tensor(self.env.guide_tokens_written - before)))
+            self.num_guide_tokens += written
+            record.setdefault("guide_tokens", written)
+            record |= {
+                "num_timesteps": self.num_timesteps,
+                "num_guide_tokens": self.num_guide_tokens,
+                "num_episodes": self.num_episodes,
+                "seconds": time.perf_counter() - started,
+            }
+            if (usage := getattr(self.env.guide, "usage", None)) is not None:  # of a server, in this process
+                record |= {f"guide_{name}": getattr(usage, name) for name in ("calls", "cache_hits", "cost")}
+            self.iteration += 1
+        return record
+
+    def _run_iteration(self) -> dict[str, Any]:
+        with self._keeping_counters():
+            if self._unevaluated is None:
+                self._unevaluated = self._iterate(), self._counters()
+            record, counters = self._unevaluated
+            vars(self).update(counters)
+            if self.eval_every and self.iteration % self.eval_every == 0:
+                result = self.evaluate()
+                record |= {"eval/reward": result.reward, "eval/length": result.length, "eval/seconds": result.seconds}
+                parts = {name: value for name, value in result.reward_parts.items() if name != "reward"}
+                record |= {f"eval/reward/{name}": value for name, value in parts.items()}
+        self._unevaluated = None
         self.history.append(record)
         score = self.score(record)
         if score is not None:
@@ -389,10 +433,10 @@ class Algorithm(ABC):
 
     def training_state(self) -> dict[str, Any]:
         """The state of the training, except models: nested dicts and lists of arrays, tensors and numbers."""
-        counters = ("iteration", "num_timesteps", "num_guide_tokens", "num_episodes", "best_score")
+        record, counters = self._unevaluated or ({}, self._counters())
         state = {
-            "counters": {name: getattr(self, name) for name in counters},
-            "history": self.history,
+            "counters": {**counters, "best_score": self.best_score},
+            "history": [*self.history, record] if record else self.history,
             "optimizer": whole(self.optimizer.state_dict()),
             "env": gather_state(self.accelerator, self.env.get_state()),
         }

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from agents.policy import LanguageModelPolicy
 from agents.policy.lora import has_adapters
+from textgym.rendering import inert, visible
 
 if TYPE_CHECKING:
     from agents.policy import Policy
@@ -43,27 +44,27 @@ def model_card(
         tags=["textgym", "reinforcement-learning", algorithm, env.task.name],
     )
     rows = {
-        "Task": env.task.name if env.spec is None else f"{env.task.name} (`{env.spec.id}`)",
-        "Algorithm": algorithm,
+        "Task": inert(env.task.name) + ("" if env.spec is None else f" (`{env.spec.id}`)"),
+        "Algorithm": inert(algorithm),
         "Prompt / new tokens": f"{env.max_prompt_tokens} / {env.max_new_tokens}",
         "Training": training,
         "Data": f"{env.source if env.source in ('mini', 'hub') else 'a folder'}, split {env.split}, fingerprint "
-        f"`{env.data.fingerprint}`",
+        + _code(env.data.fingerprint),
     }
     for name, part in parts.items():
         fingerprint = getattr(part, "fingerprint", None)
-        known = "" if fingerprint is None or Path(fingerprint).exists() else f", fingerprint `{fingerprint}`"
+        known = "" if fingerprint is None or Path(fingerprint).exists() else f", fingerprint {_code(fingerprint)}"
         if part is not None:
-            rows[name] = getattr(part, "__name__", type(part).__name__) + known
+            rows[name] = inert(getattr(part, "__name__", type(part).__name__)) + known
     for record in history:  # the last evaluation counts
         scores = [name for name in record if name.startswith(("eval/reward", "eval/length", "validation_"))]
         rows |= {name: f"{record[name]:.4f}" for name in scores}
     if history:
         rows["Iteration"] = str(history[-1]["iteration"])
     use = f"agents.{'LanguageModelPolicy' if model is not None else type(policy).__name__}.from_pretrained(folder)"
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    lines = [f"| {inert(name)} | {value} |" for name, value in rows.items()]
     return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {algorithm} on {env.task.name}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {inert(algorithm)} on {inert(env.task.name)}\n\n"
         "Trained with textgym. Scores are those of the last evaluation on validation prompts.\n\n| | |\n|---|---|\n"
         + "\n".join(lines)
         + f"\n\n`{use}` loads the policy with its heads, decoding and tokenizer; `{load}(folder, env)` continues the "
@@ -71,6 +72,10 @@ def model_card(
         + ("" if model is None else f"; transformers opens the folder as a `{type(model).__name__}`")
         + ".\n"
     )
+
+
+def _code(text: str) -> str:
+    return "`" + visible(text).replace("`", "'").replace("\n", " ") + "`"
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from textgym.decoding import Decoding
-from textgym.storage import new_folder
+from textgym.storage import new_folder, readable, restore
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -42,7 +42,9 @@ class Checkpoint:
             ValueError: The checkpoint's weights do not fit one of them.
         """
         for name, model in models.items():
-            weights = load_file(self.path / TRAINING / f"{name}.safetensors", device=str(policy.device))
+            file = self.path / TRAINING / f"{name}.safetensors"
+            with readable(file):
+                weights = load_file(file, device=str(policy.device))
             if weights.keys() != _own_weights(model, policy).keys():
                 raise ValueError(f"path must hold weights that fit the {name}, got others in {str(self.path)!r}")
             model.load_state_dict(weights, strict=False)
@@ -83,23 +85,29 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
     """Read a checkpoint, except its models; `writer` is the name of the method that writes it, for errors.
 
     Raises:
-        ValueError: `path` is no checkpoint of this algorithm.
+        ValueError: `path` is no checkpoint of this algorithm, or one of its files is damaged.
     """
+    restore(path)
     training = Path(path) / TRAINING
-    if not (training / "algorithm.json").is_file():
+    file = training / "algorithm.json"
+    if not file.is_file():
         raise ValueError(f"path must be a folder written by {writer}, got {str(path)!r}")
-    description = json.loads((training / "algorithm.json").read_text())
-    if description["algorithm"] != algorithm:
-        raise ValueError(f"path must hold a checkpoint of {algorithm!r}, got one of {description['algorithm']!r}")
-    hyperparameters = description["hyperparameters"]
-    if isinstance(hyperparameters.get("decoding"), dict):
-        hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
-    # Only tensors and plain values: nothing in the file can run code.
-    state = torch.load(training / "state.pt", map_location="cpu", weights_only=True)
-    # As arrays, as environments and curricula have them.
-    for name in {"env", "guide_texts", "curriculum"} & state.keys():
-        state[name] = tree_map(lambda value: value.numpy() if isinstance(value, torch.Tensor) else value, state[name])
-    return Checkpoint(Path(path), hyperparameters, description["frozen"], state)
+    with readable(file):
+        description = json.loads(file.read_text(encoding="utf-8"))
+        name, hyperparameters, frozen = (description[key] for key in ("algorithm", "hyperparameters", "frozen"))
+        if isinstance(hyperparameters.get("decoding"), dict):
+            hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
+    if name != algorithm:
+        raise ValueError(f"path must hold a checkpoint of {algorithm!r}, got one of {name!r}")
+    file = training / "state.pt"
+    with readable(file):
+        # Only tensors and plain values: nothing in the file can run code.
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state["counters"]["iteration"], state["history"]  # what every algorithm has
+        # As arrays, as environments and curricula have them.
+        for part in {"env", "guide_texts", "curriculum"} & state.keys():
+            state[part] = tree_map(lambda leaf: leaf.numpy() if isinstance(leaf, torch.Tensor) else leaf, state[part])
+    return Checkpoint(Path(path), hyperparameters, frozen, state)
 
 
 def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:

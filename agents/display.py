@@ -41,12 +41,12 @@ class Display:
         self.console = console or Console(highlight=False)
         live = self.console.is_terminal or self.console.is_jupyter
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
         )
         self.progress = Progress(*columns, console=self.console, disable=not (bar and live))
         self.task = self.progress.add_task(name, total=1.0, status="")

@@ -126,13 +126,14 @@ def agree(env: TextVectorEnv, policy: Actor) -> None:
     """Give an environment and a policy each other's end tokens, and the policy the maximum length of a text.
 
     Raises:
-        ValueError: Only one of the two has the hand-off.
+        ValueError: Only one of the two has the hand-off, or the environment's texts can be too long for the policy.
     """
     if env.handoff != policy.can_hand_off:
         raise ValueError(
             f"env was made with handoff={env.handoff}, and policy has can_hand_off={policy.can_hand_off}: the "
             "hand-off is an action of both or of neither (CausalLMPolicy takes handoff_prob)"
         )
+    policy.check_length(env.max_prompt_tokens, env.max_new_tokens)
     env.add_end_tokens(policy.end_token_ids)
     policy.add_end_tokens(env.end_token_ids)
     policy.context_length = policy.context_length or env.max_prompt_tokens + env.max_new_tokens

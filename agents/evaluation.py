@@ -21,7 +21,7 @@ from agents.environments import differences, make_env, sibling_env
 from agents.policy import Actor, LanguageModelPolicy
 from agents.processes import gather
 from agents.rollout import Rollout, collect
-from textgym.checks import check, is_int
+from textgym.checks import check, check_int, is_int
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guidance import Guidance
@@ -304,11 +304,16 @@ def evaluate(
         ValueError: An argument is wrong.
         textgym.metrics.MissingRequirement: One of `metrics` needs an optional package or model that is missing.
     """
-    if num_prompts is not None and num_prompts < 1:
-        raise ValueError(f"num_prompts must be None or at least 1, got {num_prompts!r}")
-    for name, value in (("best_of", best_of), ("samples_per_prompt", samples_per_prompt)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if num_prompts is not None:
+        check_int("num_prompts", num_prompts)
+    check_int("best_of", best_of)
+    check_int("samples_per_prompt", samples_per_prompt)
+    check_int("num_envs", num_envs)
+    check_int("seed", seed, 0)
+    writes = isinstance(agent if isinstance(agent, Actor) else getattr(agent, "policy", None), Actor)
+    check("agent", agent, writes, "an algorithm or an Actor, such as a policy")
+    kind = env is None or isinstance(env, str | TextVectorEnv)
+    check("env", env, kind, "None, the id of an environment or a TextVectorEnv")
     if best_of > 1 and samples_per_prompt > 1:
         raise ValueError(
             f"best_of and samples_per_prompt exclude each other, got {best_of} and {samples_per_prompt}: both draw "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -160,7 +161,7 @@ class PolicyGradient(Algorithm):
             f"in {{1..minibatch_size={self.minibatch_size}}}",
         )
         check("n_epochs", self.n_epochs, self.n_epochs >= 1, "at least 1")
-        check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "finite and above 0")
         check("lr_schedule", self.lr_schedule, self.lr_schedule in SCHEDULES, f"one of {SCHEDULES}")
         check(
             "schedule_episodes",
@@ -181,6 +182,7 @@ class PolicyGradient(Algorithm):
             check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
 
     def __post_init__(self) -> None:
+        check("decoding", self.decoding, isinstance(self.decoding, Decoding | None), "None or a Decoding")
         self.rule = None if self.curriculum is None else Curriculum.of(self.curriculum)
         self.imitation = None if self.guide_loss is None else GuideLoss.of(self.guide_loss)
         super().__post_init__()
@@ -198,6 +200,18 @@ class PolicyGradient(Algorithm):
         check_draws(self.decoding or self.policy.decoding)
         self.reference = self.policy.copy().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.trainable, lr=self.learning_rate, eps=1e-5, fused=True)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Also take back what the curriculum has learned (see `Algorithm.all_or_nothing`)."""
+        learned = None if self.rule is None else self.rule.get_state()
+        try:
+            with super().all_or_nothing():
+                yield
+        except BaseException:
+            if self.rule is not None and learned is not None:
+                self.rule.set_state(learned)
+            raise
 
     @property
     def phase(self) -> Phase:

@@ -291,20 +291,22 @@ def replay(
     """
     check("seeds", seeds, len(seeds) > 0, "not empty")
     state, rollouts = env.get_state(), []
-    for start in range(0, len(seeds), env.num_envs):
-        part = seeds[start : start + env.num_envs]
-        rest = [None] * (env.num_envs - len(part))
-        entries = {name: [*given[start : start + len(part)], *rest] for name, given in options.items()}
-        rollouts.append(
-            collect(
-                env,
-                policy,
-                seeds=np.pad(part, (0, len(rest))),
-                decoding=decoding,
-                values=values,
-                reset_seed=[*map(int, part), *rest],
-                options={**entries, "idle": np.arange(env.num_envs) >= len(part), "group_size": group_size},
+    try:
+        for start in range(0, len(seeds), env.num_envs):
+            part = seeds[start : start + env.num_envs]
+            rest = [None] * (env.num_envs - len(part))
+            entries = {name: [*given[start : start + len(part)], *rest] for name, given in options.items()}
+            rollouts.append(
+                collect(
+                    env,
+                    policy,
+                    seeds=np.pad(part, (0, len(rest))),
+                    decoding=decoding,
+                    values=values,
+                    reset_seed=[*map(int, part), *rest],
+                    options={**entries, "idle": np.arange(env.num_envs) >= len(part), "group_size": group_size},
+                )
             )
-        )
-    env.set_state(state)
+    finally:
+        env.set_state(state)
     return Rollout.concatenate(rollouts)

@@ -160,7 +160,7 @@ class SL(Algorithm):
         check("loss_on", self.loss_on, self.loss_on in ("completion", "text"), '"completion" or "text"')
         check("n_epochs", self.n_epochs, self.n_epochs > 0, "above 0")
         check("minibatch_size", self.minibatch_size, self.minibatch_size >= 1, "at least 1")
-        check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        check("learning_rate", self.learning_rate, 0 < self.learning_rate < np.inf, "finite and above 0")
         check("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)")
         check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         check("patience", self.patience, self.patience >= 1, "at least 1")

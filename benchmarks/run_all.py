@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -64,11 +66,14 @@ def run_all(
         0, or 1 if a run failed.
 
     Raises:
+        KeyboardInterrupt: The user ended it, or the process was told to end (see `main`); a note says how to go on.
         ValueError: An argument is not one of those above.
         ImportError: A package that the report needs is not installed.
     """
     from benchmarks.profiles import load_profile, row_of
+    from textgym.checks import check_name
     from textgym.packages import require
+    from textgym.rendering import visible
 
     require("report", "a benchmark's report", "jinja2", "plotly", "sacrebleu")  # now, not after the runs
     console = Console()
@@ -100,6 +105,11 @@ def run_all(
 
     check_trackers(track)
     disable_progress_bar()  # one display is enough
+    if name is not None:
+        check_name("name", name)
+    for argument, model in (("base", base), ("encoder", encoder)):
+        if model is not None:
+            cost.model_config_of(argument, model)
     folder = Path(out or Path("runs") / (name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"))
     benchmark = Benchmark(chosen, source, base, folder, dtype, compile, track, encoder)
     runs = [Run(task, algo, seed) for task in task_names for seed in range(seeds) for algo in row_names]
@@ -108,12 +118,12 @@ def run_all(
         return 0
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
     )
     with Progress(*columns, console=console) as progress:
         done = sum(run in benchmark.finished for run in runs)
@@ -135,9 +145,16 @@ def run_all(
                 progress.advance(overall)
             progress.update(overall, status=f"{int(progress.tasks[0].completed)} of {len(runs)} done")
 
-        failed = schedule.run_all(benchmark, runs, jobs=jobs, started=started, report=report, finished=finished)
+        try:
+            failed = schedule.run_all(benchmark, runs, jobs=jobs, started=started, report=report, finished=finished)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(
+                f"{len(benchmark.finished.intersection(runs))} of {len(runs)} runs are done; "
+                f"the same command with --out {shlex.quote(str(folder))} goes on"
+            )
+            raise
     for work, trace in failed.items():
-        console.print(f"{work} failed:\n{trace}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{work} failed:\n{visible(trace)}", markup=False, highlight=False, soft_wrap=True)
     if benchmark.finished:
         files = write_report(folder)
         print(files.table)
@@ -162,15 +179,28 @@ def _names(argument: str, given: str | None, allowed: list[str], default: list[s
 
 
 def main() -> None:
-    """Read the command line; a wrong argument ends in one line, not in a traceback."""
+    """Read the command line; a wrong argument, Ctrl-C and SIGTERM end in one line, not in a traceback."""
     sys.path.append(os.getcwd())  # for modules of the user's that --algo and --profile name
     from textgym.process import keep_freed_memory
+    from textgym.rendering import visible
 
-    keep_freed_memory()
+    def interrupt(number: int, _frame: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # it is ending
+        raise KeyboardInterrupt(number)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
     try:
+        keep_freed_memory()
         sys.exit(tyro.cli(run_all))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ImportError, ValueError) as error:
+        sys.exit(f"error: {visible(str(error))}")
+    except KeyboardInterrupt as error:
+        (number,) = error.args
+        notes = getattr(error, "__notes__", ["nothing was run"])
+        print(f"ended by {signal.Signals(number).name}: {notes[0]}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

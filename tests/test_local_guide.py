@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Recu
 from textgym import model_checks
 from textgym.decoding import Decoding
 from textgym.generation import generate
-from textgym.guides.base import GuideRequest
+from textgym.guides import GuideRequest, load_guide
 from textgym.guides.local import LocalGuide
 from textgym.tokenization import train_tokenizer
 
@@ -160,6 +160,18 @@ def test_wrong_arguments_are_named(tmp_path):
     request = GuideRequest("w2", (2,), "", (), 60, 1)
     with pytest.raises(ValueError, match="40 positions"):
         LocalGuide(tiny_model()).complete([request], WORDS)
+
+
+@pytest.mark.parametrize(
+    "path", ["/models/nothing", "./nothing", "../a/b", "~/nothing", "a/b/c", "nothing/", "", "a b"]
+)
+def test_a_path_at_which_there_is_nothing_is_refused_at_once(path, folder):
+    with pytest.raises(
+        ValueError, match="guide must be the hub id or path of a language model, and there is nothing at"
+    ):
+        load_guide(path)
+    for fine in ("gpt2", "google/gemma-3-270m", "a_b/c.d-1", str(folder), folder, f"{folder}/"):
+        assert isinstance(load_guide(fine), LocalGuide)
 
 
 def test_naming_a_guide_does_not_import_torch():

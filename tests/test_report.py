@@ -326,9 +326,44 @@ def test_results_are_whole_lines_or_nothing(tmp_path):
     with pytest.raises(ValueError, match="imdb, ppo"):
         append_result(tmp_path, record("ppo", 0) | {"final_reward": float("nan")})
     assert (tmp_path / "results.jsonl").read_bytes() == before
-    (tmp_path / "results.jsonl").write_text(json.dumps({"task": "imdb"}) + "\n{half")
-    with pytest.raises(ValueError, match="line 2"):
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{half", "SL"], "line 1 is no record of a run .*: delete the line"),
+        (["SL", "", "PPO"], "line 2 is no record"),
+        (["SL", "\xff\xfe", "PPO"], "line 2 is no record"),
+        (["SL", "5"], "line 2 is no record"),
+        (["SL", '"text"'], r"line 2 is no record of a run, it lacks \['task', 'algo', "),
+        (["SL", "{}"], r"line 2 is no record of a run, it lacks \['task', 'algo', "),
+        (["SL", "[1, 2]"], "line 2 is no record of a run, it lacks"),
+        (["SL", "PPO", "SL"], r"lines 1 and 3 are of the same run \('imdb', 'sl', 0\): delete one of them"),
+    ],
+)
+def test_a_damaged_line_is_named_with_what_to_do(tmp_path, lines, message):
+    known = {"SL": json.dumps(record("sl", 0)), "PPO": json.dumps(record("ppo", 0))}
+    text = "".join(known.get(line, line) + "\n" for line in lines)
+    (tmp_path / "results.jsonl").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"{tmp_path}/results.jsonl {message}"):
         read_results(tmp_path)
+
+
+def test_a_line_that_is_cut_anywhere_is_dropped_and_its_run_made_again(tmp_path):
+    path = put(tmp_path, record("sl", 0), record("ppo", 0)) / "results.jsonl"
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in (*range(first + 1, first + 40), *range(first + 40, len(whole) - 1, 997), len(whole) - 2):
+        path.write_bytes(whole[:cut])
+        with pytest.warns(UserWarning, match=f"{path} line 2 is cut: its run is not finished"):
+            assert [run["algo"] for run in read_results(tmp_path)] == ["sl"]
+        append_result(tmp_path, record("ppo", 0))
+        assert path.read_bytes() == whole
+    for end in (first, len(whole) - 1, len(whole)):  # nothing is cut here: at most the end of the line is missing
+        path.write_bytes(whole[:end])
+        assert [run["algo"] for run in read_results(tmp_path)] == ["sl", "ppo"][: 1 + (end > first)]
+    append_result(tmp_path, record("ppo", 1))
+    assert [run["seed"] for run in read_results(tmp_path)] == [0, 0, 1]
 
 
 def test_an_empty_folder_is_refused(tmp_path):

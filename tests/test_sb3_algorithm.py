@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import HORIZON, WORDS
 from agents import PPO as OurPPO
 from agents import CausalLMPolicy, evaluate
 from agents.sb3 import MaskableCausalLMActorCriticPolicy, SB3Algorithm, SB3Policy
+from agents.sb3.algorithm import CLASS_FILE
 from textgym import Guidance
 from textgym.decoding import Decoding
 
@@ -158,7 +160,7 @@ def test_checkpoints_are_model_folders_that_can_be_resumed(make_policy, make_env
     assert (loaded.env.get_state()["episode"] > algorithm.env.get_state()["episode"]).all()
 
 
-def test_dqn_learns_its_own_network_and_is_judged_by_what_it_predicts(make_policy, make_env, tmp_path):
+def test_dqn_learns_its_own_network_and_is_judged_by_what_it_predicts(make_policy, make_env, tmp_path, monkeypatch):
     dqn = SB3Algorithm.of(stable_baselines3.DQN)
     arguments = {"buffer_size": 500, "learning_starts": 10, "target_update_interval": 50, "output_dir": tmp_path}
     algorithm = dqn(make_policy(), make_env(ROWS), episodes_per_iteration=ROWS, n_epochs=3, **arguments)
@@ -184,6 +186,15 @@ def test_dqn_learns_its_own_network_and_is_judged_by_what_it_predicts(make_polic
     assert type(again.model) is stable_baselines3.DQN
     with pytest.raises(ValueError, match="SB3Policy"):
         SB3Policy.from_pretrained(tmp_path)
+    # A folder that was written elsewhere, or changed since, can run code.
+    shutil.copytree(tmp_path / "last", tmp_path / "changed")
+    (tmp_path / "changed" / CLASS_FILE).write_text('{"module": "antigravity", "class": "fly"}')
+    with pytest.raises(ValueError, match=r"trusted must be True .* can run any code"):
+        SB3Policy.from_pretrained(tmp_path / "changed")
+    monkeypatch.setattr("agents.sb3.algorithm._WRITTEN", set())
+    with pytest.raises(ValueError, match="trusted"):
+        SB3Policy.from_pretrained(tmp_path / "last")
+    assert type(SB3Policy.from_pretrained(tmp_path / "last", trusted=True).model) is stable_baselines3.DQN
     with pytest.raises(ValueError, match="which only writes"):
         OurPPO(again, make_env(8))
 

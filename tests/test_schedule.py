@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -171,6 +172,29 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(micro):
         assert not (folder / "training").exists()
         load_model(folder)
         CausalLMPolicy.from_pretrained(folder)
+
+
+def test_ctrl_c_and_a_request_to_end_end_all_in_one_line(micro):
+    command = [sys.executable, str(ROOT / "benchmarks" / "run_all.py"), "--profile", "plugins:LONG", "--algos"]
+    command += ["ppo++,ppo", "--jobs", "2", "--out", str(micro)]
+    state = micro / "words-ppo++-0" / "last" / "training" / "state.pt"
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **pipes) as process:
+            begun = time.time()
+            while not (state.exists() and state.stat().st_mtime > begun):
+                assert process.poll() is None
+                assert time.time() - begun < 120
+                time.sleep(0.02)
+            os.killpg(process.pid, number)  # as a terminal does, and batch systems do
+            printed, errors = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert errors == (
+            f"ended by {number.name}: 0 of 2 runs are done; the same command with --out {micro} goes on\n"
+        )
+        assert "Traceback" not in printed
+        assert not list(micro.rglob("traceback.txt"))
+        assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(micro):

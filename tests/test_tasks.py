@@ -117,7 +117,7 @@ def small_task(data, prompt="{p} {q}", references="r"):
 def test_null_is_never_the_word_none(kind, tokenizer):
     rows = [{"p": "one", "q": "two", "r": "three"}, {"p": "one", "q": None, "r": "three"}]
     env = TextVectorEnv(2, task=small_task(kind(rows)), tokenizer=tokenizer, order="sequential")
-    with pytest.raises(ValueError, match="prompt of task 'small' needs text in column 'q', got null in"):
+    with pytest.raises(ValueError, match="prompt of task 'small' needs text or a number in column 'q', got null in"):
         env.reset(seed=0)
     assert small_task(kind(rows), "{p}").prompt_of(rows[1]) == ("", "one", "")
     assert small_task(kind(rows), "{p[0]}").prompt_of(rows[1]) == ("", "o", "")

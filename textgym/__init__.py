@@ -27,7 +27,12 @@ def register(id: str, task: Task) -> None:
     Args:
         id: The environment's id, such as "my/Questions-v0".
         task: The task.
+
+    Raises:
+        ValueError: `task` is no `Task`.
     """
+    if not isinstance(task, Task):
+        raise ValueError(f"task must be a textgym.Task, got {type(task).__name__}: {task!r}")
     gym.register(
         id,
         entry_point="textgym.env:TextEnv",

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import psutil
 
 # What other libraries call an argument.
 _SYNONYMS = {
@@ -93,6 +94,29 @@ def check_int(name: str, value: Any, least: int = 1) -> int:
     """
     check(name, value, is_int(value) and value >= least, f"an int >= {least}")
     return int(value)
+
+
+def check_memory(what: str, needed: int) -> None:
+    """Refuse what needs more memory than is free, before any of it is taken.
+
+    Raises:
+        ValueError: The message says how much `what` needs, and how much there is.
+    """
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(f"{what} need {needed / 2**30:,.0f} GiB of memory, and {free / 2**30:,.0f} GiB are free")
+
+
+def check_name(name: str, value: Any) -> str:
+    """Return a name that can be part of a file's name, and leads to no other folder.
+
+    Raises:
+        ValueError: It is none.
+    """
+    valid = isinstance(value, str) and 0 < len(value.encode(errors="replace")) <= 100 and value.isprintable()
+    valid = valid and value[0] != "." and not set(value) & {"/", "\\"}
+    check(name, value, valid, "at most 100 printable characters without / and \\, the first of them no dot")
+    return value
 
 
 def check_texts(name: str, value: Any) -> tuple[str, ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from textgym.checks import check, is_int
 from textgym.guides.base import Completion, Guide, GuideRequest
-from textgym.tokenization import Context, StopCriteria, encode_continuation
+from textgym.tokenization import Context, StopCriteria, beginning, encode_continuation
 
 
 def complete(
@@ -35,27 +38,58 @@ def complete(
     if not requests:
         return []
     completions, name = guide.complete(requests, tokenizer), type(guide).__name__
+    if not isinstance(completions, Sequence | np.ndarray) or isinstance(completions, str | bytes | bytearray):
+        raise ValueError(
+            f"guide must return a list with one completion per request, {name} returned "
+            f"{type(completions).__name__}: {_short(completions)}"
+        )
     if len(completions) != len(requests):
         raise ValueError(
             f"guide must return one completion per request ({len(requests)}), {name} returned {len(completions)}"
         )
     vocab_size, result = len(stop_criteria.tokens), []
-    for context, request, completion in zip(contexts, requests, completions, strict=True):
-        if isinstance(completion, str):
-            completion = Completion(text=completion)
-        elif not isinstance(completion, Completion):
-            completion = Completion(token_ids=completion, finished=False)
+    for context, request, returned in zip(contexts, requests, completions, strict=True):
+        completion = _read(returned, vocab_size, name)
         if completion.token_ids is not None:
-            ids = [int(token) for token in completion.token_ids]
-            if any(not 0 <= token < vocab_size for token in ids):
-                raise ValueError(f"guide must return token ids in [0, {vocab_size}), got {ids}")
-        elif completion.text is not None:
-            ids = encode_continuation(tokenizer, context.text + request.prefix, [completion.text])[0]
+            ids = list(completion.token_ids)
         else:
-            raise ValueError(f"guide must return text or token ids, {name} returned neither")
+            text = beginning(tokenizer, completion.text or "", request.max_new_tokens)
+            ids = encode_continuation(tokenizer, context.text + request.prefix, [text], "a guide's text")[0]
         ended = stop_criteria.cut(ids, request.prefix_ids, context)
         if ended is None and completion.finished:
             ended = [*ids, stop_criteria.closing_token]
         ids = (ids if ended is None else ended)[: request.max_new_tokens]
         result.append((ids, ids == ended))
     return result
+
+
+def _read(returned: Any, vocab_size: int, name: str) -> Completion:
+    """Return what a guide returned for one request as a completion with a text or with valid token ids, a list.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(returned, str):
+        returned = Completion(text=returned)
+    elif not isinstance(returned, Completion):
+        returned = Completion(token_ids=returned, finished=False)
+    ids, text, finished = returned.token_ids, returned.text, returned.finished
+    check("Completion.finished", finished, isinstance(finished, bool | np.bool_), "True or False")
+    if ids is not None:
+        wrong = isinstance(ids, str | bytes | bytearray | memoryview)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # of an array or a tensor
+        wrong = wrong or not isinstance(ids, Sequence) or not all(map(is_int, ids))
+        if wrong or any(not 0 <= token < vocab_size for token in ids):
+            raise ValueError(
+                f"guide must return text, or token ids in [0, {vocab_size}), {name} returned {_short(returned)}"
+            )
+        return Completion(token_ids=[int(token) for token in ids], finished=bool(finished))
+    try:
+        str.encode(text)  # type: ignore[arg-type]
+    except (TypeError, UnicodeEncodeError):
+        raise ValueError(f"guide must return Unicode text or token ids, {name} returned {_short(returned)}") from None
+    return returned
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:200]

@@ -8,6 +8,7 @@ from enum import IntEnum
 import numpy as np
 
 from textgym import seeding
+from textgym.checks import check, is_int
 
 
 class Purpose(IntEnum):
@@ -42,17 +43,27 @@ class EpisodeDraws:
         self.leader = np.arange(num_envs)
         self._drawn = np.zeros((num_envs, 2), np.uint64)  # (row key, episode) of each row's running episode
 
+    def copy(self) -> EpisodeDraws:
+        """The same numbers, now and later."""
+        other = EpisodeDraws(0)
+        other.row_keys = None if self.row_keys is None else self.row_keys.copy()
+        other.episode, other.leader, other._drawn = self.episode.copy(), self.leader.copy(), self._drawn.copy()
+        return other
+
     def seed(self, seed: int | Sequence[int | None] | None, rows: np.ndarray, generator: np.random.Generator) -> None:
         """Seed rows (see `TextVectorEnv.reset`); `generator` makes the first seeds of all others.
 
         Raises:
-            ValueError: A sequence of another length than N.
+            ValueError: A sequence of another length than N, or no seed.
         """
         num_envs = len(self.episode)
         if self.row_keys is None:
             self.row_keys = generator.integers(2**64, size=num_envs, dtype=np.uint64)
         if seed is None:
             return
+        seeds = [seed] if isinstance(seed, int | np.integer) else seed
+        valid = all(own is None or (is_int(own) and 0 <= int(own) < 2**64) for own in seeds)
+        check("seed", seed, valid, "an int in [0, 2**64) or, for each row, such an int or None")
         if isinstance(seed, int | np.integer):
             seed = [int(seed) + row for row in range(num_envs)]
         if len(seed) != num_envs:

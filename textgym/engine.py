@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import IntEnum
+from functools import partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal, Never
 
@@ -18,7 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from textgym import seeding
-from textgym.checks import check, check_arguments, check_int, check_one_of, check_texts, is_int, is_number
+from textgym.checks import check, check_arguments, check_int, check_memory, check_one_of, check_texts, is_int, is_number
 from textgym.completions import complete
 from textgym.data.sources import resolve_source
 from textgym.draws import EpisodeDraws, Purpose
@@ -64,6 +65,16 @@ class Phase(IntEnum):
 
 # Arrays are compared with plain ints, which takes NumPy a fifth of the time.
 IDLE, DONE, ACTIVE, NEEDS_GUIDE, NEEDS_REWARD = map(int, Phase)
+
+# What is known of the rows' episodes, in arrays: their texts, a line for each row, and the rest, an entry for each. Of
+# these, a row that goes on changes but the first ones, and a reset all.
+_TEXTS = ("_input_ids", "_attention_mask", "_authors")
+_PROGRESS = ("_phase", "_length", "_finish", "_handoff_at", "_handoffs")
+_EPISODES = (*_PROGRESS, "_prefix_length", "_sample", "_prompts", "_prompt_ids", "_references")
+_COUNTERS = ("_cursor", "guide_tokens_written", "_np_random", "_np_random_seed")
+
+# Of a column of a row: in the arrays, in an observation, and in the bounds of the spaces.
+_BYTES = 40
 
 # A sample's prompt, the prompt's token ids, and its references.
 EncodedSample = tuple[str, tuple[int, ...], tuple[str, ...]]
@@ -127,8 +138,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         reward: The reward that was asked for, a name or path or a function; `reward_function` is what was loaded.
         end_token_id: The token that ends references that are imitated, and texts of guides: with `chat` the token that
             closes an answer, else the first that `stop` names, else EOS.
-        guide_tokens_written: Tokens that the guide has written so far. A text that is kept, or that a group shares,
-            counts once; the ``guide_tokens`` of infos are those in each episode.
+        guide_tokens_written: Tokens that the guide has written so far, in calls that did not fail. A text that is kept,
+            or that a group shares, counts once; the ``guide_tokens`` of infos are those in each episode.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
@@ -202,6 +213,9 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             self.data = self.data.part(count) if self.split == "train" else self.data
         if not len(self.data):
             raise ValueError(f"split {self.split!r} of task {task.name!r} has no samples")
+        # So that a missing column is an error here, not in some episode.
+        task.prompt_of(self.data.rows[0])
+        task.references_of(self.data.rows[0])
         self.tokenizer = load_tokenizer(tokenizer, task, self.source)
         self.vocab_size = vocabulary_size(self.tokenizer)
         self._unused_ids = list(unused_ids(self.tokenizer))
@@ -223,6 +237,10 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             raise ValueError(f"handoff=True needs a guide that can complete a text, got guide={guide!r}")
 
         n, width = self.num_envs, self.max_prompt_tokens + horizon
+        check_memory(
+            f"num_envs={n} rows of max_prompt_tokens={self.max_prompt_tokens} and max_new_tokens={horizon}",
+            _BYTES * n * width,
+        )
         self.single_observation_space = spaces.Dict(
             {
                 "input_ids": spaces.Box(0, self.vocab_size - 1, (width,), np.int64),
@@ -250,6 +268,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._cursor = 0
         self._encoded: dict[int, EncodedSample] = {}
         self._kept_texts: dict[int, tuple[list[int], bool]] = {}
+        # What the guide wrote in calls that then failed, for the next attempt.
+        self._answers: dict[GuideRequest, tuple[list[int], bool]] = {}
         self.guide_tokens_written = 0
         self._no_options = ResetOptions.read(None, n)
         self._guidance = [Guidance()] * n
@@ -357,20 +377,63 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """
         read = ResetOptions.read(options, self.num_envs)
         rows = np.flatnonzero(read.mask)
-        if options and "guidance" in options:
-            self._set_guidance(rows, options["guidance"])
-        if seed is None or isinstance(seed, int | np.integer):
-            super().reset(seed=None if seed is None else int(seed))
-            seeded = seed is not None
-        else:
-            seeded = None not in seed
-        self._draws.seed(seed, rows, self.np_random)
-        if read.mask.all() and (seeded or self._cursor >= len(self.data)):
-            self._cursor = 0
-        self._begin(rows, read)
-        infos = self._reset_infos(read.mask)
-        self._finish_infos(infos)
+        with self.all_or_nothing(rows):
+            if options and "guidance" in options:
+                self._set_guidance(rows, options["guidance"])
+            if seed is None or is_int(seed):
+                super().reset(seed=None if seed is None else int(seed))  # type: ignore[arg-type]
+                seeded = seed is not None
+            else:
+                listed = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str | bytes)
+                check("seed", seed, listed, "an int or a sequence with an int or None for each row")
+                seeded = None not in seed  # type: ignore[operator]
+            self._draws.seed(seed, rows, self.np_random)
+            if read.mask.all() and (seeded or self._cursor >= len(self.data)):
+                self._cursor = 0
+            self._begin(rows, read)
+            infos = self._reset_infos(read.mask)
+            self._finish_infos(infos)
+        self._answers.clear()
         return self._observation(), infos
+
+    @contextmanager
+    def all_or_nothing(self, rows: np.ndarray | None = None) -> Iterator[None]:
+        """Put the environment back to where it was, if the block fails: the block can then be tried again.
+
+        Args:
+            rows: The only rows whose episodes the block changes; None for all.
+        """
+        saved = self._saved(np.arange(self.num_envs) if rows is None else rows)
+        try:
+            yield
+        except BaseException:
+            self._restore(saved)
+            raise
+
+    def _saved(self, rows: np.ndarray) -> dict[str, Any]:
+        """Everything that `reset` and `step` change, with the texts of `rows` only."""
+        own = vars(self)
+        return {
+            "texts": (rows, [own[name][rows] for name in _TEXTS]),
+            "episodes": [own[name].copy() for name in _EPISODES],
+            "draws": self._draws.copy(),
+            "guidance": self._guidance,
+            "kept_texts": len(self._kept_texts),
+            "counters": {name: own.get(name) for name in _COUNTERS},
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Go back to what was `_saved`."""
+        rows, texts = saved["texts"]
+        for name, values in zip(_TEXTS, texts, strict=True):
+            vars(self)[name][rows] = values
+        vars(self).update(zip(_EPISODES, saved["episodes"], strict=True))
+        self._draws = saved["draws"]
+        if self._guidance is not saved["guidance"]:
+            self._set_guidance(np.arange(self.num_envs), saved["guidance"])
+        while len(self._kept_texts) > saved["kept_texts"]:
+            self._kept_texts.popitem()
+        vars(self).update(saved["counters"])
 
     def _set_guidance(self, rows: np.ndarray, value: Any) -> None:
         """Put guidance in force for rows; `value` is one guidance or a sequence with one entry per row."""
@@ -472,7 +535,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def _user_prefix(self, row: int, prefix: Any) -> list[int]:
         context, horizon = self._context(row), self.max_new_tokens
         if isinstance(prefix, str):
-            (prefix,) = encode_continuation(self.tokenizer, context.text, [prefix])
+            (prefix,) = encode_continuation(self.tokenizer, context.text, [prefix], "options['prefix']")
         ids = [int(token) for token in prefix]
         if len(ids) >= horizon:
             raise ValueError(
@@ -643,9 +706,13 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         return self._complete(requests, contexts)
 
     def _complete(self, requests: Sequence[GuideRequest], contexts: Sequence[Context]) -> list[tuple[list[int], bool]]:
-        """Ask the guide (see `completions.complete`), and count its tokens."""
+        """Ask the guide (see `completions.complete`) for what it has not written yet, and count its tokens."""
         assert self.guide is not None
-        written = complete(self.guide, requests, contexts, self.tokenizer, self._stop_criteria)
+        new = [at for at, request in enumerate(requests) if request not in self._answers]
+        asked = [requests[at] for at in new]
+        answers = complete(self.guide, asked, [contexts[at] for at in new], self.tokenizer, self._stop_criteria)
+        self._answers |= zip(asked, answers, strict=True)
+        written = [self._answers[request] for request in requests]
         if self.guide.author == Author.GUIDE:
             self.guide_tokens_written += sum(len(ids) for ids, _ in written)
         return written
@@ -693,40 +760,51 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         if self._draws.row_keys is None:
             raise gym.error.ResetNeeded("call reset() before step()")
         rows = np.flatnonzero(self._phase == ACTIVE)
-        chosen = actions[rows]
-        if chosen.size and not (chosen.min() >= 0 and chosen.max() < self.vocab_size + self.handoff):
-            raise ValueError(
-                f"actions must be in [0, {self.vocab_size + self.handoff}), got {chosen.min()} to {chosen.max()}"
-            )
+        chosen = actions[rows].astype(np.int64, copy=False)
+        count = self.vocab_size + self.handoff
+        if np.count_nonzero(chosen.view(np.uint64) >= count):  # without a sign a negative number is a large one
+            raise ValueError(f"actions must be in [0, {count}), got {actions[rows].min()} to {actions[rows].max()}")
         resetting = self._phase == DONE
         any_reset = np.count_nonzero(resetting) > 0  # for small arrays several times faster than any()
-        if any_reset:
-            if self.autoreset_mode == AutoresetMode.DISABLED:
-                raise gym.error.ResetNeeded(
-                    "an episode is over and autoreset is disabled: call reset(), with options={'reset_mask': ...} for "
-                    f"rows {np.flatnonzero(resetting).tolist()}"
-                )
-            self._begin(np.flatnonzero(resetting), self._no_options)
-        self._write(rows, chosen)
-
+        if any_reset and self.autoreset_mode == AutoresetMode.DISABLED:
+            raise gym.error.ResetNeeded(
+                "an episode is over and autoreset is disabled: call reset(), with options={'reset_mask': ...} for "
+                f"rows {np.flatnonzero(resetting).tolist()}"
+            )
         infos: dict[str, Any] = {}
         handed_back: dict[str, Any] = {}
         rewards = np.zeros(self.num_envs, np.float64)
         terminations = np.zeros(self.num_envs, bool)
-        # Parked rows wait for all others. A row that was just reset must not end in the same step, so a batch with one
-        # ends in the next.
-        if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
-            handed_back = self._hand_off()
-            if not (self.parking and handed_back):
-                terminations = self._phase == NEEDS_REWARD
-        if np.count_nonzero(terminations):
-            infos = self._end_episodes(terminations, rewards)
-            if self.autoreset_mode == AutoresetMode.SAME_STEP:
-                infos = self._reset_in_same_step(terminations, infos)
-        if any_reset:
-            _merge(infos, self._reset_infos(resetting))
-        infos |= handed_back
-        self._finish_infos(infos)
+        # How to take back, last first, what was done when guide or reward fail: texts are copied only of rows that a
+        # reset replaces.
+        undo: list[Callable[[], None]] = []
+        try:
+            if any_reset:
+                undo.append(partial(self._restore, self._saved(np.flatnonzero(resetting))))
+                self._begin(np.flatnonzero(resetting), self._no_options)
+            progress = [vars(self)[name].copy() for name in _PROGRESS]
+            undo.append(partial(self._unwrite, progress, self.guide_tokens_written))
+            self._write(rows, chosen)
+            # Parked rows wait for all others. A row that was just reset must not end in the same step, so a batch with
+            # one ends in the next.
+            if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
+                handed_back = self._hand_off()
+                if not (self.parking and handed_back):
+                    terminations = self._phase == NEEDS_REWARD
+            if np.count_nonzero(terminations):
+                infos = self._end_episodes(terminations, rewards)
+                if self.autoreset_mode == AutoresetMode.SAME_STEP:
+                    undo.append(partial(self._restore, self._saved(np.flatnonzero(terminations))))
+                    infos = self._reset_in_same_step(terminations, infos)
+            if any_reset:
+                _merge(infos, self._reset_infos(resetting))
+            infos |= handed_back
+            self._finish_infos(infos)
+        except BaseException:
+            for take_back in reversed(undo):
+                take_back()
+            raise
+        self._answers.clear()
         return self._observation(), rewards, terminations, np.zeros(self.num_envs, bool), infos
 
     def _write(self, rows: np.ndarray, actions: np.ndarray) -> None:
@@ -750,6 +828,15 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             self._phase[rows[ended]] = NEEDS_REWARD
             self._finish[rows[ended]] = np.where(stopped[ended], STOP, LENGTH)
 
+    def _unwrite(self, progress: Sequence[np.ndarray], guide_tokens_written: int) -> None:
+        """Take back what policy and guide wrote since the arrays of `_PROGRESS` were these."""
+        vars(self).update(zip(_PROGRESS, progress, strict=True))
+        self.guide_tokens_written = guide_tokens_written
+        written = (self._authors != Author.NONE) & (np.arange(self.max_new_tokens) >= self._length[:, None])
+        self._authors[written] = Author.NONE
+        self._input_ids[:, self.max_prompt_tokens :][written] = self.pad_token_id
+        self._attention_mask[:, self.max_prompt_tokens :][written] = 0
+
     def _hand_off(self) -> dict[str, Any]:
         """Let the guide continue the rows that wait for it, in one call; the policy goes on after bounded hand-offs.
 
@@ -769,7 +856,6 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         # A guide that has nothing to say ends the text, too: the policy could ask it for ever.
         ended = np.array([finished or not ids for ids, finished in written])
         ended |= (bound == 0) | (self._length[rows] == self.max_new_tokens)
-        # Should the reward fail now, a step that is tried again must not write a second completion.
         self._phase[rows] = np.where(ended, NEEDS_REWARD, ACTIVE)
         self._finish[rows[ended]] = HANDOFF
         again = rows[~ended & (self._handoff_at[rows] >= 0) & (self._handoff_rate[self._draws.leader[rows]] > 0)]
@@ -792,8 +878,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         rows = np.flatnonzero(mask)
         contexts = [self._context(row) for row in rows.tolist()]
         texts = self._stop_criteria.texts([self._tokens(row) for row in rows.tolist()], contexts)
-        value = self.reward_function(
-            prompts=self._prompts[rows].tolist(), completions=texts, references=self._references[rows].tolist()
+        value = self.reward_function(  # of lists that it may change
+            prompts=self._prompts[rows].tolist(), completions=[*texts], references=self._references[rows].tolist()
         )
         total, parts = split_parts(value, len(rows))
         prefix_length, policy_tokens = self._prefix_length[rows], (self._authors[rows] == Author.POLICY).sum(1)

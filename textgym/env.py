@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import Signature, signature
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from textgym.checks import check_arguments
+from textgym.checks import check, check_arguments
 from textgym.engine import TextVectorEnv, argument_names
 from textgym.guidance import Guidance
 from textgym.guides.base import Guide
@@ -76,14 +76,18 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
         Raises:
             ValueError: An unknown option, or a value outside of what is allowed.
         """
+        if not isinstance(options, Mapping | None):
+            raise ValueError(f"options must be a mapping or None, got {type(options).__name__}: {options!r}")
         super().reset(seed=seed)
         options = dict(options or {})
         for name in VECTOR_ONLY_OPTIONS:
             if name in options:
                 raise ValueError(f"options[{name!r}] is an option of the vector environment only")
         # To the engine, whose only row this is, a sequence has one entry per row.
-        for name in ("prefix", "references"):
+        for name, allowed in (("prefix", "a text or token ids"), ("references", "a sequence of texts")):
             if options.get(name) is not None:
+                listed = isinstance(options[name], Sequence | np.ndarray) and not isinstance(options[name], bytes)
+                check(f"options[{name!r}]", options[name], listed, allowed)
                 options[name] = [options[name]]
         if isinstance(options.get("prompt"), str):
             options["prompt"] = [options["prompt"]]
@@ -105,7 +109,9 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
             ValueError: An action outside of the action space.
             gymnasium.error.ResetNeeded: The episode is over, or never began.
         """
-        observation, rewards, terminations, _, infos = self.engine.step(np.asarray(action).reshape(1))
+        action = np.asarray(action)
+        check("action", action, action.size == 1, "one action")
+        observation, rewards, terminations, _, infos = self.engine.step(action.reshape(1))
         return _first(observation), float(rewards[0]), bool(terminations[0]), False, row_info(infos, 0)
 
     def action_masks(self) -> np.ndarray:

@@ -1,10 +1,48 @@
-"""Files in the folder of a model or in its repository on the Hugging Face hub."""
+"""The folder of a model, or its repository on the Hugging Face hub: its files, and loading what they hold."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from transformers.utils import cached_file
+
+from textgym.checks import check
+
+
+def load_pretrained(kind: Any, path: str | os.PathLike, *, trust_remote_code: bool = False, **arguments: Any) -> Any:
+    """Load a model, tokenizer or configuration of transformers; nothing is loaded in another way.
+
+    Args:
+        kind: The class, such as `transformers.AutoTokenizer`.
+        path: Hub id or folder.
+        trust_remote_code: Whether Python code that lies beside it may run. It is never left open, because transformers
+            would then ask on the terminal, for as long as nobody answers.
+        **arguments: Others of `from_pretrained` of that class. Weights are read from safetensors, which cannot hold
+            code, or from a GGUF file.
+
+    Raises:
+        OSError: There is nothing at `path`, or no weights in safetensors.
+        ValueError: What is there cannot be read, or only by its own code.
+    """
+    if hasattr(kind, "_model_mapping") and "gguf_file" not in arguments:  # the automatic classes of models
+        arguments["use_safetensors"] = True
+    return kind.from_pretrained(os.fspath(path), trust_remote_code=trust_remote_code, **arguments)
+
+
+def check_model(name: str, path: str | os.PathLike, allowed: str) -> None:
+    """Refuse a hub id or folder without a model, before it is needed; nothing of it is loaded.
+
+    Args:
+        name: The argument's name.
+        path: The hub id or folder.
+        allowed: What is allowed, to be read after "must be".
+
+    Raises:
+        ValueError: There is no configuration and there are no adapters at `path`.
+    """
+    there = os.fspath(path) and any(file_beside(path, file) for file in ("config.json", "adapter_config.json"))
+    check(name, os.fspath(path), bool(there), f"{allowed} (a folder with a config.json, or a repository of the hub)")
 
 
 def file_beside(path: str | os.PathLike, name: str) -> str | None:

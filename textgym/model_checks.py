@@ -20,6 +20,7 @@ _OF_COLUMNS = {
     "reference_sliding_attention",
     "window_attention",
 }
+_NOT_FINITE = "states that are not finite"
 _SERVED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -46,6 +47,10 @@ def check_served(model: PreTrainedModel, copy_of: PreTrainedModel | None = None)
         if fault is None:
             _SERVED[model] = True
             return
+    if fault == _NOT_FINITE:
+        weights = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+        what = f"in {', '.join(weights[:3])}" if weights else f"as far as {model.dtype} reaches: its states overflow"
+        raise ValueError(f"model must have finite weights; {name} has none {what}")
     raise ValueError(f"model must give the same for a text alone and in a batch; {name} does not, in {fault}")
 
 
@@ -68,6 +73,8 @@ def _fault(model: PreTrainedModel, first: int) -> str | None:
             ]
             outputs = [text_decoder(model)(input_ids=whole[None], use_cache=False) for whole in wholes]
             own = [output.last_hidden_state[0] for output in outputs]
+            if not all(states.isfinite().all() for states in own):
+                return _NOT_FINITE
             logits = [model(input_ids=whole[None], use_cache=False).logits[0] for whole in wholes]
             heads = torch.cat([head(model, states) for states in own])
             cache_class = PackedCache if can_pack(model) else PaddedCache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,7 +21,8 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.utils import is_bitsandbytes_available, is_gguf_available, is_peft_available
 
 from textgym.checks import check
-from textgym.hub import file_beside
+from textgym.hub import file_beside, load_pretrained
+from textgym.storage import readable
 
 
 def load_model(
@@ -30,6 +32,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quantization: Literal["4bit"] | None = None,
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a language model for use without dropout, a causal or a sequence-to-sequence one as its config says.
 
@@ -41,6 +44,7 @@ def load_model(
         quantization: "4bit" keeps the weights of linear layers in 4 bits (NF4, Dettmers et al. 2023, arXiv 2305.14314),
             by bitsandbytes.
         gguf_file: A GGUF file in that folder, to be read instead; its weights are unpacked.
+        trust_remote_code: Whether Python code of the model's folder or repository may run.
 
     Raises:
         ImportError: A package for adapters, quantised weights or GGUF files is not installed.
@@ -52,19 +56,25 @@ def load_model(
         raise ImportError(f'the adapters in {str(path)!r} need peft: pip install "textgym[peft]"')
     if gguf_file is not None and not is_gguf_available():
         raise ImportError('gguf_file needs gguf: pip install "textgym[gguf]"')
-    base, arguments = path, {"trust_remote_code": False, **({} if gguf_file is None else {"gguf_file": gguf_file})}
+    base: str | os.PathLike = path
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        arguments["gguf_file"] = gguf_file
     if adapters is not None and file_beside(path, "config.json") is None:
         base = json.loads(Path(adapters).read_text())["base_model_name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(str(base), **arguments)
+        config = load_pretrained(AutoConfig, base, **arguments)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if gguf_file is None:
-            arguments["use_safetensors"] = True
-        else:
+        if gguf_file is not None:
             arguments["config"] = config  # to read a large vocabulary from such a file again takes many seconds
         if quantization is not None:
             arguments |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": target}}
-        model = kind.from_pretrained(str(path), dtype=dtype, **arguments)
+        model = load_pretrained(kind, path, dtype=dtype, **arguments)
+    except SafetensorError:
+        for file in sorted(Path(path).glob("*.safetensors")):
+            with readable(file), safe_open(file, "pt"):
+                pass
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {str(path)!r} must be a hub id or a folder of a causal or sequence-to-sequence language model with "
@@ -96,12 +106,24 @@ def _quantization(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Read a device argument; "auto" is CUDA where there is one, else CPU."""
+    """Read a device argument; "auto" is CUDA where there is one, else CPU.
+
+    Raises:
+        ValueError: It is no device of torch, or one that this machine does not have.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and (rank := os.environ.get("LOCAL_RANK")):  # each process of a machine has its own
             device = f"cuda:{int(rank) % torch.cuda.device_count()}"
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be "auto" or a device of torch, got {device!r}: {error}') from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        allowed = f"one of {count} CUDA devices" if count else '"auto" or "cpu", since there is no CUDA device here'
+        check("device", str(device), (chosen.index or 0) < count, allowed)
+    return chosen
 
 
 def fuse_activations(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,10 @@ class ResetOptions:
         Raises:
             ValueError: An unknown option, or a value that is not allowed.
         """
+        if not isinstance(options, Mapping | None):
+            raise ValueError(f"options must be a mapping or None, got {type(options).__name__}: {options!r}")
         options = options or {}
-        unknown = sorted(set(options) - set(NAMES))
+        unknown = sorted(map(str, set(options) - set(NAMES)))
         if unknown:
             raise ValueError(f"options has unknown keys {unknown}; allowed are {list(NAMES)}")
         group_size = check_int("options['group_size']", options.get("group_size", 1))
@@ -56,8 +58,8 @@ class ResetOptions:
             mask=mask,
             idle=np.zeros(num_envs, bool) if idle is None else _mask("idle", idle, num_envs, group_size),
             group_size=group_size,
-            index=_per_row("index", options.get("index"), num_envs, int | np.integer, "an int"),
-            prompt=_per_row("prompt", prompt, num_envs, str, "a str"),
+            index=_per_row("index", options.get("index"), num_envs, is_int, "an int"),
+            prompt=_per_row("prompt", prompt, num_envs, _is_text, "a str"),
             references=_references(options.get("references"), num_envs, prompt is None or isinstance(prompt, str)),
             prefix=_prefixes(options.get("prefix"), num_envs),
         )
@@ -89,12 +91,16 @@ def _entries(name: str, value: Any, num_envs: int, allowed: str) -> list[Any]:
     return list(value)
 
 
-def _per_row(name: str, value: Any, num_envs: int, kind: Any, form: str) -> list[Any]:
-    if value is None or isinstance(value, kind):
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _per_row(name: str, value: Any, num_envs: int, is_kind: Callable[[Any], bool], form: str) -> list[Any]:
+    if value is None or is_kind(value):
         return [value] * num_envs
     allowed = f"{form} or a sequence with one (or None) per row"
     entries = _entries(name, value, num_envs, allowed)
-    valid = all(entry is None or isinstance(entry, kind) for entry in entries)
+    valid = all(entry is None or is_kind(entry) for entry in entries)
     check(f"options[{name!r}]", value, valid, allowed)
     return entries
 
@@ -108,7 +114,9 @@ def _references(value: Any, num_envs: int, one_prompt: bool) -> list[Any]:
         check("options['references']", value, not isinstance(value, str), allowed)
         return [tuple(value)] * num_envs
     entries = _entries("references", value, num_envs, allowed)
-    check("options['references']", value, not any(isinstance(entry, str) for entry in entries), allowed)
+    for entry in entries:
+        listed = entry is None or (isinstance(entry, Sequence) and not isinstance(entry, str | bytes))
+        check("options['references']", value, listed and all(map(_is_text, entry or ())), allowed)
     return [None if entry is None else tuple(entry) for entry in entries]
 
 
@@ -118,4 +126,9 @@ def _prefixes(value: Any, num_envs: int) -> list[Any]:
     allowed = "a text, token ids, or a sequence with one of these (or None) per row"
     if isinstance(value, Sequence | np.ndarray) and len(value) and all(map(is_int, value)):
         return [value] * num_envs
-    return _entries("prefix", value, num_envs, allowed)
+    entries = _entries("prefix", value, num_envs, allowed)
+    for entry in entries:
+        ids = isinstance(entry, Sequence | np.ndarray) and not isinstance(entry, bytes)
+        valid = entry is None or isinstance(entry, str) or (ids and all(map(is_int, entry)))
+        check("options['prefix']", value, valid, allowed)
+    return entries

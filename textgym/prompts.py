@@ -46,9 +46,10 @@ class PromptEncoder:
         """Encode prompts in the template, in at most `max_prompt_tokens` (see `TextVectorEnv.encode_prompts`)."""
         encoded = encode_prompts(
             self._tokenizer,
-            [(self._before + before, body, after + self._after) for before, body, after in prompts],
+            prompts,
             max_prompt_tokens,
             self._truncation_side,
             add_special_tokens=not self._chat,
+            template=(self._before, self._after),
         )
         return [(text[len(self._before) : len(text) - len(self._after)], ids) for text, ids in encoded]

@@ -1,7 +1,8 @@
-"""Episodes for terminals: the prompt dim, and each author's tokens in their own colour."""
+"""Texts for terminals and for Markdown: episodes in colours, and what came from outside without effect."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from textgym.guides.base import Author
@@ -10,11 +11,27 @@ COLOURS = {Author.POLICY: 32, Author.GUIDE: 35, Author.REFERENCE: 34, Author.USE
 
 
 def coloured(prompt: str, stretches: Sequence[tuple[int, str]]) -> str:
-    """Show a text with ANSI colours.
+    """Show a text with ANSI colours; its own control characters have no effect.
 
     Args:
         prompt: The prompt.
         stretches: The text after it, as pairs (author, text) (see `textgym.tokenization.decode_by_author`).
     """
     parts = [(2, prompt), *((COLOURS[Author(author)], text) for author, text in stretches)]
-    return "".join(f"\x1b[{code}m{text}\x1b[0m" for code, text in parts)
+    return "".join(f"\x1b[{code}m{visible(text)}\x1b[0m" for code, text in parts)
+
+
+# Control characters but tab and newline, halves of characters, and what turns the direction of writing.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+# What begins code, HTML, a cell of a table, the address of a link, or an address that becomes a link by itself.
+_MARKDOWN = re.compile(r"[\\`<|]|(?<=\])\(|(?<=:)//")
+
+
+def visible(text: str) -> str:
+    """Show the control characters of a text as escapes, so that a terminal does not obey them."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def inert(text: str) -> str:
+    """Return Markdown that shows a text in one line, and makes no link, image, HTML or cell of it."""
+    return _MARKDOWN.sub(r"\\\g<0>", visible(text).replace("\n", " "))

@@ -1,13 +1,26 @@
-"""Where textgym keeps what it makes, and files that appear whole or not at all."""
+"""Where textgym keeps what it makes, and files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
+
+if sys.platform != "win32":
+    import fcntl
+
+Made = TypeVar("Made")
 
 
 def cache_dir() -> Path:
@@ -15,54 +28,194 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TEXTGYM_CACHE") or Path.home() / ".cache" / "textgym").expanduser()
 
 
-def _temporary(path: str | os.PathLike) -> tuple[Path, Path]:
-    """The path, whose parent folders are made, and a new name beside it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path, path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-
-
-@contextmanager
+@contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file under a temporary name beside `path`; it takes the place of `path` when the block ends.
 
-    If the block fails, `path` is what it was. Folders on the way are made.
+    If the block fails or the process dies, `path` is what it was. Folders on the way are made. The file has the
+    permissions of any new file.
     """
-    path, temporary = _temporary(path)
-    temporary.touch(exist_ok=False)  # with the permissions of any new file, unlike those of mkstemp
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _temporary(path) as temporary:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        try:
+            yield temporary
+            temporary.chmod(mode)  # some libraries write files that nobody else can read
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def new_folder(path: str | os.PathLike, *, keep_existing: bool = False) -> Iterator[Path]:
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Fill a temporary folder beside `path`; it takes the place of `path` when the block ends.
 
-    If the block fails, `path` is what it was. Folders on the way are made.
+    If the block fails or the process dies, `path` is what it was; where the file system can exchange two folders, there
+    is no moment without one. Elsewhere `restore` finds it again. Folders on the way are made. The contents have the
+    permissions of any new file or folder.
+    """
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        try:
+            yield temporary
+            for part in temporary.rglob("*"):
+                part.chmod(mode if part.is_dir() else mode & 0o666)
+            _put(temporary, Path(path))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore(path: str | os.PathLike) -> None:
+    """Put a folder back that `new_folder` had moved away when its process died; call it before reading one."""
+    path = Path(path)
+    if not path.exists():
+        for old in _leftovers(path):
+            if old.name.startswith(f".{path.name}-") and old.name.endswith(_OLD):
+                old.rename(path)
+                break
+
+
+def made_once(
+    folder: Path,
+    make: Callable[[], Made],
+    keep: Callable[[Made, Path], None],
+    load: Callable[[Path], Made],
+    otherwise: Path | None = None,
+) -> Made:
+    """Load what a folder of the cache holds, or make it: of several processes one does, and the others wait for it.
+
+    What cannot be loaded is made again, with a warning. So is what cannot be kept: a cache that is full or cannot be
+    written stops nothing.
 
     Args:
-        path: The folder to make or replace.
-        keep_existing: Leave a folder that is there by the end of the block, as where several processes make the same.
+        folder: The folder, whose name says everything that its contents depend on.
+        make: Makes the object.
+        keep: Writes the object into an empty folder.
+        load: Reads it again.
+        otherwise: The folder to take where `folder` cannot be written; None: the object is for this process only.
+
+    Raises:
+        OSError: Neither `folder` nor `otherwise` can be written.
     """
-    path, temporary = _temporary(path)
-    temporary.mkdir()  # with the permissions of any new folder, unlike those of mkdtemp
-    old = temporary.with_name(temporary.name + "-old")
+    if folder.is_dir():  # also where nothing can be written
+        with contextlib.suppress(Exception):
+            return load(folder)
+
+    def elsewhere(error: Exception, make: Callable[[], Made]) -> Made:
+        place = "by this process alone" if otherwise is None else f"in {otherwise}"
+        warnings.warn(
+            f"{folder} cannot be written, so that what belongs there is kept {place}: {error}; the environment "
+            "variable TEXTGYM_CACHE names another cache",
+            UserWarning,
+            stacklevel=3,
+        )
+        return make() if otherwise is None else made_once(otherwise, make, keep, load)
+
     try:
-        yield temporary
-        if path.is_dir() and keep_existing:
-            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
+    except OSError as error:
+        return elsewhere(error, make)
+    with lock:
+        if folder.is_dir():  # by now
+            try:
+                return load(folder)
+            except Exception as error:
+                warnings.warn(f"{folder} is damaged and is made again: {error}", UserWarning, stacklevel=2)
+        made = make()
+        try:
+            with new_folder(folder) as new:
+                keep(made, new)
+        except Exception as error:  # libraries have their own for a full disk
+            reason = error
+        else:
+            return load(folder)
+    return elsewhere(reason, lambda: made)
+
+
+@contextlib.contextmanager
+def readable(file: str | os.PathLike) -> Iterator[None]:
+    """Name the file and say what to do if the block, which reads it, fails.
+
+    Raises:
+        ValueError: The block raised an error.
+    """
+    try:
+        yield
+    except Exception as error:  # every library has its own for a file that is cut, or is something else
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"{file} is damaged or was written by something else ({type(error).__name__}: {reason}); take a whole copy "
+            "of its folder, or delete the folder and make it again"
+        ) from error
+
+
+_OLD = "-old"
+_AT_CWD = -100  # of Linux's fcntl.h
+_EXCHANGE = 2  # Linux's RENAME_EXCHANGE and macOS' RENAME_SWAP
+
+
+@contextlib.contextmanager
+def _temporary(path: str | os.PathLike) -> Iterator[Path]:
+    """A new name beside `path`, whose parent folders are made; what dead processes left under such names is removed.
+
+    Who writes holds a shared lock on the parent folder: whoever can have it alone knows that all others are dead.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    if sys.platform == "win32":  # which has no locks of folders
+        yield name
+        return
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # others write there, or the file system has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            restore(path)
+            for leftover in _leftovers(path):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield name
+    finally:
+        os.close(descriptor)
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """Temporary files and folders beside `path`, and those that were made to take the place of one of them."""
+    name = re.compile(rf"\.+{re.escape(path.name)}(-[0-9a-f]{{16}})+({_OLD})?")
+    if not path.parent.is_dir():
+        return []
+    with os.scandir(path.parent) as entries:
+        return [Path(entry) for entry in entries if name.fullmatch(entry.name)]
+
+
+def _put(new: Path, path: Path) -> None:
+    """Put a folder in the place of another or of nothing; the other is then where it was."""
+    if path.exists() and _exchange(new, path):
+        return
+    old = new.with_name(new.name + _OLD)
+    while True:
         if path.exists():
             path.rename(old)
         try:
-            temporary.rename(path)
+            new.rename(path)
+            break
         except OSError:
-            if not path.exists() and old.exists():
-                old.rename(path)
-            if not (keep_existing and path.is_dir()):  # another process has just made it
+            if not path.exists():
                 raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            # A reader has put the old one back.
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two paths in one step; whether it was done."""
+    if sys.platform == "win32":
+        return False
+    libc, names = ctypes.CDLL(None), (os.fsencode(first), os.fsencode(second))
+    if hasattr(libc, "renameat2"):
+        return libc.renameat2(_AT_CWD, names[0], _AT_CWD, names[1], _EXCHANGE) == 0
+    if hasattr(libc, "renamex_np"):
+        return libc.renamex_np(*names, _EXCHANGE) == 0
+    return False

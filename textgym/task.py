@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
-from textgym.checks import check, check_one_of
+from textgym.checks import check, check_int, check_name, check_one_of
 from textgym.data.splits import SPLITS, Row, Split, SplitName
 from textgym.metrics import Metric, check_metrics
+from textgym.rewards import check_reward
 from textgym.rewards.base import RewardFunction
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ class Task:
         tokenizer: Returns the tokenizer, called on first use; None: a byte-level BPE trained on the train split.
 
     Raises:
-        ValueError: An entry of `metrics` is neither a known name nor a metric.
+        ValueError: `name` cannot be part of a file's name; an entry of `metrics` is neither a known name nor a metric;
+            a format string that names no columns; another argument of a wrong type.
     """
 
     name: str
@@ -59,7 +62,24 @@ class Task:
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         check_metrics(self.metrics)
+        if isinstance(self.prompt, str):
+            try:
+                fields = [name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None]
+            except ValueError:
+                fields = [""]
+            valid = all(re.match(r"[^\W\d]", name) for name in fields)
+            check("prompt", self.prompt, valid, "a format string over names of columns, with other braces doubled")
+        else:
+            check("prompt", self.prompt, callable(self.prompt), "a format string or a function of a row")
+        of_rows = isinstance(self.references, str) or callable(self.references)
+        check("references", self.references, of_rows, "the name of a column or a function of a row")
+        for name in ("max_prompt_tokens", "max_new_tokens"):
+            check_int(name, getattr(self, name))
+        check_one_of("truncation_side", self.truncation_side, ("left", "right"))
+        check_reward(self.reward, self.rewards)
+        check("reward", self.reward, self.reward is not None, "a function, or the name of one in rewards")
 
     def split(self, name: SplitName, source: str) -> Split:
         """Load a split.
@@ -69,7 +89,7 @@ class Task:
             source: "mini", "hub" or a folder.
 
         Raises:
-            ValueError: The split's name is not one of these, or the task has no such split.
+            ValueError: The split's name is not one of these, or the task has no such split; the data are no rows.
         """
         check_one_of("split", name, SPLITS)
         rows: Any = self.data
@@ -84,13 +104,13 @@ class Task:
         """Return the prompt of a row as (before, body, after).
 
         Raises:
-            ValueError: A column that the format string names is null, or a function returns no prompt.
+            ValueError: What the format string names is missing, null or neither text nor a number, or a function
+                returns no prompt.
         """
         if isinstance(self.prompt, str):
-            columns = [re.split(r"[.[]", name)[0] for _, name, _, _ in Formatter().parse(self.prompt) if name]
-            missing = [column for column in columns if row.get(column, "") is None]
-            if missing:
-                raise ValueError(f"prompt of task {self.name!r} needs text in column {missing[0]!r}, got null in {row}")
+            for _, field_name, _, conversion in Formatter().parse(self.prompt):
+                if field_name is not None and conversion is None:
+                    self._check_field(field_name, row)
         prompt: Any = self.prompt.format(**row) if isinstance(self.prompt, str) else self.prompt(row)
         if isinstance(prompt, str):
             return "", prompt, ""
@@ -100,6 +120,21 @@ class Task:
             )
         return prompt
 
+    def _check_field(self, field_name: str, row: Row) -> None:
+        column = re.split(r"[.[]", field_name)[0]
+        if column not in row:
+            raise ValueError(f"prompt of task {self.name!r} needs column {column!r}, the data have {sorted(row)}")
+        try:
+            value, _ = Formatter().get_field(field_name, (), row)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            value = None
+        # A list would be written as Python writes it, and a null as "None" or "nan".
+        if not isinstance(value, str | Number) or value != value:
+            raise ValueError(
+                f"prompt of task {self.name!r} needs text or a number in column {field_name!r}, got "
+                f"{'null' if value is None or value != value else f'{type(value).__name__} {value!r}'} in {row}"
+            )
+
     def imitates(self, row: Row) -> bool:
         """Return whether supervised learning imitates the references of a row."""
         return self.demonstration is None or self.demonstration(row)
@@ -108,8 +143,12 @@ class Task:
         """Return the reference texts of a row, without nulls.
 
         Raises:
-            ValueError: A reference is not text.
+            ValueError: There is no such column, or a reference is not text.
         """
+        if isinstance(self.references, str) and self.references not in row:
+            raise ValueError(
+                f"references of task {self.name!r} need column {self.references!r}, the data have {sorted(row)}"
+            )
         value = row[self.references] if isinstance(self.references, str) else self.references(row)
         if value is None or isinstance(value, str):
             value = [value]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -17,8 +18,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from textgym.hub import file_beside
-from textgym.storage import cache_dir, new_folder
+from textgym.hub import file_beside, load_pretrained
+from textgym.storage import cache_dir, made_once
 from textgym.task import Task
 
 if TYPE_CHECKING:
@@ -60,8 +61,12 @@ def load_tokenizer(
     return loaded
 
 
-def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def pretrained_tokenizer(
+    path: str | os.PathLike, gguf_file: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model from its hub id or folder, or from a GGUF file there.
+
+    Its own Python code runs only with `trust_remote_code`.
 
     Raises:
         ValueError: There is no tokenizer.
@@ -71,15 +76,15 @@ def pretrained_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) 
 
     wrong = f"tokenizer must be a hub id or a folder with a tokenizer, got {str(path)!r}"
     kind: Any = AutoTokenizer
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         if gguf_file is not None:
             options["gguf_file"] = gguf_file
         # These classes are what the tokenizer file says; AutoTokenizer would use the class of the model's family.
         elif get_tokenizer_config(str(path)).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
             kind = PreTrainedTokenizerFast
-        tokenizer = kind.from_pretrained(str(path), **options)
-    except (OSError, ValueError) as error:
+        tokenizer = load_pretrained(kind, path, **options)
+    except Exception as error:  # that of tokenizers is a bare one
         raise ValueError(f"{wrong}: {error}") from error
     # For a model without tokenizer, transformers makes one of nothing but the special tokens of its architecture.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -100,13 +105,12 @@ def _trained_tokenizer(task: Task, source: str) -> PreTrainedTokenizerBase:
     # Tasks can write the same data as different texts, which a few rows show.
     layout = hashlib.sha256("\n".join(texts(8)).encode()).hexdigest()[:8]
     folder = cache_dir() / "tokenizers" / f"{task.name}-{split.fingerprint}-{layout}-{VOCAB_SIZE}"
-    if folder.is_dir():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer = train_tokenizer(texts(TRAINING_ROWS))
-    # Where another process finishes first, its tokenizer is the same.
-    with new_folder(folder, keep_existing=True) as temporary:
-        tokenizer.save_pretrained(temporary)
-    return tokenizer
+    return made_once(
+        folder,
+        make=lambda: train_tokenizer(texts(TRAINING_ROWS)),
+        keep=lambda tokenizer, new: tokenizer.save_pretrained(new),
+        load=partial(load_pretrained, PreTrainedTokenizerFast),
+    )
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
@@ -136,6 +140,8 @@ class _Vocabulary(NamedTuple):
     """Facts about a tokenizer's vocabulary that are looked up often."""
 
     size: int  # the largest id plus one
+    longest: int  # characters of the longest token
+    special: tuple[str, ...]  # names of the special tokens
     gaps: tuple[int, ...]  # ids below that are no token
     ordinary: np.ndarray  # bool (size,), tokens that are text in any context: neither special nor a byte
     # Whether texts are encoded and decoded to the same alone and after others, space included, except for bytes that
@@ -160,7 +166,9 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
         apart = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         ordinary[[id for id in apart if id < size]] = False
         ordinary[[id for token, id in tokens.items() if token.startswith("<0x") and _BYTE.fullmatch(token)]] = False
-        known = _Vocabulary(size, tuple(gaps), ordinary, _joins(tokenizer), {}, {})
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = tuple(name for name in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if name)
+        known = _Vocabulary(size, max(map(len, tokens)), special, tuple(gaps), ordinary, _joins(tokenizer), {}, {})
         _VOCABULARIES[tokenizer] = len(tokenizer), known
     return known
 
@@ -169,7 +177,7 @@ def _joins(tokenizer: PreTrainedTokenizerBase) -> bool | None:
     texts = ["a", " a", "  a", "\n a", "a ", "."]
     try:
         letter, *ids = encode(tokenizer, ["x", *texts])
-    except Exception:  # tokenizers raise it where a word has no token
+    except ValueError:  # a word has no token
         return None
     return decode(tokenizer, [*ids, *([*letter, *line] for line in ids)]) == [*texts, *("x" + text for text in texts)]
 
@@ -315,12 +323,14 @@ def encode_prompts(
     max_prompt_tokens: int,
     truncation_side: Literal["left", "right"] = "right",
     add_special_tokens: bool = True,
+    template: tuple[str, str] | None = ("", ""),
 ) -> list[tuple[str, list[int]]]:
     """Encode prompts, dropping tokens of the body where one is too long.
 
     Each prompt is encoded whole, so that truncation never changes how the rest is split into tokens, and with the
     special tokens that the tokenizer puts around a text (BOS of Llama and Gemma, EOS of T5), with which models were
-    trained; a prompt that already has a BOS gets no second one.
+    trained; a prompt that already has a BOS gets no second one. Only the template means special tokens by their names:
+    in a prompt "<|endoftext|>" is thirteen letters.
 
     Args:
         tokenizer: The tokenizer.
@@ -328,23 +338,34 @@ def encode_prompts(
         max_prompt_tokens: Most tokens of a prompt.
         truncation_side: Which end of the body is dropped.
         add_special_tokens: False for prompts that already hold them, as those of a chat do.
+        template: The texts before and after every prompt; None for prompts that may name special tokens themselves.
 
     Returns:
-        For each prompt the text that is left and its token ids.
+        For each prompt the text that is left, the template's included, and its token ids.
 
     Raises:
-        ValueError: A prompt that is too long without its body, or that has no tokens at all.
+        ValueError: A prompt that is too long without its body, that has no tokens at all, or that cannot be encoded.
     """
-    if not tokenizer.is_fast:
-        how = (max_prompt_tokens, truncation_side, add_special_tokens)
-        return [_encode_parts(tokenizer, parts, *how) for parts in prompts]
+    if not prompts:
+        return []
+    names = () if template is None else _vocabulary(tokenizer).special
+    opening, closing = template or ("", "")
+    apart = [not tokenizer.is_fast or any(name in part for name in names for part in parts) for parts in prompts]
+    if any(apart):
+        how = (max_prompt_tokens, truncation_side, add_special_tokens, template)
+        return [
+            _encode_parts(tokenizer, parts, *how) if alone else encode_prompts(tokenizer, [parts], *how)[0]
+            for parts, alone in zip(prompts, apart, strict=True)
+        ]
+    prompts = [(opening + before, body, after + closing) for before, body, after in prompts]
     texts = ["".join(parts) for parts in prompts]
-    encoded = tokenizer(
+    encoded = _tokenize(
+        tokenizer,
         texts,
+        "a prompt",
         add_special_tokens=add_special_tokens,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
-        verbose=False,
     )
     result = []
     for (before, body, _), text, ids, offsets, special in zip(
@@ -375,9 +396,30 @@ def _encode_parts(
     max_prompt_tokens: int,
     truncation_side: str,
     add_special_tokens: bool,
+    template: tuple[str, str] | None,
 ) -> tuple[str, list[int]]:
-    """Encode each part of a prompt alone, for tokenizers that do not say which characters a token covers."""
-    before, body, after = encode(tokenizer, parts)
+    """Encode each part of a prompt alone.
+
+    This is for tokenizers that do not say which characters a token covers, and for prompts in which the name of a
+    special token stands.
+    """
+    start, end = template or ("", "")
+    names = _vocabulary(tokenizer).special
+
+    def encoded(*pieces: tuple[str, bool]) -> list[int]:
+        """Encode texts that follow each other, each with whether it means the special tokens that it names."""
+        if not any(name in text for name in names for text, means in pieces if not means):
+            pieces = (("".join(text for text, _ in pieces), True),)
+        lines = [encode(tokenizer, [text], literal=not means, what="a prompt")[0] for text, means in pieces]
+        return [token for line in lines for token in line]
+
+    own = template is None
+    before, body, after = (
+        encoded((start, True), (parts[0], own)),
+        encoded((parts[1], own)),
+        encoded((parts[2], own), (end, True)),
+    )
+    parts = (start + parts[0], parts[1], parts[2] + end)
     if not before + body + after:
         raise ValueError(f"a prompt must have at least one token, got {''.join(parts)!r}")
     letter = tokenizer("a", add_special_tokens=add_special_tokens, return_special_tokens_mask=True, verbose=False)
@@ -431,12 +473,18 @@ _LAST_CHARACTERS, _LAST_TOKENS, _DECODED_ENDS = 32, 4, 10_000
 _ANCHORS = ("a", ".", "\n", "\u4e2d")
 
 
-def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts that continue a prompt, without an EOS.
+def encode_continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str], what: str = "a text"
+) -> list[list[int]]:
+    """Encode texts that continue a prompt, without an EOS; `what` they are is said in errors.
 
     A SentencePiece tokenizer adds or removes a space before a text that is encoded alone. Where decoding the tokens
     after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out. A leading space is
-    added where there is none (see `as_continuation`).
+    added where there is none (see `as_continuation`). The name of a special token is a text like any other: data and
+    guides cannot end a text by writing "<|endoftext|>".
+
+    Raises:
+        ValueError: A text cannot be encoded.
     """
     if not texts:
         return []
@@ -448,7 +496,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
         read = decode_continuations(tokenizer, [context] * len(ids), [line[: 2 * _LAST_TOKENS] for line in ids])
         return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
 
-    ids = encode(tokenizer, texts)
+    ids = encode(tokenizer, texts, literal=True, what=what)
     if not end or _vocabulary(tokenizer).joins is not False:
         return ids
     context = Context(encode(tokenizer, [end])[0], end)
@@ -456,7 +504,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, texts: 
     for anchor in (end, *_ANCHORS):
         if not wrong:
             break
-        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)])
+        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)], literal=True)
         after = [line[len(before) :] if line[: len(before)] == before else None for line in tried]
         good = {i: line for i, line in zip(wrong, after, strict=True) if line}
         losses = loses_space([texts[i] for i in good], list(good.values()))
@@ -537,9 +585,53 @@ def decode_by_author(
     return list(zip(written_by, texts, strict=True))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts as they stand, without special tokens (see `encode_continuation` for continuations)."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], literal: bool = False, what: str = "a text"
+) -> list[list[int]]:
+    """Encode texts as they stand, without special tokens around them (see `encode_continuation` for continuations).
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: N texts.
+        literal: Whether the name of a special token in a text is no token, but letters.
+        what: What a text is, in errors.
+
+    Raises:
+        ValueError: A text is not Unicode, has a word without a token where there is none for unknown words, or has the
+            name of a special token which the tokenizer cannot read literally.
+    """
+    names = _vocabulary(tokenizer).special if literal else ()
+    meant = [name for name in names if any(name in text for text in texts)]
+    if not meant:
+        return _tokenize(tokenizer, texts, what, add_special_tokens=False)["input_ids"]
+    ids = _tokenize(tokenizer, texts, what, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    wrong = {tokenizer.convert_tokens_to_ids(name) for name in meant} - {tokenizer.unk_token_id}
+    if any(not wrong.isdisjoint(line) for line in ids):
+        kind = type(tokenizer).__name__
+        raise ValueError(
+            f"{what} must not hold {meant}, names of special tokens that this {kind} cannot read as letters"
+        )
+    return ids
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: str, **how: Any) -> Any:
+    try:
+        return tokenizer(list(texts), verbose=False, **how)
+    except Exception as error:  # tokenizers raise it where a word has no token, and TypeError for lone surrogates
+        culprit = texts[0]
+        for text in texts:
+            try:
+                tokenizer(text, verbose=False, **how)
+            except Exception:
+                culprit = text
+                break
+        raise ValueError(f"{what} must be one that the tokenizer can encode, got {culprit[:200]!r}: {error}") from error
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """Return enough of the start of a text for its first `count` tokens, however long it is."""
+    # With some more, because the last tokens can depend on what follows.
+    return text[: (count + 16) * _vocabulary(tokenizer).longest]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:

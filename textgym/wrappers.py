@@ -79,14 +79,16 @@ class DenseReward(gym.Wrapper, RecordConstructorArgs):
 
     def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
         """Start an episode (see `TextEnv.reset`)."""
-        observation, info = self.env.reset(**arguments)
-        self._last = self._potential_of_text()
+        with self._engine.all_or_nothing():  # a potential can fail as a reward can
+            observation, info = self.env.reset(**arguments)
+            self._last = self._potential_of_text()
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Write one token (see `TextEnv.step`)."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        now = 0.0 if terminated else self._potential_of_text()
+        with self._engine.all_or_nothing():
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            now = 0.0 if terminated else self._potential_of_text()
         reward = float(reward) + self.gamma * now - self._last
         self._last = now
         return observation, reward, terminated, truncated, info
@@ -122,11 +124,11 @@ class FrozenPrompts(gym.Wrapper, RecordConstructorArgs):
         chosen = sorted({"index", "prompt", "references"} & {*(options or {})})
         if chosen:
             raise ValueError(f"options must not choose the prompt, which FrozenPrompts does, got {chosen}")
-        if seed is not None:
-            self._next = 0
-        index = self.indices[self._next % len(self.indices)]
-        self._next += 1
-        return self.env.reset(seed=seed, options={**(options or {}), "index": index})
+        turn = self._next if seed is None else 0
+        index = self.indices[turn % len(self.indices)]
+        started = self.env.reset(seed=seed, options={**(options or {}), "index": index})
+        self._next = turn + 1
+        return started
 
 
 def _text_env(env: gym.Env) -> TextEnv:

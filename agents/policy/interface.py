@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from textgym.checks import check, check_int
 from textgym.decoding import Decoding
 from textgym.generation import write
 from textgym.sampling import TokenSampler
@@ -116,6 +117,17 @@ class Actor(nn.Module, ABC):
             The sampler, which writes one token of each text per call.
         """
 
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuse texts that may be too long to read: by default none.
+
+        Args:
+            prompt_tokens: P, the most tokens of a prompt.
+            new_tokens: T, the most tokens after it.
+
+        Raises:
+            ValueError: A text of so many tokens cannot be read.
+        """
+
     def predict(
         self,
         observation: Mapping[str, np.ndarray],
@@ -168,7 +180,7 @@ class Actor(nn.Module, ABC):
         """Continue texts, without hand-offs.
 
         Args:
-            prompts: N texts.
+            prompts: N texts, which can name special tokens.
             max_new_tokens: Maximum number of tokens of a continuation.
             decoding: How tokens are chosen; None for the actor's own `decoding`.
             seed: Seed of the sampling; equal prompts and seeds give equal continuations.
@@ -177,11 +189,17 @@ class Actor(nn.Module, ABC):
             N continuations, without special tokens; each can be appended to its prompt as it is.
 
         Raises:
-            ValueError: A prompt without a token, or one that is too long for the policy.
+            ValueError: No sequence of texts; a prompt without a token, or one that is too long for the policy.
         """
+        listed = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+        valid = listed and all(isinstance(text, str) for text in prompts)
+        check("prompts", prompts, valid, "a sequence of texts")
+        check_int("max_new_tokens", max_new_tokens)
         if not prompts:
             return []
-        encoded = [ids for _, ids in encode_prompts(self.tokenizer, [("", text, "") for text in prompts], sys.maxsize)]
+        # They may come from a chat template, whose special tokens are meant.
+        parts = [("", text, "") for text in prompts]
+        encoded = [ids for _, ids in encode_prompts(self.tokenizer, parts, sys.maxsize, template=None)]
         mask = np.arange(max(map(len, encoded))) < np.array([len(ids) for ids in encoded])[:, None]
         input_ids = np.full(mask.shape, self.tokenizer.eos_token_id, np.int64)
         input_ids[mask] = np.concatenate(encoded)

@@ -33,7 +33,7 @@ from textgym.packing import can_pack, compile_layers, head, read
 from textgym.positions import check_positions, fix_positions, short_context, warn_of_short_factors
 from textgym.precision import at_least_float32, autocast, check_autocast, fast_dtype
 from textgym.sampling import TokenSampler
-from textgym.storage import new_folder
+from textgym.storage import new_folder, readable, restore
 from textgym.tokenization import (
     check_embedded,
     check_vocabulary,
@@ -153,6 +153,7 @@ class LanguageModelPolicy(Policy):
         lora: Mapping[str, Any] | None = None,
         quantization: Literal["4bit"] | None = None,
         gguf_file: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Self:
         """Load a `CausalLMPolicy` or a `Seq2SeqPolicy`, whichever the model is, with what was saved of the policy.
 
@@ -171,19 +172,32 @@ class LanguageModelPolicy(Policy):
             quantization: "4bit" keeps the model's linear layers in 4 bits, by bitsandbytes; such a model is trained by
                 adapters only. None: as saved with the policy, else not.
             gguf_file: A GGUF file at `path` to load the model from; the policy is saved like any other.
+            trust_remote_code: Whether Python code of the model's folder or repository may run.
 
         Raises:
             ImportError: What adapters, quantised weights or GGUF files need is not installed.
             ValueError: There is no model with safetensors weights or no tokenizer at `path`, or they do not fit; a
                 quantised model without adapters; `lora` for a model that has adapters.
         """
+        restore(path)
+        settings: dict[str, Any] = {}
         file = file_beside(path, POLICY_FILE)
-        settings = {} if file is None else json.loads(Path(file).read_text())
+        if file is not None:
+            with readable(file):
+                settings = json.loads(Path(file).read_text(encoding="utf-8"))
+                saved_decoding = Decoding(**settings["decoding"])
         saved_dtype = getattr(torch, settings.get("dtype", "float32"))
         weights = torch.float32 if dtype == "auto" else dtype or saved_dtype
         quantization = settings.get("quantization") if quantization is None else quantization
         packed = settings.get("gguf_file") if gguf_file is None else gguf_file
-        model = load_model(path, device=device, dtype=weights, quantization=quantization, gguf_file=packed)
+        model = load_model(
+            path,
+            device=device,
+            dtype=weights,
+            quantization=quantization,
+            gguf_file=packed,
+            trust_remote_code=trust_remote_code,
+        )
         if lora is not None:
             add_lora(model, path, lora)
         elif has_adapters(model):
@@ -191,13 +205,16 @@ class LanguageModelPolicy(Policy):
         elif quantization is not None:
             raise ValueError(f"quantization={quantization!r} needs lora: quantised weights cannot be trained")
         if tokenizer is None:
-            tokenizer = pretrained_tokenizer(path, gguf_file)
+            tokenizer = pretrained_tokenizer(path, gguf_file, trust_remote_code=trust_remote_code)
         elif not isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer = pretrained_tokenizer(tokenizer)
+            tokenizer = pretrained_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         if decoding is None and settings:
-            decoding = Decoding(**settings["decoding"])
+            decoding = saved_decoding
         file = file_beside(path, HEADS_FILE)
-        saved = {} if file is None else load_file(file, device=str(model.device))
+        saved: dict[str, Tensor] = {}
+        if file is not None:
+            with readable(file):
+                saved = load_file(file, device=str(model.device))
         if "handoff.weight" in saved and handoff_prob is None:
             handoff_prob = 0.5  # any value: the head is loaded below
         autocast: Any = settings.get("autocast") if dtype is None else "auto" if dtype == "auto" else None
@@ -211,7 +228,8 @@ class LanguageModelPolicy(Policy):
         policy.add_end_tokens(settings.get("end_token_ids", ()))
         policy.quantization, policy.gguf_file = quantization, packed if has_adapters(model) else None
         if saved:
-            policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
+            with readable(str(file)):
+                policy.heads.load_state_dict({**policy.heads.state_dict(), **saved})
         return policy
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -430,6 +448,10 @@ class CausalLMPolicy(LanguageModelPolicy):
 
     encodes_prompts = False
 
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuse texts of more tokens than the model has positions (see `Actor.check_length`)."""
+        check_positions(self.model, prompt_tokens + new_tokens)
+
     def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         valid = attention_mask.bool()
         before = torch.nn.functional.pad(valid.cumsum(1), (1, 0))[rows, columns]
@@ -449,6 +471,10 @@ class Seq2SeqPolicy(LanguageModelPolicy):
     """
 
     encodes_prompts = True
+
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuse prompts or texts of more tokens than the model has positions (see `Actor.check_length`)."""
+        check_positions(self.model, max(prompt_tokens, len(seq2seq.decoder_start(self.model)) + new_tokens))
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         if self.prompt_columns is None:

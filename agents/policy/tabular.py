@@ -24,7 +24,7 @@ from textgym.models import resolve_device
 from textgym.precision import at_least_float32
 from textgym.sampling import Sample, choose
 from textgym.seeding import uniform
-from textgym.storage import new_folder
+from textgym.storage import new_folder, readable, restore
 from textgym.tasks.lock import CombinationLock
 from textgym.tokenization import pretrained_tokenizer, vocabulary_size
 
@@ -92,11 +92,15 @@ class TabularPolicy(Policy):
         if states is None:
             raise ValueError("states must be given: the function from tokens to states that the policy was made with")
         folder = Path(path)
+        restore(folder)
         if not (folder / TABLES_FILE).is_file():
             raise ValueError(f"path must be a folder written by TabularPolicy.save_pretrained, got {str(path)!r}")
-        tables = load_file(folder / TABLES_FILE)
-        saved = Decoding(**json.loads((folder / POLICY_FILE).read_text())["decoding"])
-        policy = cls(pretrained_tokenizer(folder), states, len(tables["logits"]), decoding or saved)
+        with readable(folder / TABLES_FILE):
+            tables = load_file(folder / TABLES_FILE)
+            num_states = len(tables["logits"])
+        with readable(folder / POLICY_FILE):
+            saved = Decoding(**json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))["decoding"])
+        policy = cls(pretrained_tokenizer(folder), states, num_states, decoding or saved)
         policy.to(resolve_device(device), tables["logits"].dtype).load_state_dict(tables)
         return policy
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -212,6 +214,11 @@ class SB3Algorithm(Algorithm):
         self._progress = done
         return super()._learn(done, *arguments)
 
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take nothing back: Stable-Baselines3 learns within an iteration, and goes on where it was interrupted."""
+        yield
+
     def iterate(self) -> dict[str, Any]:
         """Run the algorithm for the steps of an iteration."""
         self._episodes.infos.clear()
@@ -304,20 +311,46 @@ class SB3Policy(Actor):
             self.model.save(new / ZIP_FILE)
             description = {"module": sb3_class.__module__, "class": sb3_class.__qualname__}
             (new / CLASS_FILE).write_text(json.dumps(description, indent=2) + "\n")
+            _WRITTEN.add(_digest(new))
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, device: str | torch.device = "auto") -> SB3Policy:
-        """Read what `save_pretrained` wrote. Stable-Baselines3's zips hold pickles: only open those you trust.
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, device: str | torch.device = "auto", trusted: bool = False
+    ) -> SB3Policy:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            path: The folder.
+            device: "auto" or a torch device.
+            trusted: Whether the folder may run code, which its pickles and the class that it names can do. What this
+                process wrote itself opens without.
 
         Raises:
-            ValueError: `path` is no such folder.
+            ValueError: `path` is no such folder, or one that is not trusted.
         """
         folder = Path(path)
         if not (folder / CLASS_FILE).is_file():
             raise ValueError(f"path must be a folder written by SB3Policy.save_pretrained, got {str(path)!r}")
+        if not trusted and _digest(folder) not in _WRITTEN:
+            raise ValueError(
+                f"trusted must be True to open {str(path)!r}, which this process did not write: it holds pickles of "
+                "Stable-Baselines3 and names a class to import, and both can run any code. Give it only for files that "
+                "you made, or whose makers you trust as you trust their programs"
+            )
         description = json.loads((folder / CLASS_FILE).read_text())
         sb3_class = getattr(importlib.import_module(description["module"]), description["class"])
         return cls(sb3_class.load(folder / ZIP_FILE, device=device), pretrained_tokenizer(path))
+
+
+# Digests of the files that this process wrote for algorithms of Stable-Baselines3.
+_WRITTEN: set[str] = set()
+
+
+def _digest(folder: Path) -> str:
+    """Changes with the files of a folder that can run code."""
+    return hashlib.sha256(
+        b"".join(hashlib.sha256((folder / name).read_bytes()).digest() for name in (CLASS_FILE, ZIP_FILE))
+    ).hexdigest()
 
 
 class _PredictSampler:

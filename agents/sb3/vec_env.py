@@ -71,10 +71,13 @@ class TextVecEnv(VecEnv):
         Returns:
             Observations, rewards (float32 (N,)), dones (bool (N,)) and one info per row.
         """
-        observation, rewards, dones, _, infos = self.env.step(self._actions)
-        row_infos = [{**row_info(infos, row), "TimeLimit.truncated": False} for row in range(self.num_envs)]
+        # An episode that ended must not be lost where the guide fails in the reset after it.
+        with self.env.all_or_nothing():
+            observation, rewards, dones, _, infos = self.env.step(self._actions)
+            row_infos = [{**row_info(infos, row), "TimeLimit.truncated": False} for row in range(self.num_envs)]
+            if dones.any():
+                last, (observation, infos) = observation, self.env.reset(options={"reset_mask": dones})
         if dones.any():
-            last, (observation, infos) = observation, self.env.reset(options={"reset_mask": dones})
             for row in np.flatnonzero(dones).tolist():
                 row_infos[row]["terminal_observation"] = {name: ids[row].copy() for name, ids in last.items()}
                 self.reset_infos[row] = row_info(infos, row)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch
 from gymnasium.envs.registration import load_env_creator
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from agents.environments import make_env
@@ -18,7 +21,9 @@ from benchmarks.comparison.jobs import Job, Run
 from benchmarks.comparison.runner import Benchmark
 from benchmarks.comparison.warm_start import model_config
 from benchmarks.profiles import TaskProfile
+from textgym.hub import file_beside, load_pretrained
 from textgym.precision import fast_dtype
+from textgym.rendering import visible
 from textgym.task import Task
 from textgym.tokenization import VOCAB_SIZE
 
@@ -99,13 +104,30 @@ def parameters(job: Job, positions: int, vocab_size: int) -> int:
         assert shape is not None
         config = model_config(shape, vocab_size, positions, None, None)
     else:
-        try:
-            config = AutoConfig.from_pretrained(job.base, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"base must be the hub id or folder of a language model, got {job.base!r}") from error
+        config = model_config_of("base", job.base)
     with torch.device("meta"):
         model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     return model.num_parameters()
+
+
+def model_config_of(argument: str, model: str) -> Any:
+    """The configuration of a model.
+
+    Args:
+        argument: What the model is an argument for, in errors.
+        model: Hub id or folder.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    adapters = file_beside(model, "adapter_config.json")
+    path = model
+    if adapters is not None and file_beside(model, "config.json") is None:
+        path = json.loads(Path(adapters).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        return load_pretrained(AutoConfig, path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument} must be the hub id or folder of a model, got {model!r}") from error
 
 
 def speed(dtype: torch.dtype, device: torch.device) -> float:
@@ -130,7 +152,7 @@ def table(benchmark: Benchmark, runs: Sequence[Run]) -> Table:
     dtype = torch.float32 if benchmark.dtype == "float32" else fast_dtype(device)
     peak = speed(dtype, device)
     result = Table(
-        title=f"{len(runs)} runs of profile {benchmark.profile.name}",
+        title=Text(f"{len(runs)} runs of profile {benchmark.profile.name}"),
         caption=f"At most so many tokens and operations; hours at {UTILISATION:.0%} of the {peak / 1e9:,.0f} GFLOP/s "
         f"that products of matrices ({dtype}) reach on this {device.type}. Warm starts are not counted.",
     )
@@ -149,12 +171,12 @@ def table(benchmark: Benchmark, runs: Sequence[Run]) -> Table:
                 estimates[run[:2]] = cost(job, size[run.task])
             estimate = estimates[run[:2]]
         except ValueError as error:
-            result.add_row(str(run), "", "", "", "", str(error).splitlines()[0])
+            result.add_row(Text(str(run)), "", "", "", "", Text(visible(str(error).splitlines()[0])))
             continue
         hours = estimate.flop / (UTILISATION * peak) / 3600
         total += 0 if done else hours
         cells = (f"{estimate.episodes:,}", f"{estimate.tokens:,}", f"{estimate.flop / 1e12:,.1f}", f"{hours:,.2f}")
-        result.add_row(str(run), *cells, "finished" if done else "")
+        result.add_row(Text(str(run)), *cells, "finished" if done else "")
     result.add_section()
     result.add_row("to do", "", "", "", f"{total:,.2f}", "")
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,34 +16,83 @@ from textgym.storage import new_file
 Record = dict[str, Any]
 
 RESULTS = "results.jsonl"
+# What every record has; some have more.
+KEYS = (
+    "task",
+    "algo",
+    "seed",
+    "place",
+    "profile",
+    "source",
+    "base",
+    "final_reward",
+    "best_reward",
+    "reward_parts",
+    "metrics",
+    "metrics_left_out",
+    "policy_tokens",
+    "guide_tokens",
+    "guide_usage",
+    "episodes",
+    "seconds",
+    "hyperparameters",
+    "fingerprints",
+    "versions",
+    "evaluation",
+    "history",
+    "samples",
+    "rollouts",
+    "finished",
+)
 
 
 def read_results(folder: str | Path) -> list[Record]:
     """Read the finished runs of a benchmark folder, in the order they finished.
 
     Returns:
-        One mapping per run, with the keys ``task, algo, seed, place, profile, source, base, final_reward, best_reward,
-        reward_parts, metrics, policy_tokens, guide_tokens, guide_usage, episodes, seconds, hyperparameters,
-        fingerprints, versions, evaluation, history, samples, rollouts, finished``; ``algo`` is the name of the row,
-        ``place`` its index in the profile, ``hyperparameters["algorithm"]`` the algorithm that it runs, ``guide_usage``
-        the `textgym.guides.http.Usage` of the run's process, None if the guide has none. Where a task tests several
-        texts per prompt there is ``pass_at``, from k (a string) to pass@k, and ``evaluation`` has ``successes``: how
-        many of a prompt's ``texts_per_prompt`` have a reward of at least 1. Empty if no run has finished.
+        One mapping per run, with the keys `KEYS`; ``algo`` is the name of the row, ``place`` its index in the profile,
+        ``hyperparameters["algorithm"]`` the algorithm that it runs, ``guide_usage`` the `textgym.guides.http.Usage` of
+        the run's process, None if the guide has none. Where a task tests several texts per prompt there is ``pass_at``,
+        from k (a string) to pass@k, and ``evaluation`` has ``successes``: how many of a prompt's ``texts_per_prompt``
+        have a reward of at least 1. Empty if no run has finished.
 
     Raises:
-        ValueError: A line is not JSON.
+        ValueError: A line is no record of a run, or a run has two.
+
+    Warns:
+        UserWarning: The last line is cut, as by a full disk; its run is not finished.
     """
     path = Path(folder) / RESULTS
     if not path.exists():
         return []
-    records = []
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+    records: list[Record] = []
+    lines: dict[tuple[str, str, int], int] = {}
+    content, cut = _lines(path)
+    for number, line in enumerate(content, start=1):
+        try:
+            record = json.loads(line)
+            missing = [key for key in KEYS if key not in record]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is no record of a run ({error}): delete the line") from error
+        if missing:
+            raise ValueError(f"{path} line {number} is no record of a run, it lacks {missing}: delete the line")
+        run = record["task"], record["algo"], record["seed"]
+        if (first := lines.setdefault(run, number)) != number:
+            raise ValueError(f"{path} lines {first} and {number} are of the same run {run}: delete one of them")
+        records.append(record)
+    if cut:
+        warnings.warn(f"{path} line {len(content) + 1} is cut: its run is not finished", UserWarning, stacklevel=2)
     return records
+
+
+def _lines(path: Path) -> tuple[list[bytes], bytes]:
+    """The lines of the file, and what follows the last of them: a line that is cut."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    try:  # somebody may have edited the file
+        json.loads(rest)
+    except ValueError:
+        return lines, rest
+    return [*lines, rest], b""
 
 
 class Runs:
@@ -86,7 +136,7 @@ class Runs:
 
 
 def append_result(folder: str | Path, record: Mapping[str, Any]) -> None:
-    """Add a finished run; after a crash the file has the whole line or none of it.
+    """Add a finished run, in the place of a line that is cut.
 
     Raises:
         ValueError: A number is not finite, or JSON cannot hold a value.
@@ -98,8 +148,9 @@ def append_result(folder: str | Path, record: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the record of {record.get('task')}, {record.get('algo')} cannot be written: {error}"
         ) from error
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_text(path, before + line + "\n")
+    before = _lines(path)[0] if path.exists() else []
+    with new_file(path) as temporary:
+        temporary.write_bytes(b"".join(part + b"\n" for part in [*before, line.encode()]))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -27,9 +27,13 @@ from benchmarks.comparison.results import Record, read_results, write_text
 from benchmarks.comparison.samples import rollouts, samples
 from benchmarks.comparison.warm_start import Report, WarmStart, load_policy, warm_start
 from benchmarks.profiles import Profile, accepted, algorithm_class
+from textgym.checks import check
+from textgym.data.sources import resolve_source
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import LocalGuide
+from textgym.hub import load_pretrained
+from textgym.storage import readable, restore
 
 COUNTERS = ("iteration", "num_episodes", "num_timesteps", "num_guide_tokens")
 PACKAGES = ("textgym", "torch", "transformers", "tokenizers", "gymnasium", "datasets", "numpy")
@@ -55,8 +59,8 @@ class Benchmark:
         finished: The runs that have a record.
 
     Raises:
-        ValueError: A row's algorithm does not exist or has arguments that a record cannot hold; or `out` holds runs
-            with another profile, source, base or hyperparameters.
+        ValueError: A row's algorithm does not exist or has arguments that a record cannot hold; there is no such
+            source; or `out` is no folder, or holds runs with another profile, source, base or hyperparameters.
     """
 
     def __init__(
@@ -72,6 +76,9 @@ class Benchmark:
     ) -> None:
         self.profile, self.source, self.out = profile, source or profile.source, out
         self.dtype, self.compile, self.track, self.encoder = dtype, compile, list(track) or None, encoder
+        resolve_source(self.source)
+        nearest = next(part for part in (out, *out.absolute().parents) if part.exists())
+        check("out", str(out), nearest.is_dir(), "a folder, or one that can be made")
         settings = {
             "profile": profile.name,
             "source": self.source,
@@ -138,7 +145,7 @@ class Benchmark:
             policy = self.policy(start.weights(job.row.start), decoding)
 
         # A sequence-to-sequence model has no probability of a prompt and its continuation as one text.
-        judged_by_start = not AutoConfig.from_pretrained(start.start_model).is_encoder_decoder
+        judged_by_start = not load_pretrained(AutoConfig, start.start_model).is_encoder_decoder
         # Policies are tested in an environment that has no guide, whatever its default is, and so neither restarts nor
         # hands off; except those that have learned when to hand off to it, and rows that say otherwise.
         guided = policy.can_hand_off or bool(job.row.guidance)
@@ -245,7 +252,7 @@ class Benchmark:
         if task not in self.warm_starts:
             job = self.jobs[task, self.profile.rows[0]]
             # Every row and seed has the same: runs differ in what they do with it.
-            start = warm_start(job.task, self.source, job.base, 0, report, self.dtype)
+            start = warm_start(job.task, self.source, job.base, 0, report, self.out, self.dtype)
             self._check_same(task, start.fingerprints)
             self.warm_starts[task] = start
         return self.warm_starts[task]
@@ -269,6 +276,9 @@ class Benchmark:
             ValueError: What comes first has used up the run's tokens.
         """
         job, folder, first = self.job(run), self.folder(run), self.folder_before(run)
+        for checkpoint in ("last", "best"):
+            restore(folder / checkpoint)
+            restore(first / checkpoint)
         if job.before is None:
             algorithm = self.train_stage(job, folder, start, seed, report)
             return algorithm, written(algorithm, algorithm.history)
@@ -364,9 +374,10 @@ class Benchmark:
         last = folder / "last"
         # Algorithms of Stable-Baselines3 with a replay buffer cannot continue; their policies are of another kind.
         if issubclass(algorithm, Algorithm) and (last / TRAINING).is_dir() and (last / POLICY_FILE).is_file():
-            begun = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            if begun != settings:
+            with readable(folder / "settings.json"):
+                begun = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
                 wrong = [name for name in settings if begun.get(name) != settings[name]]
+            if begun != settings:
                 raise ValueError(f"out must be a new folder, or one with runs of the same {wrong}: see {folder}")
             return algorithm.load(last, env, output_dir=folder, track=self.track)
         shutil.rmtree(folder, ignore_errors=True)  # an attempt that had no checkpoint yet, or cannot continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.comparison.results import append_result, write_text
 from textgym.process import keep_freed_memory
@@ -84,7 +86,8 @@ def run_all(
         if work.run is None:
             waiting[:] = [run for run in waiting if run.task != work.task]
         else:
-            write_text(benchmark.folder(work.run) / "traceback.txt", trace)
+            with contextlib.suppress(OSError):  # a full disk may be why it failed
+                write_text(benchmark.folder(work.run) / "traceback.txt", trace)
         finished(work, "failed")
 
     def handle(worker: _Worker, kind: str, content: Any) -> None:
@@ -99,7 +102,7 @@ def run_all(
         else:
             try:
                 append_result(benchmark.out, content)
-            except ValueError:
+            except (OSError, ValueError):
                 fail(worker.work, traceback.format_exc())
                 return
             benchmark.finished.add(worker.work.run)
@@ -108,7 +111,11 @@ def run_all(
 
     with _locked(benchmark):
         benchmark.read_finished()  # again: another process may have finished some before this one had the lock
-        waiting += [run for run in runs if run not in benchmark.finished]
+        for run in runs:
+            if run in benchmark.finished:
+                benchmark.forget_training(run)  # again: a process may have died before it had done so
+            else:
+                waiting.append(run)
         try:
             while waiting or workers:
                 while len(workers) < jobs:
@@ -136,6 +143,8 @@ def run_all(
         finally:
             for worker in workers.values():
                 worker.process.kill()
+            for worker in workers.values():
+                worker.process.join()
     return failed
 
 
@@ -153,14 +162,17 @@ def _next(waiting: list[Run], warm: set[str], warming: set[str]) -> Work | None:
 @contextlib.contextmanager
 def _locked(benchmark: Benchmark) -> Iterator[None]:
     """Lock the results folder against other processes."""
-    benchmark.out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(benchmark.out / ".lock", timeout=0):
-            yield
+        benchmark.out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(benchmark.out / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise ValueError(
             f"out must be a folder that no other process writes results to, got {benchmark.out}"
         ) from error
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written, got {benchmark.out}: {error}") from error
+    with lock:
+        yield
 
 
 def _start(benchmark: Benchmark, work: Work, place: int, jobs: int) -> tuple[Connection, BaseProcess]:
@@ -175,15 +187,30 @@ def _start(benchmark: Benchmark, work: Work, place: int, jobs: int) -> tuple[Con
     process = context.Process(
         target=_work, args=(sender, benchmark, work, place, threads, dict(os.environ)), daemon=True
     )
-    process.start()
+    with _without_interrupts():
+        process.start()
     sender.close()
     return receiver, process
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes that are started in this block know nothing of Ctrl-C: this one ends them."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(sender: Connection, benchmark: Benchmark, work: Work, place: int, threads: int, environment: dict) -> None:
     """The whole life of a process."""
     os.environ.clear()
     os.environ.update(environment)  # the server has the environment of the time when it was started
+    disable_progress_bar()  # the process that started this one shows all
     keep_freed_memory()
     torch.set_num_threads(threads)
     if (devices := torch.cuda.device_count()) > 1:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -27,7 +27,8 @@ from benchmarks.profiles import LanguageModel, TaskProfile
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import fingerprint_of
 from textgym.models import load_model
-from textgym.storage import cache_dir, new_folder
+from textgym.storage import cache_dir, made_once
+from textgym.tokenization import pretrained_tokenizer
 
 # Called with what is happening, and the share of it that is done, in [0, 1].
 Report = Callable[[str, float], None]
@@ -56,8 +57,16 @@ class WarmStart:
         return self.start_model if start == "start_model" else self.supervised
 
 
+class _Learned(NamedTuple):
+    """What supervised learning made: the policy or its model, where it stands, and the history."""
+
+    model: Any
+    folder: Path
+    history: list[dict[str, Any]]
+
+
 def warm_start(
-    profile: TaskProfile, source: str, base: str | None, seed: int, report: Report, dtype: str = "float32"
+    profile: TaskProfile, source: str, base: str | None, seed: int, report: Report, out: Path, dtype: str = "float32"
 ) -> WarmStart:
     """Train the models of a task, or find them in the cache.
 
@@ -70,6 +79,7 @@ def warm_start(
         base: Hub id or folder of the start model; None trains one from scratch on the task's text.
         seed: Seed of weights and batches.
         report: Called with what is happening.
+        out: The folder that takes the models if the cache cannot be written.
         dtype: What models compute products of matrices in during training, "float32" or "auto".
 
     Raises:
@@ -86,7 +96,7 @@ def warm_start(
         "code": code_fingerprint(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    start = str(start_model(profile, source, env, shared, report)) if base is None else base
+    start = str(start_model(profile, source, env, shared, report, out)) if base is None else base
     start_weights, data = fingerprint_of(load_model(start, device="cpu")), _data_of(env)
     recipe = {
         **shared,
@@ -96,24 +106,24 @@ def warm_start(
         "policy": dict(profile.policy),
         "supervised": dict(profile.supervised),
     }
-    with _made_once("warm_starts", recipe) as (folder, made):
-        if made is not None:
-            policy = load_policy(start, dtype, **profile.policy)
-            history = learn(policy, env, profile.supervised, seed, made / "supervised", partial(report, "supervised"))
-            write_text(made / "history.json", json.dumps(history))
-    supervised = folder / "supervised"
-    weights = {"start_model": start_weights, "supervised": fingerprint_of(load_model(supervised, device="cpu"))}
+
+    def make() -> _Learned:
+        policy = load_policy(start, dtype, **profile.policy)
+        return learn(policy, env, profile.supervised, seed, partial(report, "supervised"))
+
+    made = _made_once("warm_starts", recipe, make, out)
+    weights = {"start_model": start_weights, "supervised": fingerprint_of(made.model)}
     return WarmStart(
         start_model=start,
-        supervised=supervised,
-        history=json.loads((folder / "history.json").read_text(encoding="utf-8")),
+        supervised=made.folder,
+        history=made.history,
         guided=env.guide is not None,
         fingerprints={**data, "tokenizer": tokenizer, **weights},
     )
 
 
 def start_model(
-    profile: TaskProfile, source: str, env: TextVectorEnv, shared: Mapping[str, Any], report: Report
+    profile: TaskProfile, source: str, env: TextVectorEnv, shared: Mapping[str, Any], report: Report, out: Path
 ) -> Path:
     """Train a task's language model from scratch, or find it in the cache, where tasks that differ elsewhere share it.
 
@@ -123,6 +133,7 @@ def start_model(
         env: The task's environment.
         shared: What the model and the supervised policy both depend on: "seed" and "dtype" among it.
         report: Called with what is happening.
+        out: The folder that takes the model if the cache cannot be written.
     """
     shape, easier, arguments = profile.language_model, env, dict(profile.env)
     assert shape is not None
@@ -137,27 +148,34 @@ def start_model(
         "data": _data_of(easier),
         **_environment(easier, arguments),
     }
-    with _made_once("start_models", recipe) as (folder, made):
-        if made is not None:
-            model = made / "model"
-            CausalLMPolicy(initial_model(env, shape, shared["seed"]), env.tokenizer).save_pretrained(model)
-            policy = load_policy(model, shared["dtype"])
-            training = {"loss_on": "text", **shape.training}
-            learn(policy, easier, training, shared["seed"], model, partial(report, "start model"))
-    return folder / "model"
+
+    def make() -> _Learned:
+        with tempfile.TemporaryDirectory() as untrained:  # to load it with its precision, as any other model
+            CausalLMPolicy(initial_model(env, shape, shared["seed"]), env.tokenizer).save_pretrained(untrained)
+            policy = load_policy(untrained, shared["dtype"])
+        training = {"loss_on": "text", **shape.training}
+        return learn(policy, easier, training, shared["seed"], partial(report, "start model"))
+
+    return _made_once("start_models", recipe, make, out).folder
 
 
-@contextmanager
-def _made_once(kind: str, recipe: Mapping[str, Any]) -> Iterator[tuple[Path, Path | None]]:
-    """The folder of the cache for what a recipe makes, and where to make it; None if it is there already."""
+def _made_once(kind: str, recipe: Mapping[str, Any], make: Callable[[], _Learned], out: Path) -> _Learned:
+    """The model that a recipe makes: in the cache, or, if that cannot be written, in the folder `out`."""
     text = json.dumps(recipe, sort_keys=True, default=describe)
-    folder = cache_dir() / kind / f"{recipe['task']}-{_digest(text.encode())}"
-    if folder.is_dir():
-        yield folder, None
-        return
-    with new_folder(folder, keep_existing=True) as made:
-        write_text(made / "recipe.json", json.dumps(recipe, indent=2, sort_keys=True, default=describe))
-        yield folder, made
+    name = Path(kind, f"{recipe['task']}-{_digest(text.encode())}")
+
+    def keep(made: _Learned, folder: Path) -> None:
+        made.model.save_pretrained(folder / "model")
+        write_text(folder / "history.json", json.dumps(made.history))
+        write_text(folder / "recipe.json", json.dumps(recipe, indent=2, sort_keys=True, default=describe))
+
+    def load(folder: Path) -> _Learned:
+        path = folder / "model"
+        pretrained_tokenizer(path)  # which must be whole, too
+        history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        return _Learned(load_model(path, device="cpu"), path, history)
+
+    return made_once(cache_dir() / name, make, keep, load, otherwise=out / name)
 
 
 def _environment(env: TextVectorEnv, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,10 +243,9 @@ def learn(
     env: TextVectorEnv,
     arguments: Mapping[str, Any],
     seed: int,
-    out: Path,
     report: Callable[[float], None],
-) -> list[dict[str, Any]]:
-    """Train a policy by supervised learning in `env`, save it at its best validation loss, and return the history."""
+) -> _Learned:
+    """Train a policy by supervised learning in `env`; it is returned at its best validation loss."""
     report(0)
     algorithm = SL(policy, env, seed=seed, **arguments)
 
@@ -236,8 +253,7 @@ def learn(
         report(algorithm.num_episodes / algorithm.total_texts)
 
     algorithm.learn(callback=callback)
-    algorithm.policy.save_pretrained(out)
-    return algorithm.history
+    return _Learned(algorithm.policy, Path(), algorithm.history)
 
 
 def _data_of(env: TextVectorEnv) -> dict[str, str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal
+
+from textgym.checks import check_name
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,8 @@ class Profile:
         default: Names of the rows that run without `--algos`.
 
     Raises:
-        ValueError: The rows of two tasks have different names, or `default` names an unknown row.
+        ValueError: The rows of two tasks have different names, or `default` names an unknown row; a name cannot be part
+            of a file's name, or two runs would write to the same folder.
     """
 
     name: str
@@ -200,6 +204,12 @@ class Profile:
                 raise ValueError(f"rows of {name} must be those of the first task, {self.rows}, got {list(task.rows)}")
         if not set(self.default) <= set(self.rows):
             raise ValueError(f"default must be some of {self.rows}, got {self.default}")
+        for kind, names in (("profile", [self.name]), ("task", self.tasks), ("row", self.rows)):
+            for name in names:
+                check_name(f"the name of a {kind}", name)
+        folders = Counter(f"{task}-{row}" for task in self.tasks for row in self.rows)
+        if shared := [folder for folder, count in folders.items() if count > 1]:
+            raise ValueError(f"tasks and rows must have names that differ also when joined, got {shared} twice")
 
     @property
     def rows(self) -> list[str]:

@@ -6,6 +6,7 @@ these sets; reinforcement learning plays as many episodes everywhere. ``python e
 files, of the train and validation splits and of the test split, and a run needs neither the model nor a server.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.profiles import Profile, Row, TaskProfile
@@ -15,10 +16,11 @@ from textgym.guides import RecordedGuide
 GUIDES = Path(__file__).parents[1] / "guides"
 GUIDED = {"guide": RecordedGuide(GUIDES / "commongen-gemma-3-270m.jsonl")}
 # The guide by itself: it writes all texts of the test.
-ALONE = {
-    "env": {"guide": RecordedGuide(GUIDES / "commongen-gemma-3-270m-test.jsonl")},
-    "guidance": {"handoff_prob": 1.0, "no_body_prob": 1.0},
-}
+ALONE = Row(
+    "sl",
+    env={"guide": RecordedGuide(GUIDES / "commongen-gemma-3-270m-test.jsonl")},
+    guidance={"handoff_prob": 1.0, "no_body_prob": 1.0},
+)
 GROUP = {"group_size": 4}
 PUBLISHED_GRPO = {**GROUP, "kl_coef": 0.04}
 DISTILL = Row(
@@ -29,8 +31,8 @@ DISTILL = Row(
 
 ROWS = {
     "sl": Row("sl"),
-    "gemma": Row("sl", **ALONE),
-    "gemma-best-of-4": Row("sl", **ALONE, best_of=4),
+    "gemma": ALONE,
+    "gemma-best-of-4": replace(ALONE, best_of=4),
     "ppo": Row("ppo"),
     "grpo": Row("grpo", PUBLISHED_GRPO),
     "ppo++": Row("ppo++", {"beta": 0.8}),

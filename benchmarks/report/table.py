@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.report.intervals import Interval
+from textgym.rendering import inert
 
 Cell = str | Interval
 
@@ -38,10 +39,10 @@ class Table:
 
     def markdown(self) -> str:
         """Markdown with aligned columns; only title and note if there are no rows."""
-        heading = f"**{self.title}.** {self.note}"
+        heading = f"**{self.title}.** {inert(self.note)}"
         if not self.rows:
             return heading
-        lines = [list(self.columns), *map(self.texts, self.rows)]
+        lines = [[inert(text) for text in line] for line in [self.columns, *map(self.texts, self.rows)]]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rule = ["-" * width if place < self.names else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
         rows = (

@@ -27,6 +27,9 @@ _HUB_COLUMNS = {
     "commongen": ["concept_set_idx", "concepts", "target"],
     "tldr": ["prompt", "completion"],
 }
+# Columns that are not texts, and what may be missing: the hub keeps some test targets to itself.
+_KINDS = {"label": "int", "concept_set_idx": "int", "concepts": "list"}
+_MAY_BE_NULL = ("target", "summary", "completion")
 _FOLDER_COLUMNS = _HUB_COLUMNS | {"tldr": ["subreddit", "title", "post", "summary"]}
 _HUB_POST = re.compile(
     r"SUBREDDIT: r/(?P<subreddit>.*?)\n+TITLE: (?P<title>.*?)\n+POST: (?P<post>.*?)\s*TL;DR:\s*", re.DOTALL
@@ -116,7 +119,43 @@ def _read(task_name: str, file: SplitName, source: str) -> datasets.Dataset:
             f"source={source!r}: {place} must have columns {columns}, {missing} are missing among "
             f"{dataset.column_names}"
         )
-    return dataset.select_columns(columns)
+    dataset = dataset.select_columns(columns)
+    _check_columns(dataset, f"source={source!r}: {place}")
+    return dataset
+
+
+def _check_columns(dataset: datasets.Dataset, place: str) -> None:
+    """Refuse columns of another kind, nulls, bytes that are no text, and labels that are no classes.
+
+    Raises:
+        ValueError: The message names the column.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kinds = {"text": pa.types.is_string, "int": pa.types.is_integer, "list": pa.types.is_list}
+    for column in dataset.column_names:
+        values, kind = dataset.data.column(column), _KINDS.get(column, "text")
+        type_ = values.type
+        wanted = kinds[kind](type_) or (kind == "text" and pa.types.is_large_string(type_))
+        inside = type_.value_type if pa.types.is_list(type_) else type_
+        if not wanted or (kind == "list" and not pa.types.is_string(inside)):
+            what = {"text": "text", "int": "integers", "list": "lists of text"}[kind]
+            raise ValueError(f"{place} must have {what} in column {column!r}, got {type_}")
+        try:
+            for chunk in values.chunks:
+                chunk.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{place} must have text in UTF-8 in column {column!r}: {error}") from error
+        nulls = values.null_count + (sum(list_.values.null_count for list_ in values.chunks) if kind == "list" else 0)
+        if nulls and column not in _MAY_BE_NULL:
+            raise ValueError(f"{place} must have no nulls in column {column!r}, got {nulls}")
+        if kind == "list" and len(values) and pc.min(pc.list_value_length(values)).as_py() < 1:
+            raise ValueError(f"{place} must have no empty lists in column {column!r}")
+        if column == "label" and len(values):
+            classes = sorted(pc.unique(values).to_pylist())
+            if not {*classes} <= {0, 1}:
+                raise ValueError(f"{place} must have labels 0 and 1 in column {column!r}, got {classes[:10]}")
 
 
 def _read_imdb(split: SplitName, source: str) -> list[Row]:
@@ -181,7 +220,7 @@ def _parse_posts(batch: dict[str, list]) -> dict[str, list]:
                 f"TL;DR:', got {prompt!r}"
             )
     columns = {name: [match[name] for match in matches if match] for name in ("subreddit", "title", "post")}
-    return columns | {"summary": [completion.strip() for completion in batch["completion"]]}
+    return columns | {"summary": [text and text.strip() for text in batch["completion"]]}
 
 
 _READERS = {"imdb": _read_imdb, "commongen": _read_commongen, "tldr": _read_tldr}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,9 +33,20 @@ class Split:
 
     @classmethod
     def of(cls, rows: Sequence[Row] | datasets.Dataset) -> Split:
-        """Return rows with a fingerprint of their content."""
+        """Return rows with a fingerprint of their content.
+
+        Raises:
+            ValueError: They are no sequence of mappings.
+        """
+        listed = isinstance(rows, Iterable) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+        if not listed or isinstance(rows, str | bytes | Mapping):
+            raise ValueError(
+                f"data must be rows, mappings from column to value, got {type(rows).__name__}: {rows!r:.200}"
+            )
         digest = hashlib.sha256()
         for row in rows:
+            if not isinstance(row, Mapping):
+                raise ValueError(f"data must be rows, mappings from column to value, got a row {row!r:.200}")
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return cls(rows, digest.hexdigest()[:16])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -21,6 +22,9 @@ __all__ = [
     "load_guide",
 ]
 
+# Of at most an owner and a name; anything else is a path.
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
 
 def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | None:
     """Return the environment's argument `guide` as a guide.
@@ -31,7 +35,7 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
             on a list of `GuideRequest`.
 
     Raises:
-        ValueError: `guide` is none of these.
+        ValueError: `guide` is none of these, or a path at which there is nothing.
     """
     if guide is None or isinstance(guide, Guide):
         return guide
@@ -46,8 +50,12 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
     if isinstance(guide, str | os.PathLike) and os.fspath(guide).endswith(".jsonl"):
         return RecordedGuide(guide)
     if isinstance(guide, str | os.PathLike):
+        if not os.path.exists(guide) and not _HUB_ID.fullmatch(os.fspath(guide)):
+            raise ValueError(f"guide must be the hub id or path of a language model, and there is nothing at {guide!r}")
         from textgym.guides.local import LocalGuide  # imports transformers, which guides behind a server do without
+        from textgym.hub import check_model
 
+        check_model("guide", guide, "'references', the hub id or path of a language model, a Guide or a function")
         return LocalGuide(guide)
     if callable(guide):
         return CallableGuide(guide)

@@ -19,11 +19,13 @@ class Usage:
     """What a guide has used in this process.
 
     Attributes:
-        calls: Completions requested from the server, each counted once however often it was tried.
+        calls: Requests sent to the server, retries included.
         cache_hits: Completions read from the cache instead.
-        failures: Tries without a completion: refused, timed out or answered with an error.
-        prompt_tokens: Tokens read, counted by the server.
-        completion_tokens: Tokens written, counted by the server.
+        failures: Calls without a completion: refused, timed out or answered with an error.
+        prompt_tokens: Tokens read, as the server counts them. Where its count cannot be true or does not come (with a
+            call that timed out, say, which may cost as much), about as many as were sent.
+        completion_tokens: Tokens written, likewise; else as many as were asked for. Calls that the server refuses
+            with an error have none.
         seconds: Wall-clock time in `HTTPGuide.complete`.
         cost: Cost of these tokens at the prices of the budget.
     """
@@ -45,7 +47,7 @@ class Budget:
     the use of `concurrency` calls; `calls` is never exceeded. Completions from the cache are free.
 
     Attributes:
-        calls: Most completions requested from the server.
+        calls: Most requests to the server, retries included.
         tokens: Most tokens, read and written ones together.
         cost: Highest cost, in the unit of `prices`.
         prices: Cost of one prompt token and of one completion token.

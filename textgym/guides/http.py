@@ -9,24 +9,25 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from textgym.checks import check, check_int, check_texts
 from textgym.decoding import Decoding
+from textgym.guides.answers import Answer, limit
+from textgym.guides.api_key import read_key
 from textgym.guides.base import Author, Completion, GuideRequest
-from textgym.guides.budget import Budget, BudgetExceeded, Ledger, Usage, is_amount
+from textgym.guides.budget import Budget, BudgetExceeded, Usage, is_amount
 from textgym.guides.completion_cache import CompletionCache
+from textgym.guides.server import Server
 from textgym.guides.templates import COMPLETIONS_TEMPLATE, chat_messages, completions_template, without_echo
 from textgym.packages import require
 
-# openai and transformers are imported for the first completion, so that a guide is made quickly.
+# httpx2 and transformers are imported for the first completion, so that a guide is made quickly.
 if TYPE_CHECKING:
-    from openai import OpenAI
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Budget", "BudgetExceeded", "HTTPGuide", "Usage"]
@@ -67,21 +68,24 @@ class HTTPGuide:
             OpenAI's API does not have; `top_k` is sent where it is above 0.
         stop: Strings before which the server ends the text, at most four at OpenAI.
         extra_body: Further fields of every request, as JSON values.
-        concurrency: Most requests under way at once.
-        timeout: Seconds to wait for an answer.
-        max_retries: Most tries after the first where the server cannot be reached, is too slow, or answers 408, 409,
-            429 or 5xx. The wait before a try is the server's ``Retry-After`` (up to two minutes), else half a second,
-            doubled with each try up to eight seconds.
-        cache: Folder that keeps completions, one JSON file each, or None. The same request (api, model, filled
+        concurrency: Most requests under way at once, of all copies of the guide in this process.
+        timeout: Seconds for an answer in all, from the connection to its last byte.
+        max_retries: Most tries after the first where the server cannot be reached, is too slow, answers 408, 409, 429
+            or 5xx, or answers with something else than a completion. The wait before a try is the server's
+            ``Retry-After`` (an error where that is more than two minutes), else half a second, doubled with each try up
+            to eight seconds. Redirects are errors: prompts go to `base_url` alone.
+        cache: Folder that keeps completions, in an SQLite database, or None. The same request (api, model, filled
             template, decoding, stop, extra body, limit and, unless greedy, seed) is then sent only once. The URL is
             not part of it, so a server can move; use one folder per server where servers give different models the
-            same name. Several processes can share a folder.
+            same name. Several processes can share a folder on a disk of their machine. Where it cannot be read or
+            written, the guide warns and goes on without.
         budget: Limits on what it uses; None is no limit.
-        api_key_env: Environment variable with the key, which is stored nowhere else. A server on this machine is used
-            without a key where the variable is not set; None sends no key.
+        api_key_env: Environment variable with the key, which is stored nowhere else and is not in what a server says
+            (a key of less than eight characters is a placeholder). A server on this machine is used without a key where
+            the variable is not set; None sends no key.
 
     Raises:
-        ImportError: openai is not installed.
+        ImportError: httpx2 is not installed.
         ValueError: An argument is not allowed, or there is no key for a server on another machine.
     """
 
@@ -105,7 +109,7 @@ class HTTPGuide:
         budget: Budget | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",
     ) -> None:
-        require("http", "HTTPGuide", "openai")
+        require("http", "HTTPGuide", "httpx2")
         check("model", model, isinstance(model, str) and bool(model), "the name of a model at the server")
         check("api", api, api in ("completions", "chat"), '"completions" or "chat"')
         check("timeout", timeout, is_amount(timeout) and timeout > 0, "a finite number of seconds > 0")
@@ -124,9 +128,19 @@ class HTTPGuide:
         self.cache = None if cache is None else CompletionCache(cache)
         self.budget, self.api_key_env = budget or Budget(), api_key_env
         self._sampling = _sampling_fields(decoding)
-        self._ledger = Ledger()
-        self._client: tuple[int, OpenAI] | None = None
-        self._key()
+        if read_key(api_key_env) is None and api_key_env is not None and not _is_loopback(self.base_url):
+            raise ValueError(
+                f"api_key_env: the environment variable {api_key_env} is not set, and {self.base_url} is not on this "
+                "machine; api_key_env=None sends no key"
+            )
+        self._server = Server(
+            self.base_url,
+            api_key_env=api_key_env,
+            concurrency=self.concurrency,
+            timeout=timeout,
+            max_retries=self.max_retries,
+            budget=self.budget,
+        )
 
     @property
     def usage(self) -> Usage:
@@ -134,7 +148,7 @@ class HTTPGuide:
 
         Copies of a guide share it and the budget. A pickled guide counts from zero: each process has its own budget.
         """
-        return self._ledger.usage
+        return self._server.ledger.usage
 
     @property
     def fingerprint(self) -> str:
@@ -158,10 +172,10 @@ class HTTPGuide:
         try:
             return self._complete(requests, tokenizer)
         finally:
-            self._ledger.add(seconds=time.perf_counter() - started)
+            self._server.ledger.add(seconds=time.perf_counter() - started)
 
     def _complete(self, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-        from textgym.tokenization import encode
+        from textgym.tokenization import beginning, encode
 
         # Without sampling, requests that differ only in their seeds are the same.
         asked = [request if self._sampled else replace(request, seed=0) for request in requests]
@@ -176,8 +190,9 @@ class HTTPGuide:
                 if answer is None:
                     continue
                 written = len(completions[request].token_ids or ())
-                texts[request] += self._continuation(request, texts[request], answer.text)
-                ids = encode(tokenizer, [texts[request]])[0]
+                text = texts[request] + self._continuation(request, texts[request], answer.text)
+                texts[request] = beginning(tokenizer, text, request.max_new_tokens)
+                ids = encode(tokenizer, [texts[request]], literal=True)[0]
                 finished = answer.finish_reason not in ("length", "content_filter")
                 completions[request] = Completion(token_ids=tuple(ids[: request.max_new_tokens]), finished=finished)
                 left = request.max_new_tokens - len(ids)
@@ -214,7 +229,7 @@ class HTTPGuide:
         try:
             return self._score(requests, continuations, tokenizer)
         finally:
-            self._ledger.add(seconds=time.perf_counter() - started)
+            self._server.ledger.add(seconds=time.perf_counter() - started)
 
     def _score(
         self,
@@ -277,119 +292,22 @@ class HTTPGuide:
     def _sampled(self) -> bool:
         return self._sampling["temperature"] > 0
 
-    def _answers(self, bodies: Sequence[dict[str, Any]]) -> list[_Answer | None]:
+    def _answers(self, bodies: Sequence[dict[str, Any]]) -> list[Answer | None]:
         """Return the answers to all bodies, from the cache or the server; None where the budget is spent."""
-        answers: list[_Answer | None] = [None] * len(bodies)
-        futures: dict[int, Future[_Answer]] = {}
-        running: set[Future[_Answer]] = set()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            for i, body in enumerate(bodies):
-                answers[i] = self._cached(body)
-                if answers[i] is not None:
-                    continue
-                # Calls begin in order, so that every run spends its budget of calls on the same requests.
-                if len(running) == self.concurrency:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-                if self._ledger.begin(self.budget):
-                    futures[i] = pool.submit(self._ask, body)
-                    running.add(futures[i])
-            for i, future in futures.items():
-                answers[i] = future.result()
+        answers = [None if self.cache is None else self.cache.get(self._request(body)) for body in bodies]
+        asked = [i for i, answer in enumerate(answers) if answer is None]
+        self._server.ledger.add(cache_hits=len(bodies) - len(asked))
+        for i, answer in zip(asked, self._server.ask([bodies[i] for i in asked], self._keep), strict=True):
+            answers[i] = answer
         return answers
 
-    def _ask(self, body: dict[str, Any]) -> _Answer:
-        import openai
+    def _keep(self, body: Mapping[str, Any], answer: Answer) -> None:
+        if self.cache is not None:
+            self.cache.put(self._request(body), answer)
 
-        client = self._connected()
-        endpoint: Any = client.chat.completions if self.api == "chat" else client.completions
-        required = {name: body[name] for name in ("model", "prompt", "messages") if name in body}
-        headers = {} if self._key() else {"Authorization": openai.Omit()}
-        where = f"the guide's server {self.base_url}"
-        failure: Exception
-        try:
-            response = endpoint.with_raw_response.create(
-                **required,
-                extra_body={name: value for name, value in body.items() if name not in required},
-                extra_headers=headers,
-            )
-        except openai.APIError as error:
-            tries = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
-            if isinstance(error, openai.APITimeoutError):
-                failure = TimeoutError(f"{where} did not answer within timeout={self.timeout:g} seconds, {tries} tries")
-            elif isinstance(error, openai.APIConnectionError):
-                reason = f": {error.__cause__}" if error.__cause__ else ""
-                failure = ConnectionError(self._public(f"{where} cannot be reached, {tries} tries{reason}"))
-            else:
-                status = getattr(error, "status_code", "an error")
-                failure = RuntimeError(
-                    self._public(f"{where} answered {status} for model {self.model!r}, {tries} tries: {error.message}")
-                )
-            self._ledger.add(failures=tries)
-        else:
-            self._ledger.add(failures=response.retries_taken)
-            try:
-                answer = _Answer.of(response.http_response.json(), body["prompt"] if "echo" in body else None)
-            except (LookupError, TypeError, ValueError):
-                self._ledger.add(failures=1)
-                wanted = "the log-probabilities of the tokens that it read" if "echo" in body else "a completion"
-                failure = RuntimeError(
-                    self._public(f"{where} must answer with {wanted}, got {response.http_response.text[:200]!r}")
-                )
-            else:
-                used = (answer.prompt_tokens, answer.completion_tokens)
-                cost = sum(price * tokens for price, tokens in zip(self.budget.prices, used, strict=True))
-                self._ledger.add(prompt_tokens=used[0], completion_tokens=used[1], cost=cost)
-                if self.cache is not None:
-                    self.cache.put(self._request(body), answer._asdict())
-                return answer
-        # Not chained to the client's error, which holds the headers and can hold the key.
-        raise failure from None
-
-    def _key(self) -> str | None:
-        key = os.environ.get(self.api_key_env) if self.api_key_env is not None else None
-        if not key and self.api_key_env is not None and not _is_loopback(self.base_url):
-            raise ValueError(
-                f"api_key_env: the environment variable {self.api_key_env} is not set, and {self.base_url} is not on "
-                "this machine; api_key_env=None sends no key"
-            )
-        return key or None
-
-    def _public(self, message: str) -> str:
-        """Return a message without the key, which a server can repeat in its errors."""
-        key = self._key()
-        return message if key is None else message.replace(key, "***")
-
-    def _connected(self) -> OpenAI:
-        from openai import OpenAI
-
-        # A forked process must not use the connections of its parent.
-        with self._ledger.lock:
-            if self._client is None or self._client[0] != os.getpid():
-                client = OpenAI(
-                    api_key=self._key() or "none",
-                    base_url=self.base_url,
-                    timeout=self.timeout,
-                    max_retries=self.max_retries,
-                )
-                self._client = os.getpid(), client
-            return self._client[1]
-
-    def _request(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return all of a body that its answer depends on, in the form by which the cache finds it."""
-        # The limit of tokens has two names, one for OpenAI alone.
-        limit = body.get("max_completion_tokens", body.get("max_tokens"))
-        return {**body, "api": self.api, "max_tokens": limit, "max_completion_tokens": None}
-
-    def _cached(self, body: dict[str, Any]) -> _Answer | None:
-        kept = None if self.cache is None else self.cache.get(self._request(body))
-        try:
-            answer = None if kept is None else _Answer(**kept)
-        except TypeError:  # other fields
-            return None
-        self._ledger.add(cache_hits=answer is not None)
-        return answer
+        return {**body, "api": self.api, "max_tokens": limit(body), "max_completion_tokens": None}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model!r}, base_url={self.base_url!r}, api={self.api!r})"
@@ -399,57 +317,6 @@ class HTTPGuide:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the client, which holds the key, and the usage in this process."""
-        return {**self.__dict__, "_client": None, "_ledger": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _ledger=Ledger())
-
-
-class _Answer(NamedTuple):
-    """A server's completion.
-
-    Of a text that was scored, `log_probs` are those of its tokens after the first, and `text` begins with the text as
-    the server reads it, or is empty where it does not say.
-    """
-
-    text: str
-    finish_reason: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    log_probs: list[float] | None = None
-
-    @classmethod
-    def of(cls, answer: Any, scored: Sequence[int] | None = None) -> _Answer:
-        """Read a server's answer, to a text to be scored if there is one.
-
-        Raises:
-            LookupError: It is no completion, or has no log-probabilities of the tokens to be scored.
-            TypeError: As above.
-            ValueError: As above.
-        """
-        choice = answer["choices"][0]
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        usage = answer["usage"]
-        log_probs = None
-        if scored is not None:
-            echoed = (choice.get("logprobs") or {}).get("token_logprobs") or []
-            text = text if len(echoed) >= len(scored) else ""
-            if (by_token := choice.get("prompt_logprobs")) is not None:
-                log_probs = [float(by_token[at][str(token)]["logprob"]) for at, token in enumerate(scored) if at]
-            else:
-                log_probs = [float(echoed[at]) for at in range(1, len(scored))]
-            if not all(map(math.isfinite, log_probs)):
-                raise ValueError("a log-probability is not finite")
-        return cls(
-            "" if text is None else str(text),
-            choice.get("finish_reason"),
-            int(usage["prompt_tokens"]),
-            int(usage.get("completion_tokens") or 0),
-            log_probs,
-        )
 
 
 def _is_echo(answer: str, text: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -471,9 +338,10 @@ def _checked_url(url: Any) -> str:
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        fine = fine and url.isascii() and url.isprintable()
     except (AttributeError, TypeError, ValueError):
         fine = False
-    if fine and ("@" in parts.netloc or parts.query or parts.fragment):
+    if ("@" in parts.netloc or parts.query or parts.fragment) if fine else "@" in str(url):
         # The URL is not shown, since it can hold a password.
         raise ValueError("base_url must have no user, password or query; the key comes from api_key_env")
     if not fine:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+from textgym.guides.local import fingerprint_of
+from textgym.hub import load_pretrained
 from textgym.metrics.base import TextMetric
 from textgym.models import load_model, resolve_device
 from textgym.positions import with_positions_alike
@@ -58,7 +60,9 @@ class Perplexity(TextMetric):
         if self.model.config.is_encoder_decoder:
             raise ValueError(f"model must be a causal language model, got a {type(self.model).__name__}")
         self.batch_size = batch_size
-        self.signature = f"model {self.model.name_or_path or type(self.model).__name__}"
+        # A folder can be anywhere, also in the cache; its weights are the same.
+        name = self.model.name_or_path
+        self.signature = f"model {name if name and not os.path.isdir(name) else fingerprint_of(self.model)}"
 
     @torch.inference_mode()
     def _scores(self, prompt_ids: Sequence[Sequence[int]], prediction_ids: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -144,11 +148,11 @@ class BertScore(TextMetric):
         super().__init__()
         name = os.fspath(encoder)
         try:
-            model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+            model = load_pretrained(AutoModel, name)
             # bert-score's slow tokenizers put a space before the first word for RoBERTa. (Transformers 5 has only fast
             # ones, with which it does not.)
             prefix = {"add_prefix_space": True} if model.config.model_type == "roberta" else {}
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **prefix)
+            self.tokenizer = load_pretrained(AutoTokenizer, name, **prefix)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"encoder must be a hub id or a folder of a model with safetensors weights, got {name!r}: {error}"

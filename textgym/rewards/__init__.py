@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,30 @@ def check_reward(reward: str | os.PathLike[str] | RewardFunction | None, named: 
         named: The names of the task's rewards.
 
     Raises:
-        ValueError: `reward` is none of these.
+        ValueError: `reward` is none of these, or a function that does not take the arguments of one.
     """
-    if reward is None or callable(reward) or isinstance(reward, os.PathLike):
+    if callable(reward):
+        try:
+            signature(reward).bind(prompts=[], completions=[], references=[])
+        except TypeError as error:
+            raise ValueError(
+                "reward must be a function of the keyword arguments prompts, completions and references, got "
+                f"{getattr(reward, '__name__', reward)!r}: {error}"
+            ) from None
+        except ValueError:  # a builtin does not say what it takes
+            pass
         return
-    if not isinstance(reward, str) or not (reward in named or "/" in reward or os.path.isdir(reward)):
+    if reward is None or (isinstance(reward, str) and reward in named):
+        return
+    path = isinstance(reward, os.PathLike) or (isinstance(reward, str) and ("/" in reward or os.path.isdir(reward)))
+    if not path:
         raise ValueError(
             f"reward must be None, one of {sorted(named)}, a hub id 'owner/name' or a folder of a "
             f"sequence-classification model, or a function on batches, got {reward!r}"
         )
+    from textgym.hub import check_model  # imports transformers
+
+    check_model("reward", reward, "the hub id or folder of a sequence-classification model, or a function")  # type: ignore[arg-type]
 
 
 def load_reward(
@@ -71,7 +87,11 @@ def split_parts(values: Rewards, n: int, name: str = "reward") -> tuple[np.ndarr
     parts = {}
     for part, numbers in named.items():
         try:
-            array = np.array(numbers, dtype=np.float64)
+            array = np.asarray(numbers)
+            # Strings and dates would be converted, too.
+            if array.dtype.kind not in "biufO" or any(isinstance(value, str | bytes) for value in array.flat):
+                raise TypeError(f"{array.dtype} is no type of numbers")
+            array = array.astype(np.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name} must return {n} numbers, part {part!r} is a {type(numbers).__name__}") from error
         if array.shape != (n,):
@@ -80,4 +100,9 @@ def split_parts(values: Rewards, n: int, name: str = "reward") -> tuple[np.ndarr
             row = int(np.flatnonzero(~np.isfinite(array))[0])
             raise ValueError(f"{name} must return finite numbers, part {part!r} is {array[row]} for text {row}")
         parts[str(part)] = array
-    return np.sum(list(parts.values()), axis=0), parts
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sum(list(parts.values()), axis=0)
+    if not np.isfinite(total).all():
+        row = int(np.flatnonzero(~np.isfinite(total))[0])
+        raise ValueError(f"{name} must have a finite sum of its parts {sorted(parts)}, got {total[row]} for text {row}")
+    return total, parts

@@ -152,6 +152,10 @@ class ModelReward:
         device: "auto" (CUDA, else CPU) or a torch device.
         batch_size: Texts scored at once.
         truncation_side: Which end of a text is dropped where it is longer than the model's limit; "left" keeps the end.
+        trust_remote_code: Whether Python code of the model's folder or repository may run.
+
+    Raises:
+        ValueError: There is no such model, it has no safetensors weights, or an argument is wrong.
     """
 
     def __init__(
@@ -162,18 +166,30 @@ class ModelReward:
         device: str | torch.device = "auto",
         batch_size: int = 32,
         truncation_side: str = "left",
+        trust_remote_code: bool = False,
     ):
         check_one_of("truncation_side", truncation_side, ("left", "right"))
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+        from textgym.hub import load_pretrained
         from textgym.models import resolve_device
 
         self.fingerprint = os.fspath(model)
         self.batch_size = check_int("batch_size", batch_size)
         self.device = resolve_device(device)
-        self.label = _label_index(AutoConfig.from_pretrained(model).id2label, label)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, truncation_side=truncation_side)
-        self.model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True)
+        code = {"trust_remote_code": trust_remote_code}
+        self.tokenizer: PreTrainedTokenizerBase
+        self.model: PreTrainedModel
+        try:
+            labels = load_pretrained(AutoConfig, model, **code).id2label
+            self.tokenizer = load_pretrained(AutoTokenizer, model, truncation_side=truncation_side, **code)
+            self.model = load_pretrained(AutoModelForSequenceClassification, model, **code)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                "reward must be a function, a name of the task's, or the hub id or folder of a sequence-classification "
+                f"model with a tokenizer and safetensors weights, got {self.fingerprint!r}: {error}"
+            ) from error
+        self.label = _label_index(labels, label)
         self.model.eval().to(self.device)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

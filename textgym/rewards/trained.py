@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from textgym.storage import cache_dir, new_folder
+from textgym.storage import cache_dir, made_once
 
 
 class Trained(NamedTuple):
@@ -35,18 +36,28 @@ def load_or_train(
         The model. Its fingerprint is 16 hex digits of the hash of the recipe.
     """
     recipe = {**recipe, "threads": 1}  # sums depend on the number of threads, in the last digits
-    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir() / "rewards" / f"{name}-{fingerprint}"
-    if not folder.is_dir():
+    fingerprint = _fingerprint(recipe)
+
+    def make() -> Trained:
         import sklearn.linear_model  # noqa: F401  (limits apply only to libraries that are loaded)
         from threadpoolctl import threadpool_limits
 
         with threadpool_limits(1):
             arrays, report = train()
-        # Where another process finishes the same training first, its model is as good as this one.
-        with new_folder(folder, keep_existing=True) as temporary:
-            save_file(arrays, temporary / "weights.safetensors")
-            text = json.dumps({"recipe": recipe, **report}, indent=2)
-            (temporary / "report.json").write_text(text, encoding="utf-8")
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return Trained(load_file(folder / "weights.safetensors"), report, fingerprint)
+        return Trained(arrays, {"recipe": recipe, **report}, fingerprint)
+
+    def keep(trained: Trained, folder: Path) -> None:
+        save_file(trained.arrays, folder / "weights.safetensors")
+        (folder / "report.json").write_text(json.dumps(trained.report, indent=2), encoding="utf-8")
+
+    def load(folder: Path) -> Trained:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if _fingerprint(report["recipe"]) != fingerprint:
+            raise ValueError("it was made by another recipe")
+        return Trained(load_file(folder / "weights.safetensors"), report, fingerprint)
+
+    return made_once(cache_dir() / "rewards" / f"{name}-{fingerprint}", make, keep, load)
+
+
+def _fingerprint(recipe: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
