@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from dataclasses import asdict, replace
 
 import gymnasium as gym
@@ -449,6 +450,16 @@ def test_render_colours_authors_apart():
     assert "\x1b[2mred sun\x1b[0m" in frame
     assert frame.count("\x1b[33m") == 1
     assert frame.count("\x1b[32m") == 1
+
+
+def test_render_for_notebooks_names_authors_and_runs_nothing():
+    env = single(guide=GUIDE, render_mode="html")
+    env.reset(seed=0, options={"prompt": "red <b>sun", "prefix": " blue"})
+    env.step(TOKENIZER(" hill")["input_ids"][0])
+    page = env.render()._repr_html_()
+    assert re.findall(r'title="(\w+)"', page) == ["prompt", "user", "policy"]
+    assert "red &lt;b&gt;sun" in page
+    assert "<b>" not in page
 
 
 @pytest.mark.parametrize(

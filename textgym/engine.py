@@ -27,7 +27,7 @@ from textgym.guidance import Guidance
 from textgym.guides import Author, Guide, GuideRequest, load_guide
 from textgym.options import ResetOptions
 from textgym.prompts import PromptEncoder
-from textgym.rendering import coloured
+from textgym.rendering import Html, coloured
 from textgym.rewards import check_reward, load_reward, split_parts
 from textgym.rewards.base import RewardFunction
 from textgym.spec import WithSpec
@@ -122,7 +122,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         min_new_tokens: Tokens, prefix counted, before which `action_masks` leaves out the tokens that end a text.
         banned_tokens: Token ids that `action_masks` leaves out.
         order: "random" draws samples uniformly, "sequential" visits every sample of the split once over all rows.
-        render_mode: "ansi", "human" or None.
+        render_mode: "ansi", "html", which notebooks show, "human" or None.
         parking: Whether a row whose text is complete or waits for the guide is parked (it neither terminates nor reads
             actions) until all rows are, so that guide and reward get one batch. All rows then terminate in the same
             step.
@@ -142,7 +142,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             or that a group shares, counts once; the ``guide_tokens`` of infos are those in each episode.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "html", "human"], "render_fps": 4}  # noqa: RUF012
     task: Task
 
     def __init__(
@@ -1004,13 +1004,14 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         """Show every row: the prompt dim, and each author's tokens in their own colour.
 
         Returns:
-            One string per row in mode "ansi"; None in mode "human", which prints them.
+            One string per row in mode "ansi", one `textgym.rendering.Html` in mode "html"; None in mode "human", which
+            prints them.
         """
         if self.render_mode is None:
-            gym.logger.warn("render() needs render_mode='ansi' or 'human', given when the environment is made")
+            gym.logger.warn("render() needs render_mode='ansi', 'html' or 'human', given when the environment is made")
             return None
         frames = tuple(map(self._frame, range(self.num_envs)))
-        if self.render_mode == "ansi":
+        if self.render_mode in ("ansi", "html"):
             return frames
         print(*frames, sep="\n", flush=True)
         return None
@@ -1018,7 +1019,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def _frame(self, row: int) -> str:
         tokens, authors = self._tokens(row), self._authors[row, : self._length[row]]
         stretches = decode_by_author(self.tokenizer, self._context(row), tokens, authors) if tokens else []
-        return coloured(self._prompts[row] or "", stretches)
+        show = Html.of if self.render_mode == "html" else coloured
+        return show(self._prompts[row] or "", stretches)
 
     # State
 

@@ -41,7 +41,7 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
         engine: The vector environment of one row that runs the episodes.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "html", "human"], "render_fps": 4}  # noqa: RUF012
     task: Task
 
     def __init__(self, *, task: Task | None = None, **arguments: Any) -> None:

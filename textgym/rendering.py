@@ -1,9 +1,11 @@
-"""Texts for terminals and for Markdown: episodes in colours, and what came from outside without effect."""
+"""Texts for terminals, notebooks and Markdown: episodes in colours, and what came from outside without effect."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from html import escape
+from typing import Self
 
 from textgym.guides.base import Author
 
@@ -19,6 +21,35 @@ def coloured(prompt: str, stretches: Sequence[tuple[int, str]]) -> str:
     """
     parts = [(2, prompt), *((COLOURS[Author(author)], text) for author, text in stretches)]
     return "".join(f"\x1b[{code}m{visible(text)}\x1b[0m" for code, text in parts)
+
+
+# The same colours, readable on light and on dark pages.
+_CSS = {Author.POLICY: "#1a8f4a", Author.GUIDE: "#b0459c", Author.REFERENCE: "#3f78d8", Author.USER: "#a87a00"}
+
+
+class Html(str):
+    """A string of HTML, which notebooks show as such."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, prompt: str, stretches: Sequence[tuple[int, str]]) -> Self:
+        """An episode: the prompt grey, and each author's text in a colour, with the author's name as its title.
+
+        Args:
+            prompt: As for `coloured`.
+            stretches: As for `coloured`.
+        """
+        parts = [("prompt", "#888", prompt)]
+        parts += [(Author(author).name.lower(), _CSS[Author(author)], text) for author, text in stretches]
+        spans = (
+            f'<span title="{title}" style="color:{colour}">{escape(visible(text))}</span>'
+            for title, colour, text in parts
+        )
+        return cls(f'<div style="white-space:pre-wrap">{"".join(spans)}</div>')
+
+    def _repr_html_(self) -> str:
+        return str(self)
 
 
 # Control characters but tab and newline, halves of characters, and what turns the direction of writing.

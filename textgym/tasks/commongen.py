@@ -80,7 +80,7 @@ class CommonGenEnv(TextEnv):
         ``min_new_tokens``, ``banned_tokens``: `action_masks` does not allow an end before so many tokens, nor these
         token ids.
         ``order``: "random" (default) or "sequential", which visits each sample of the split once.
-        ``render_mode``: "ansi", "human" or None.
+        ``render_mode``: "ansi", "html", "human" or None.
 
         The vector environment also takes ``num_envs``, ``parking``, ``autoreset_mode`` and ``copy``
         (see `textgym.engine.TextVectorEnv`).
