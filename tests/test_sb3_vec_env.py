@@ -72,6 +72,9 @@ def test_equals_dummy_vec_env(arguments, mode, make_pair, words_tokenizer):
             actions[rng.random(ROWS) < 0.2] = words_tokenizer.eos_token_id
             (obs, *results), (expected_obs, *expected) = ours.step(actions), theirs.step(actions)
             assert_same(dict(obs), dict(expected_obs))
+            assert [("episode" in info) for info in results[2]] == results[1].tolist()
+            for info in results[2]:
+                info.pop("episode", None)  # which takes a Monitor there
             for one, other in zip(results, expected, strict=True):
                 assert_same(one, other)
             assert results[0].dtype == expected[0].dtype
@@ -89,9 +92,10 @@ def test_unseeded_rows_go_on_and_differ(make_pair):
     assert_same(ours.reset(), first)
 
 
-def test_monitors_agree(make_pair, words_tokenizer):
+@pytest.mark.parametrize("wrap", [lambda envs: envs, VecMonitor], ids=["by itself", "VecMonitor"])
+def test_monitors_agree(make_pair, words_tokenizer, wrap):
     ours, _ = make_pair()
-    ours = VecMonitor(ours)
+    ours = wrap(ours)
     theirs = DummyVecEnv([lambda: Monitor(gym.make(ENV_ID, tokenizer=words_tokenizer))] * ROWS)
     ours.seed(1)
     theirs.seed(1)
@@ -120,8 +124,8 @@ def test_attributes_and_methods_of_rows(make_pair):
         assert ours.get_attr(name, indices=[2, 1]) == theirs.get_attr(name, indices=[2, 1])
     assert ours.env_method("render") == theirs.env_method("render")
     assert ours.env_method("render", indices=1) == theirs.env_method("render", indices=1)
-    assert ours.env_is_wrapped(Monitor) == [False] * ROWS
-    assert ours.env_is_wrapped(Monitor, indices=[0]) == [False]
+    assert ours.env_is_wrapped(Monitor, indices=[0, 2]) == [True, True]
+    assert ours.env_is_wrapped(gym.wrappers.TimeLimit) == [False] * ROWS
     assert not ours.has_attr("nothing of the kind")
     assert is_masking_supported(ours)
     np.testing.assert_array_equal(get_action_masks(ours), get_action_masks(theirs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from textgym.engine import TextVectorEnv
@@ -24,7 +26,8 @@ class TextVecEnv(VecEnv):
     All rows take a step together, and rows that end on the same step are rewarded in one batch. Results are those of
     a `DummyVecEnv` over as many single environments with the same seeds: an episode that ends is replaced by the next
     one within the step, its last observation is ``info["terminal_observation"]``, and since no episode is ever
-    truncated, ``info["TimeLimit.truncated"]`` is False. `VecMonitor` adds ``info["episode"]``.
+    truncated, ``info["TimeLimit.truncated"]`` is False. The last info of an episode has ``info["episode"]``, as that
+    of a `Monitor` has: its return, the number of its actions, and the seconds since the environment was made.
 
     Args:
         env: The environment.
@@ -47,6 +50,9 @@ class TextVecEnv(VecEnv):
         if env.autoreset_mode == AutoresetMode.SAME_STEP:
             raise ValueError("env must be made with autoreset_mode NEXT_STEP or DISABLED, got SAME_STEP")
         self.env = env
+        self._started = time.perf_counter()
+        self._returns: np.ndarray = np.zeros(env.num_envs)
+        self._actions_taken: np.ndarray = np.zeros(env.num_envs, np.int64)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> dict[str, np.ndarray]:  # type: ignore[override]
@@ -57,6 +63,7 @@ class TextVecEnv(VecEnv):
             options={name: [options.get(name) for options in self._options] for name in names},
         )
         self.reset_infos = [row_info(infos, row) for row in range(self.num_envs)]
+        self._returns[:], self._actions_taken[:] = 0, 0
         self._reset_seeds()
         self._reset_options()
         return observation
@@ -77,10 +84,16 @@ class TextVecEnv(VecEnv):
             row_infos = [{**row_info(infos, row), "TimeLimit.truncated": False} for row in range(self.num_envs)]
             if dones.any():
                 last, (observation, infos) = observation, self.env.reset(options={"reset_mask": dones})
+        self._returns += rewards
+        self._actions_taken += 1
         if dones.any():
+            seconds = round(time.perf_counter() - self._started, 6)
             for row in np.flatnonzero(dones).tolist():
+                total, length = float(self._returns[row]), int(self._actions_taken[row])
+                row_infos[row]["episode"] = {"r": round(total, 6), "l": length, "t": seconds}
                 row_infos[row]["terminal_observation"] = {name: ids[row].copy() for name, ids in last.items()}
                 self.reset_infos[row] = row_info(infos, row)
+            self._returns[dones], self._actions_taken[dones] = 0, 0
         return observation, rewards.astype(np.float32), dones, row_infos
 
     def close(self) -> None:
@@ -136,5 +149,5 @@ class TextVecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None
     ) -> list[bool]:
-        """Whether rows are wrapped: they never are."""
-        return [False for _ in self._get_indices(indices)]
+        """Whether rows are wrapped: never, but they report episodes as a `Monitor` does."""
+        return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
