@@ -1,8 +1,8 @@
 """CommonGen with a guide that is clearly better than its learner: Gemma 3 270M, whose texts are recorded.
 
-For people with a small model and a strong black box: 1,024 concept sets with their references, from which the policy of
-seven million parameters that ``--base`` names learns first, and four texts of the guide for each. All rows train on
-these sets; reinforcement learning plays as many episodes everywhere. ``python examples/record_gemma.py`` made the
+For people with a small model and a strong black box. The policy of seven million parameters that ``--base`` names reads
+all references once. Then all rows train on 1,024 concept sets, for each of which there are four texts of the guide;
+reinforcement learning plays as many episodes everywhere. ``python examples/record_gemma.py`` made the
 files, of the train and validation splits and of the test split, and a run needs neither the model nor a server.
 """
 
@@ -14,7 +14,8 @@ from benchmarks.profiles.small import COMMONGEN
 from textgym.guides import RecordedGuide
 
 GUIDES = Path(__file__).parents[1] / "guides"
-GUIDED = {"guide": RecordedGuide(GUIDES / "commongen-gemma-3-270m.jsonl")}
+PART = {"train_samples": 1024}
+GUIDED = {**PART, "guide": RecordedGuide(GUIDES / "commongen-gemma-3-270m.jsonl")}
 # The guide by itself: it writes all texts of the test.
 ALONE = Row(
     "sl",
@@ -33,9 +34,9 @@ ROWS = {
     "sl": Row("sl"),
     "gemma": ALONE,
     "gemma-best-of-4": replace(ALONE, best_of=4),
-    "ppo": Row("ppo"),
-    "grpo": Row("grpo", PUBLISHED_GRPO),
-    "ppo++": Row("ppo++", {"beta": 0.8}),
+    "ppo": Row("ppo", env=PART),
+    "grpo": Row("grpo", PUBLISHED_GRPO, env=PART),
+    "ppo++": Row("ppo++", {"beta": 0.8}, env=PART),  # its guide is the supervised policy
     "ppo++-gemma": Row("ppo++", {"beta": 0.8}, env=GUIDED),
     "guided-grpo-gemma": Row("grpo", {**PUBLISHED_GRPO, "beta": 0.8}, env=GUIDED),
     "distill-all": Row("sl", {**DISTILL.arguments, "min_reward": None}, env=GUIDED),
@@ -43,19 +44,17 @@ ROWS = {
     "luffy": Row("luffy", {}, env=GUIDED),
     "uft": Row("uft", GROUP, env=GUIDED),
     "hpt": Row("hpt", {**GROUP, "success": 0.3}, env=GUIDED),
-    "distill-ppo": Row("ppo", after=DISTILL),
-    "distill-grpo": Row("grpo", PUBLISHED_GRPO, after=DISTILL),
+    "distill-ppo": Row("ppo", env=PART, after=DISTILL),
+    "distill-grpo": Row("grpo", PUBLISHED_GRPO, env=PART, after=DISTILL),
 }
 
 TASK = TaskProfile(
     env_id=COMMONGEN.env_id,
     language_model=COMMONGEN.language_model,
-    # A twelfth of the references that profile "small" learns from: more passes over them.
-    supervised={**COMMONGEN.supervised, "episodes_per_iteration": 1024, "n_epochs": 6},
+    supervised={**COMMONGEN.supervised, "n_epochs": 1},
     episodes=COMMONGEN.episodes,
     rl=COMMONGEN.rl,
     rows=ROWS,
-    env={"train_samples": 1024},
     decoding=COMMONGEN.decoding,
     test_prompts=1000,
 )
