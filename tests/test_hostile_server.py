@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import gzip
 import html
 import json
@@ -16,6 +17,7 @@ import time
 import traceback
 import warnings
 from base64 import b64encode
+from dataclasses import asdict
 from urllib.parse import quote
 
 import pytest
@@ -23,9 +25,9 @@ from fake_server import FakeServer, request, requests, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from textgym.guides.answers import Answer, read_answer
 from textgym.guides.api_key import Redactor
 from textgym.guides.http import Budget, BudgetExceeded, HTTPGuide
-from textgym.guides.server import Server
 
 KEY = "sk-ThisMustNeverBeSeen-0123456789"
 NOW = {"retry-after-ms": "1"}
@@ -170,10 +172,15 @@ def test_a_password_in_a_url_is_not_shown():
 def test_what_is_no_key_is_left_as_it_is(before, after, start, end):
     redact = Redactor(KEY)
     piece = KEY[start:end]
-    shown = redact(f"{before}|{piece}|{after}")  # no letter of the key beside it
-    assert shown == f"{before}|{piece if len(piece) < 8 else '***'}|{after}"
-    assert Redactor(None)(before) == Redactor("none")(before) == before
-    assert redact.quote(before).isprintable()
+    text = f"{before}|{piece}|{after}"  # no letter of the key beside it
+    assert redact(text) == (text if len(piece) < 16 else f"{before}|***|{after}")
+    assert Redactor(None)(text) == Redactor("none")(text) == text
+    shown = redact.quote(text)
+    assert shown.isprintable()
+    assert len(piece) < 8 or piece not in shown
+    placeholder = Redactor("sk-no-key-required")
+    assert placeholder(" a word is required") == " a word is required"
+    assert placeholder(" sk-no-key-required") == " ***"
 
 
 # Answers with status 200 that are no completions.
@@ -221,6 +228,45 @@ def test_a_bad_answer_is_tried_again_and_then_an_error(server, words_tokenizer, 
     again = make(server, cache=tmp_path)
     again.complete([request(limit=1), request(limit=1, seed=1)], words_tokenizer)
     assert (again.usage.cache_hits, again.usage.calls) == (1, 1), "what is bad is not kept"
+
+
+ANY = st.characters(exclude_categories=())  # with half surrogate pairs
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(ANY, max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": VALUES | st.text(ANY),
+        "message": VALUES | st.fixed_dictionaries({"content": st.text()}),
+        "finish_reason": VALUES | st.sampled_from(["stop", "length"]),
+        "logprobs": VALUES | st.fixed_dictionaries({"token_logprobs": st.lists(st.floats() | st.none(), max_size=4)}),
+        "prompt_logprobs": VALUES | st.lists(st.fixed_dictionaries({"7": st.just({"logprob": -0.5})}), max_size=4),
+    },
+)
+REPLIES = VALUES | st.fixed_dictionaries(
+    {"choices": VALUES | st.lists(FIELDS, min_size=1, max_size=2)},
+    optional={"usage": VALUES | st.dictionaries(st.sampled_from(["prompt_tokens", "completion_tokens"]), VALUES)},
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(REPLIES, st.booleans())
+def test_whatever_a_server_answers_is_read_or_refused(reply, scored):
+    plain = {"model": "words", "prompt": "red sun" * 9, "max_tokens": 6}
+    body = {**plain, "prompt": [7, 7, 7], "echo": True} if scored else plain
+    try:
+        answer = read_answer(json.loads(json.dumps(reply)), body, Redactor(KEY))
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return
+    answer.text.encode()
+    assert answer.finish_reason in (None, "stop", "length", "content_filter")
+    assert (3 if scored else 1) <= answer.prompt_tokens < 10**7
+    assert 0 <= answer.completion_tokens < 10**7
+    assert answer.log_probs is None or (scored and len(answer.log_probs) == 2)
+    assert Answer(**json.loads(json.dumps(asdict(answer)))) == answer
 
 
 def test_what_an_answer_may_lack(server, words_tokenizer, tmp_path):
@@ -455,8 +501,9 @@ def test_a_forked_process_and_a_forgotten_guide(server, words_tokenizer):
         os._exit(0 if guide.complete(requests(3), words_tokenizer) == expected else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert guide.complete(requests(3), words_tokenizer) == expected
-    threads = threading.active_count()
+    threads, filters = threading.active_count(), logging.getLogger("httpx2").filters
     for _ in range(20):
         make(server).complete([request(limit=1)], words_tokenizer)
     assert threading.active_count() <= threads + 8, "all guides share a thread; the others are the server's"
-    assert not [f for f in logging.getLogger("httpx2").filters if isinstance(f, Server)]
+    gc.collect()
+    assert len([one for one in filters if isinstance(one, Redactor)]) == 1, "of the guide that is still there"

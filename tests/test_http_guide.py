@@ -555,7 +555,10 @@ def test_wrong_budgets_are_named(arguments, message):
 
 def test_a_benchmark_records_its_accounts(server, tmp_path, monkeypatch):
     monkeypatch.setenv("TEXTGYM_CACHE", str(tmp_path / "cache"))
-    guide = HTTPGuide("words", base_url=server.url)
+    key = "sk-ThisMustNeverBeSeen"
+    monkeypatch.setenv("OPENAI_API_KEY", f"{key}\n")
+    server.answer = lambda text, body: (f" sun {key}", "stop")
+    guide = HTTPGuide("words", base_url=server.url, cache=tmp_path / "out" / "completions")
     row = Row("ppo++", {"beta": 1.0, "eval_every": 0}, env={"guide": guide})
     profile = profile_with(row)
     monkeypatch.setattr("benchmarks.profiles.load_profile", lambda name: profile)
@@ -568,6 +571,9 @@ def test_a_benchmark_records_its_accounts(server, tmp_path, monkeypatch):
     assert record["guide_tokens"] > 0
     assert record["hyperparameters"]["env"] == {"guide": f"HTTPGuide {guide.fingerprint}"}
     assert guide.usage == Usage(), "what a run's process used is told by its record"
+    files = [file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert any(b"***" in file for file in files)
+    assert not any(key.encode() in file for file in files)
 
     other = replace(row, env={"guide": HTTPGuide("others", base_url=server.url)})
     with pytest.raises(ValueError, match=r"words remote seed 0 has hyperparameters .*HTTPGuide"):

@@ -11,8 +11,9 @@ from itertools import groupby
 from operator import itemgetter
 from urllib.parse import unquote
 
-# So many characters of a key are in no text by chance. Shorter keys are placeholders, such as "none".
-_PIECE = 8
+# Shorter keys are placeholders, such as "none". Pieces so long are hidden in what is only shown; in completions, which
+# must stay as they are, only pieces that are in none by chance, as "required" could be of "sk-no-key-required".
+_SHORTEST, _LONG = 8, 16
 _SHOWN = 200
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})|\\x([0-9a-fA-F]{2})")
 
@@ -33,10 +34,9 @@ def read_key(variable: str | None) -> str | None:
 
 
 class Redactor:
-    """Puts ``***`` in the place of a key in texts.
+    """Puts ``***`` in the place of a key in texts, or of pieces of it.
 
-    It finds pieces of the key of eight characters or more, in capitals or not, forwards or backwards, in hexadecimal or
-    base64 digits.
+    It finds them in capitals or not, forwards or backwards, in hexadecimal or base64 digits.
 
     Args:
         key: The key, or None for none.
@@ -44,32 +44,43 @@ class Redactor:
 
     def __init__(self, key: str | None) -> None:
         raw = (key or "").encode()
-        forms = [raw, raw[::-1], raw.hex().encode(), *(b64encode(bytes(shift) + raw) for shift in range(3))]
-        pieces = {form[i : i + _PIECE].lower() for form in forms for i in range(len(form) - _PIECE + 1)}
-        self._pieces = frozenset(pieces) if len(raw) >= _PIECE else frozenset()
+        self._short = _pieces(raw, _SHORTEST)
+        self._long = _pieces(raw, max(_SHORTEST, min(_LONG, len(raw))))
 
     def __call__(self, text: str) -> str:
-        """Return a text without the key."""
-        # As bytes, whose `lower` changes no length. Pieces are ASCII, so that no character is cut.
-        whole = text.encode("utf-8", "surrogatepass")
-        lowered = whole.lower()
-        if not any(piece in lowered for piece in self._pieces):
-            return text
-        hidden = bytearray(len(whole))
-        for i in range(len(whole) - _PIECE + 1):
-            if lowered[i : i + _PIECE] in self._pieces:
-                hidden[i : i + _PIECE] = b"\1" * _PIECE
-        runs = groupby(zip(hidden, whole, strict=True), key=itemgetter(0))
-        shown = b"".join(b"***" if secret else bytes(byte for _, byte in run) for secret, run in runs)
-        return shown.decode("utf-8", "surrogatepass")
+        """Return a completion without the key."""
+        return _without(text, self._long)
 
     def quote(self, text: str) -> str:
         """Return the first 200 characters of a text without the key, quoted so that all are printable."""
         # Cut roughly first: a hostile text can be long. Escapes, as of JSON, HTML and URLs, could hide the key.
         text = _ESCAPED.sub(lambda escape: chr(int(escape[1] or escape[2], 16)), text[: 20 * _SHOWN])
-        return repr(self(unquote(html.unescape(text)))[:_SHOWN])
+        return repr(_without(unquote(html.unescape(text)), self._short)[:_SHOWN])
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Take the key out of a log record (see `logging.Filter`)."""
-        record.msg, record.args = self(record.getMessage()), ()
+        record.msg, record.args = _without(record.getMessage(), self._short), ()
         return True
+
+
+def _pieces(key: bytes, size: int) -> frozenset[bytes]:
+    """Return all pieces of a key in its forms, in small letters; none of a key that is shorter."""
+    if len(key) < size:
+        return frozenset()
+    forms = [key, key[::-1], key.hex().encode(), *(b64encode(bytes(shift) + key) for shift in range(3))]
+    return frozenset(form[i : i + size].lower() for form in forms for i in range(len(form) - size + 1))
+
+
+def _without(text: str, pieces: frozenset[bytes]) -> str:
+    # As bytes, whose `lower` changes no length. Pieces are ASCII, so that no character is cut.
+    whole = text.encode("utf-8", "surrogatepass")
+    lowered = whole.lower()
+    if not any(piece in lowered for piece in pieces):
+        return text
+    size, hidden = len(next(iter(pieces))), bytearray(len(whole))
+    for i in range(len(whole) - size + 1):
+        if lowered[i : i + size] in pieces:
+            hidden[i : i + size] = b"\1" * size
+    runs = groupby(zip(hidden, whole, strict=True), key=itemgetter(0))
+    shown = b"".join(b"***" if secret else bytes(byte for _, byte in run) for secret, run in runs)
+    return shown.decode("utf-8", "surrogatepass")

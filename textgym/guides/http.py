@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import math
 import os
@@ -18,7 +17,6 @@ import numpy as np
 from textgym.checks import check, check_int, check_texts
 from textgym.decoding import Decoding
 from textgym.guides.answers import Answer, limit
-from textgym.guides.api_key import read_key
 from textgym.guides.base import Author, Completion, GuideRequest
 from textgym.guides.budget import Budget, BudgetExceeded, Usage, is_amount
 from textgym.guides.completion_cache import CompletionCache
@@ -128,11 +126,6 @@ class HTTPGuide:
         self.cache = None if cache is None else CompletionCache(cache)
         self.budget, self.api_key_env = budget or Budget(), api_key_env
         self._sampling = _sampling_fields(decoding)
-        if read_key(api_key_env) is None and api_key_env is not None and not _is_loopback(self.base_url):
-            raise ValueError(
-                f"api_key_env: the environment variable {api_key_env} is not set, and {self.base_url} is not on this "
-                "machine; api_key_env=None sends no key"
-            )
         self._server = Server(
             self.base_url,
             api_key_env=api_key_env,
@@ -324,14 +317,6 @@ def _is_echo(answer: str, text: Sequence[int], tokenizer: PreTrainedTokenizerBas
     squeezed = "".join(answer.split())
     written = [str(tokenizer.decode(list(text), skip_special_tokens=skip)) for skip in (True, False)]
     return not answer or any(squeezed.startswith("".join(t.rstrip("\ufffd").split())) for t in written)
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _checked_url(url: Any) -> str:

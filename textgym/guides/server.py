@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from textgym.guides.answers import Answer, limit, read_answer, sent
 from textgym.guides.api_key import Redactor, read_key
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 # More than any honest answer has.
 _MOST_BYTES = 1 << 26
-# Seconds before the second try, before any, and that a server can ask for.
+# Seconds to wait before the second try, at most before a later one, and at most where the server asks for it.
 _FIRST_WAIT, _MOST_WAIT, _MOST_WAIT_ASKED = 0.5, 8.0, 120.0
 _LOGGERS = ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "proxy", "socks")))
 
@@ -44,7 +46,7 @@ class Server:
         ledger: What was used.
 
     Raises:
-        ValueError: The key has characters that no key has.
+        ValueError: There is no key for a server on another machine, or it has characters that no key has.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Server:
         # By process, because a forked one must not use the connections of its parent.
         self._connections: dict[int, _Connection] = {}
         self._lock = threading.Lock()
-        read_key(api_key_env)
+        self._key()
 
     def ask(
         self, bodies: Sequence[Mapping[str, Any]], keep: Callable[[Mapping[str, Any], Answer], None]
@@ -187,12 +189,21 @@ class Server:
             cost = sum(price * tokens for price, tokens in zip(self.budget.prices, used, strict=True))
             self.ledger.add(failures=failures, prompt_tokens=used[0], completion_tokens=used[1], cost=cost)
 
+    def _key(self) -> str | None:
+        key = read_key(self.api_key_env)
+        if key is None and self.api_key_env is not None and not _is_loopback(self.url):
+            raise ValueError(
+                f"api_key_env: the environment variable {self.api_key_env} is not set, and {self.url} is not on this "
+                "machine; api_key_env=None sends no key"
+            )
+        return key
+
     def _connected(self) -> _Connection:
         import httpx2
 
         with self._lock:
             if os.getpid() not in self._connections:
-                key = read_key(self.api_key_env)
+                key = self._key()
                 limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
                 # Not compressed, because a small answer could become a huge one.
                 headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -272,6 +283,14 @@ def _seconds_asked(headers: Mapping[str, str]) -> float | None:
         return parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time()
     except (LookupError, OverflowError, TypeError, ValueError):
         return None
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @cache
