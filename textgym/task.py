@@ -113,11 +113,12 @@ class Task:
                     self._check_field(field_name, row)
         prompt: Any = self.prompt.format(**row) if isinstance(self.prompt, str) else self.prompt(row)
         if isinstance(prompt, str):
-            return "", prompt, ""
+            prompt = "", prompt, ""
         if not (isinstance(prompt, tuple) and len(prompt) == 3 and all(isinstance(part, str) for part in prompt)):
             raise ValueError(
                 f"prompt of task {self.name!r} must be a string or a triple of strings, got {prompt!r} for {row}"
             )
+        self._check_unicode("prompt", prompt)
         return prompt
 
     def _check_field(self, field_name: str, row: Row) -> None:
@@ -154,4 +155,15 @@ class Task:
             value = [value]
         if not isinstance(value, Iterable) or not all(text is None or isinstance(text, str) for text in value):
             raise ValueError(f"references of task {self.name!r} must be text or texts, got {value!r} in {row}")
-        return tuple(text for text in value if text is not None)
+        texts = tuple(text for text in value if text is not None)
+        self._check_unicode("references", texts)
+        return texts
+
+    def _check_unicode(self, what: str, texts: Sequence[str]) -> None:
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{what} of task {self.name!r} must be Unicode, got half a character in {text!r}"
+                ) from None
