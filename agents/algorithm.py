@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 
 from agents.arguments import document_arguments
 from agents.card import model_card
-from agents.checkpoint import read_checkpoint, write_checkpoint
+from agents.checkpoint import TRAINING, read_checkpoint, write_checkpoint
 from agents.display import Display
 from agents.environments import agree, learning_env, sibling_env
 from agents.evaluation import EvaluationResult, evaluate
@@ -29,6 +31,7 @@ from textgym.checks import check, check_arguments, is_int, is_number
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides import ScoringGuide
+from textgym.hub import local_folder
 from textgym.models import resolve_device
 from textgym.storage import new_file
 
@@ -488,6 +491,41 @@ class Algorithm(ABC):
             )
         self.accelerator.wait_for_everyone()
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, training: bool = False
+    ) -> str:
+        """Upload the policy and its card to the Hugging Face hub, as `from_pretrained` of a policy reads them.
+
+        Args:
+            repo_id: "user/name"; the repository is made where there is none.
+            private: Whether a new repository is private; None for the account's default.
+            token: An access token; None for the one that is logged in.
+            training: Whether the state of the training is uploaded, too, from which `load` continues.
+
+        Returns:
+            The address of the commit.
+        """
+        address = ""
+        with tempfile.TemporaryDirectory() as folder:
+            # What `output_dir` was on this machine is nobody's business.
+            own, self.hyperparameters = self.hyperparameters, {**self.hyperparameters, "output_dir": None}
+            try:
+                self.save(Path(folder) / "checkpoint")
+            finally:
+                self.hyperparameters = own
+            if self.accelerator.is_main_process:
+                hub = HfApi(token=token)
+                hub.create_repo(repo_id, private=private, exist_ok=True)
+                commit = hub.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=Path(folder) / "checkpoint",
+                    commit_message=f"{self.name} after {self.num_episodes:,} episodes",
+                    ignore_patterns=None if training else f"{TRAINING}/*",
+                )
+                address = commit.commit_url
+        self.accelerator.wait_for_everyone()
+        return address
+
     @classmethod
     def load(
         cls,
@@ -504,7 +542,7 @@ class Algorithm(ABC):
         rounding.
 
         Args:
-            path: A folder that `save` wrote.
+            path: A folder that `save` wrote, or a repository of the hub that `push_to_hub` filled with ``training``.
             env: An environment made like the one that was used.
             policy_class: The class of the policy.
             policy_arguments: Further arguments of its `from_pretrained`, such as ``{"states": ...}`` for a
@@ -514,6 +552,7 @@ class Algorithm(ABC):
         Raises:
             ValueError: `path` is no checkpoint of this algorithm.
         """
+        path = local_folder(path)
         checkpoint = read_checkpoint(path, cls.name, f"{cls.__name__}.save")
         hyperparameters = {**checkpoint.hyperparameters, **arguments}
         device = hyperparameters.get("device", "auto")

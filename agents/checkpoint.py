@@ -91,7 +91,9 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
     training = Path(path) / TRAINING
     file = training / "algorithm.json"
     if not file.is_file():
-        raise ValueError(f"path must be a folder written by {writer}, got {str(path)!r}")
+        raise ValueError(
+            f"path must be a folder written by {writer}, or a repository of the hub with one, got {str(path)!r}"
+        )
     with readable(file):
         description = json.loads(file.read_text(encoding="utf-8"))
         name, hyperparameters, frozen = (description[key] for key in ("algorithm", "hyperparameters", "frozen"))

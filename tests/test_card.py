@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from huggingface_hub import ModelCard
 from test_algorithms import GUIDE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agents import PPO, SL, PPOPlusPlus
+import textgym.hub
+from agents import PPO, SL, CausalLMPolicy, PPOPlusPlus, algorithm
 from textgym.guides.local import LocalGuide
 
 
@@ -61,3 +65,45 @@ def test_what_was_never_used_is_not_loaded_for_a_card(make_env, make_policy, tmp
     rows = rows_of(ModelCard.load(tmp_path / "run" / "README.md"))
     assert not {"Guide", "Reward"} & rows.keys()
     assert rows["validation_loss"] == f"{agent.history[-1]['validation_loss']:.4f}"
+
+
+class Hub:
+    """A hub that keeps a copy of what is uploaded, in a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.made = folder, []
+
+    def __call__(self, token=None):
+        return self
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.made.append((repo_id, private, exist_ok))
+
+    def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+        ignore = shutil.ignore_patterns("training") if ignore_patterns == "training/*" else None
+        shutil.copytree(folder_path, self.folder / repo_id, ignore=ignore, dirs_exist_ok=True)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}: {commit_message}")
+
+
+def test_an_agent_goes_to_the_hub_and_comes_back(make_env, make_policy, tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(algorithm, "HfApi", hub)
+    monkeypatch.setattr(textgym.hub, "snapshot_download", lambda repo_id: hub.folder / repo_id)
+    agent = PPO(make_policy(), make_env(8), episodes_per_iteration=8, output_dir=tmp_path / "secret")
+    agent.learn(total_episodes=8)
+    assert agent.push_to_hub("me/policy", private=True) == "https://hub/me/policy: ppo after 8 episodes"
+    assert hub.made == [("me/policy", True, True)]
+    assert not (hub.folder / "me/policy/training").exists()
+    policy = CausalLMPolicy.from_pretrained(hub.folder / "me/policy")
+    for name, weight in agent.policy.state_dict().items():
+        np.testing.assert_array_equal(policy.state_dict()[name], weight)
+
+    agent.push_to_hub("me/agent", training=True)
+    assert "secret" not in "".join(path.read_text() for path in hub.folder.rglob("*.json"))
+    assert agent.hyperparameters["output_dir"] == tmp_path / "secret"
+    again = PPO.load("me/agent", make_env(8))
+    again.learn(total_episodes=8)
+    agent.learn(total_episodes=8)
+    assert again.history[-1]["reward"] == agent.history[-1]["reward"]
+    with pytest.raises(ValueError, match="or a repository of the hub with one, got .*me/nothing"):
+        PPO.load("me/nothing", make_env(8))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
 from textgym.checks import check
@@ -43,6 +45,17 @@ def check_model(name: str, path: str | os.PathLike, allowed: str) -> None:
     """
     there = os.fspath(path) and any(file_beside(path, file) for file in ("config.json", "adapter_config.json"))
     check(name, os.fspath(path), bool(there), f"{allowed} (a folder with a config.json, or a repository of the hub)")
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """The folder `path`, or that of the hub's repository of this name, downloaded; `path` if there is neither."""
+    folder = Path(path).expanduser()
+    if folder.exists() or not isinstance(path, str) or path.count("/") != 1:
+        return folder
+    try:
+        return Path(snapshot_download(path))
+    except (OSError, ValueError):  # of the hub, which is not there or has no such repository, and of no name for one
+        return folder
 
 
 def file_beside(path: str | os.PathLike, name: str) -> str | None:
