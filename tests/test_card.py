@@ -105,5 +105,5 @@ def test_an_agent_goes_to_the_hub_and_comes_back(make_env, make_policy, tmp_path
     again.learn(total_episodes=8)
     agent.learn(total_episodes=8)
     assert again.history[-1]["reward"] == agent.history[-1]["reward"]
-    with pytest.raises(ValueError, match="or a repository of the hub with one, got .*me/nothing"):
+    with pytest.raises(ValueError, match=r"or a repository of the hub with one, got .*me/nothing"):
         PPO.load("me/nothing", make_env(8))

@@ -22,6 +22,7 @@ from benchmarks.comparison.results import Runs, append_result, read_results
 from benchmarks.report.analysis import Analysis
 from benchmarks.report.curves import POINTS, lines
 from benchmarks.report.findings import Findings, fill_page
+from benchmarks.report.page import summary
 from benchmarks.report.write import write_report
 
 ATTACK = "<script>alert(1)</script>"
@@ -91,6 +92,28 @@ def test_the_page_is_self_contained_and_escapes_what_came_from_data(report):
     style = page[page.index("<style>") : page.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
+
+
+def test_the_page_begins_with_what_was_compared_and_who_is_above(tmp_path):
+    rewards = np.linspace(0, 1, 40)
+    for algo, gain in (("sl", 0.0), ("ppo", 0.3), ("ppo++", 0.3)):
+        for seed in range(3):
+            noise = np.random.default_rng(seed + 10 * (algo == "ppo++")).normal(0, 0.05, 40)
+            made = record(algo, seed, prompts=40)
+            made["evaluation"]["rewards"] = (rewards + gain + noise).tolist()
+            made["final_reward"] = float(np.mean(rewards + gain + noise))
+            put(tmp_path, made)
+    said = summary(Analysis(Runs.read(tmp_path)))
+    compared = "3 rows are compared on imdb with 3 training seeds, by the rewards of the same test prompts."
+    assert said[0] == compared
+    assert re.match(
+        r"On imdb, ppo(\+\+)? has the highest test reward, 0\.8.*; ppo(\+\+)? cannot be told apart", said[1]
+    )
+    assert "sl" not in said[1]
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert compared in page
+    assert "Proximal policy optimisation (Schulman et al. 2017" in page
 
 
 def test_every_run_is_on_the_page_and_authors_are_apart(report):

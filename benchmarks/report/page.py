@@ -47,6 +47,8 @@ def render(analysis: Analysis, lines: Sequence[Line], title: str) -> str:
         script=_asset("script.js"),
         plotly=_packed(get_plotlyjs()),
         facts=_facts(runs),
+        summary=summary(analysis),
+        rows=_descriptions(runs),
         **{name: made(analysis) for name, made in tables.TABLES.items() if name != "comparisons"},
         comparisons=tables.comparisons(analysis, runs.algos),
         probabilities=analysis.improvement,
@@ -84,6 +86,44 @@ def _facts(runs: Runs) -> dict[str, str]:
         "training": f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes",
         "finished": max(record["finished"] for record in runs.records)[:16].replace("T", " "),
     }
+
+
+def summary(analysis: Analysis) -> list[str]:
+    """What was compared, and for each task who has the highest test reward."""
+    runs = analysis.runs
+    seeds = sorted({len(group) for _, _, group in runs.groups()})
+    counted = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    sentences = [
+        f"{len(runs.algos)} rows are compared on {tables.listed(runs.tasks)} with {counted} training "
+        f"seed{'s' * (seeds[-1] > 1)}, by the rewards of the same test prompts."
+    ]
+    for task in runs.tasks:
+        rows = [algo for algo in runs.algos if runs.of(task, algo)]
+        best = max(rows, key=lambda algo: analysis.reward(task, algo).value)
+        alike = [
+            algo
+            for algo in rows
+            if (found := analysis.differences.get((task, best, algo))) and not found.reward.low > 0
+        ]
+        told = f"; {tables.listed(alike)} cannot be told apart from it there" if alike else ""
+        sentences.append(
+            f"On {task}, {best} has the highest test reward, {analysis.reward(task, best):.3f}{told}."
+            if len(rows) > 1
+            else f"On {task}, {best} alone was run, with a test reward of {analysis.reward(task, best):.3f}."
+        )
+    return sentences
+
+
+def _descriptions(runs: Runs) -> dict[str, str]:
+    """What the algorithm of each row is: the first line of its class's docstring, where it is one of `agents`."""
+    from agents import ALGORITHMS
+
+    described = {}
+    for record in runs.records:
+        name = record["hyperparameters"]["algorithm"]
+        algorithm = ALGORITHMS.get(name)
+        described[record["algo"]] = ((algorithm and algorithm.__doc__) or name).strip().splitlines()[0]
+    return {algo: described[algo] for algo in runs.algos}
 
 
 def html_table(table: Table) -> dict[str, Any]:
