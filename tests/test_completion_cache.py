@@ -24,6 +24,7 @@ from textgym.guides.answers import Answer
 from textgym.guides.completion_cache import CompletionCache
 from textgym.guides.http import HTTPGuide
 
+pytest.importorskip("httpx2")
 ANSWER = Answer(" red sun", "stop", 3, 2)
 
 

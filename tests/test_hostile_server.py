@@ -29,6 +29,7 @@ from textgym.guides.answers import Answer, read_answer
 from textgym.guides.api_key import Redactor
 from textgym.guides.http import Budget, BudgetExceeded, HTTPGuide
 
+pytest.importorskip("httpx2")
 KEY = "sk-ThisMustNeverBeSeen-0123456789"
 NOW = {"retry-after-ms": "1"}
 
