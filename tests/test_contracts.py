@@ -44,7 +44,7 @@ def table(doors):
 
 
 def cases(doors):
-    return pytest.mark.parametrize(("name", "value", "says"), table(doors))
+    return pytest.mark.parametrize(("name", "value", "says"), [*table(doors)])
 
 
 @pytest.fixture(autouse=True)
