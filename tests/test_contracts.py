@@ -90,6 +90,7 @@ MAKE_VECTOR = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*render_mode")
 @cases(MAKE)
 def test_arguments_of_an_environment(name, value, says):
     with pytest.raises((ValueError, TypeError), match=says):
