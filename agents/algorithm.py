@@ -250,7 +250,7 @@ class Algorithm(ABC):
             config = {key: value for key, value in self.hyperparameters.items() if isinstance(value, int | float | str)}
             self.accelerator.init_trackers("textgym", config={"algorithm": self.name, **config})
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
