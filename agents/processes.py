@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType, gather_object, parse_flag_from_env
 from torch.distributed.tensor import DTensor
 
 from agents.rollout import Rollout
 from agents.sharding import uses_fsdp
-
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
+from textgym.checks import check
 
 SUPPORTED = (
     DistributedType.NO,
@@ -80,14 +78,17 @@ def make_accelerator(
 
 
 def check_trackers(track: str | GeneralTracker | Sequence[str | GeneralTracker] | None) -> None:
-    """Check that the packages of Accelerate's trackers are installed; Accelerate would only leave them out.
+    """Check that trackers are Accelerate's, and that their packages are installed; Accelerate would leave them out.
 
     Raises:
-        ImportError: One is not.
+        ImportError: A package is not installed.
+        ValueError: One is no tracker.
     """
     given = [track] if isinstance(track, str) or not isinstance(track, Sequence) else track
-    known, found = {*LoggerType.list()} - {LoggerType.ALL.value}, {str(name) for name in get_available_trackers()}
-    if missing := [str(name) for name in given if isinstance(name, str | LoggerType) and str(name) in known - found]:
+    known, found = {*LoggerType.list()}, {*map(str, get_available_trackers()), LoggerType.ALL.value}
+    names = [str(one) for one in given if one is not None and not isinstance(one, GeneralTracker)]
+    check("track", track, {*names} <= known, f"None, trackers, or some of {sorted(known)}")
+    if missing := [name for name in names if name not in found]:
         raise ImportError(
             f"track needs the packages of its trackers, and those of {', '.join(missing)} are not installed "
             '(tensorboard: pip install "textgym[track]")'

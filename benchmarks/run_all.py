@@ -76,7 +76,7 @@ def run_all(
     from textgym.rendering import visible
 
     require("report", "a benchmark's report", "jinja2", "plotly", "sacrebleu")  # now, not after the runs
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # names are shown as they are
     chosen = load_profile(profile)
     own = dict(row_of(given) for given in algo)
     if algos is not None:
@@ -133,13 +133,13 @@ def run_all(
         def started(work: Work) -> None:
             bars[work] = progress.add_task(str(work), total=1.0, status="")
             if not console.is_terminal:  # where no bar is drawn
-                console.print(f"{work}: started", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"{work}: started", soft_wrap=True)
 
         def report(work: Work, what: str, share: float) -> None:
             progress.update(bars[work], completed=share, status=what)
 
         def finished(work: Work, outcome: str) -> None:
-            console.print(f"{work}: {outcome}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{work}: {outcome}", soft_wrap=True)
             progress.remove_task(bars.pop(work))
             if work.run is not None:
                 progress.advance(overall)
@@ -154,7 +154,7 @@ def run_all(
             )
             raise
     for work, trace in failed.items():
-        console.print(f"{work} failed:\n{visible(trace)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{work} failed:\n{visible(trace)}", soft_wrap=True)
     if benchmark.finished:
         files = write_report(folder)
         print(files.table)

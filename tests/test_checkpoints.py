@@ -76,7 +76,7 @@ def test_a_checkpoint_has_the_permissions_of_its_user(agent, tmp_path):
 DAMAGES = {
     "empty": lambda content: b"",
     "cut": lambda content: content[: len(content) // 2],
-    "one byte short": lambda content: content[:-1],
+    "two bytes short": lambda content: content[:-2],
     "zeros": lambda content: bytes(len(content)),
     "text": lambda content: b"<html>not found</html>",
     "json": lambda content: b"[1, 2]",

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import agents
-import textgym  # noqa: F401  (registers the environments)
+import textgym
 from agents import CausalLMPolicy
 from benchmarks import run_all
 from benchmarks.comparison import schedule
@@ -34,6 +34,7 @@ from benchmarks.comparison.jobs import Run
 from benchmarks.comparison.results import read_results
 from benchmarks.comparison.runner import Benchmark
 from benchmarks.profiles import Row, accepted, load_profile, row_of
+from benchmarks.report.write import write_report
 from textgym.models import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +195,9 @@ def test_ctrl_c_and_a_request_to_end_end_all_in_one_line(micro):
         )
         assert "Traceback" not in printed
         assert not list(micro.rglob("traceback.txt"))
-        assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
+        while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+            assert time.time() - begun < 150
+            time.sleep(0.1)
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(micro):
@@ -206,6 +209,9 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(micro):
     (folder / "settings.json").write_text(json.dumps({"profile": "another"}))
     assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
     assert "runs of the same ['profile'," in (folder / "traceback.txt").read_text()
+    (folder / "settings.json").write_text('{"profile": ')
+    assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
+    assert "settings.json is damaged or was written by something else" in (folder / "traceback.txt").read_text()
     assert not benchmark.finished
 
 
@@ -271,6 +277,98 @@ def test_a_dry_run_prints_every_run_and_makes_nothing(micro, monkeypatch, capsys
             assert all(f"{task} {algo} seed {seed} " in printed for seed in (0, 1))
     assert f"{64 * 24 * 48:,}" in printed  # new tokens of IMDB's episodes
     assert not micro.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"out": "FILE"}, "out must be a folder, or one that can be made, got '{folder}/file'"),
+        ({"out": "FILE/below"}, "out must be a folder, or one that can be made, got '{folder}/file/below'"),
+        ({"source": "nowhere"}, "source must be 'mini', 'hub' or a folder that exists, got 'nowhere'"),
+        ({"base": "./nowhere"}, "base must be the hub id or folder of a model, got './nowhere'"),
+        ({"base": "{folder}"}, "base must be the hub id or folder of a model, got '{folder}'"),
+        ({"encoder": "./nowhere"}, "encoder must be the hub id or folder of a model, got './nowhere'"),
+        ({"name": "../elsewhere"}, "name must be at most 100 printable characters without /"),
+        ({"track": ["wandbb"]}, "track must be None, trackers, or some of .*, got .'wandbb'.$"),
+        ({"track": ["wandb"]}, "track needs the packages of its trackers, and those of wandb are not installed"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_cannot_be_run_is_refused_before_anything_is_made(micro, monkeypatch, given, message, dry_run):
+    monkeypatch.setattr("accelerate.utils.imports.is_wandb_available", lambda: False)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("agents.processes.get_available_trackers", lambda: ["tensorboard"])
+    folder = micro.parent
+    (folder / "file").touch()
+    known = {"FILE": str(folder / "file"), "{folder}": str(folder)}
+    for part, path in known.items():
+        given = {key: value.replace(part, path) if isinstance(value, str) else value for key, value in given.items()}
+    arguments = {"profile": "plugins:MICRO", "out": micro, "dry_run": dry_run, **given}
+    arguments["out"] = Path(arguments["out"])
+    with pytest.raises((ValueError, ImportError), match=message.replace("{folder}", str(folder))):
+        run_all.run_all(**arguments)
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+NO_NAMES = (
+    "",
+    ".",
+    "..",
+    "../up",
+    "a/b",
+    "/etc",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    "\x1b[2J",
+    "\ud800",
+    ".hidden",
+    "x" * 101,
+    5,
+    None,
+)
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_leads_out_of_its_folder_is_refused(name):
+    words = plugins.WORDS
+    with pytest.raises(ValueError, match="the name of a task must be at most 100 printable characters without /"):
+        replace(plugins.MICRO, tasks={name: words})
+    with pytest.raises(ValueError, match="the name of a row must be"):
+        plugins.MICRO.with_rows({name: Row("ppo")})
+    with pytest.raises(ValueError, match="the name of a profile must be"):
+        replace(plugins.MICRO, name=name)
+    with pytest.raises(ValueError, match="name must be"):
+        textgym.Task(name, [{"a": "b"}], "{a}", "a", 4, 4, lambda **_: [])
+
+
+def test_runs_that_would_share_a_folder_are_refused():
+    task = replace(plugins.WORDS, rows={"c": Row("ppo"), "b-c": Row("ppo")})
+    with pytest.raises(ValueError, match=r"must have names that differ also when joined, got \['a-b-c'\] twice"):
+        replace(plugins.MICRO, tasks={"a-b": task, "a": task}, default=("c",))
+
+
+def test_names_are_shown_and_not_obeyed(micro, monkeypatch, capsys):
+    name, words = "sl [red]|`x` :smile:", plugins.WORDS
+    profile = replace(plugins.MICRO, tasks={"words[bold]": replace(words, rows={name: Row("sl")})}, default=(name,))
+    monkeypatch.setattr("benchmarks.profiles.load_profile", lambda _: profile)
+    monkeypatch.setenv("COLUMNS", "200")
+    for dry_run in (True, False):
+        assert run_all.run_all(out=micro, dry_run=dry_run) == 0
+        assert f"words[bold] {name} seed 0" in capsys.readouterr().out
+    (record,) = read_results(micro)
+    record["algo"] = "\x1b[2J\x1b]0;title\x07 [a](http://x) <b>"  # from somewhere else
+    (micro / "results.jsonl").write_text(json.dumps(record) + "\n")
+    table = write_report(micro).table
+    assert r"| \\x1b[2J\\x1b]0;title\\x07 [a]\(http:\//x) \<b> |" in table
+    assert table.isascii()
+    assert table.replace("\n", "").isprintable()
+
+
+def test_a_progress_bar_shows_a_name_as_it_is(make_env, make_policy, monkeypatch):
+    monkeypatch.setattr(plugins.Mine, "name", "mine[/]")
+    agent = plugins.Mine(make_policy(), make_env(8), episodes_per_iteration=8, n_epochs=1)
+    assert agent.learn(total_episodes=8, progress_bar=True).iteration == 1
 
 
 def test_tracked_runs_leave_a_log(micro):

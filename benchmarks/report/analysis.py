@@ -95,14 +95,12 @@ class Analysis:
                 rows: dict[str, dict[int, int]] = {}
                 for index, record in enumerate(records):
                     rows.setdefault(record["algo"], {})[record["seed"]] = index
-                for first, second in itertools.permutations(rows, 2):
-                    seeds = sorted(rows[first].keys() & rows[second].keys())
-                    pairs = [(rows[first][seed], rows[second][seed]) for seed in seeds]
-                    if pairs:
-                        found[task, first, second] = Difference(
-                            bootstrap.difference([a for a, _ in pairs], [b for _, b in pairs]),
-                            [bootstrap.difference([a], [b]) for a, b in pairs],
-                        )
+                for first, second in itertools.combinations(rows, 2):
+                    if seeds := sorted(rows[first].keys() & rows[second].keys()):
+                        pair = [rows[first][seed] for seed in seeds], [rows[second][seed] for seed in seeds]
+                        reward, by_seed = bootstrap.difference(*pair), bootstrap.differences(*pair)
+                        found[task, first, second] = Difference(reward, by_seed)
+                        found[task, second, first] = Difference(-reward, [-difference for difference in by_seed])
         return found
 
     def ratio(self, task: str, first: str, second: str, metric: str) -> Interval | None:

@@ -6,8 +6,9 @@ score, and seeds are resampled within each task (`interquartile_mean`, `probabil
 each prompt has one reward, and prompts are resampled (`PromptBootstrap`).
 
 All intervals are percentile bootstraps (Efron and Tibshirani 1993, chapter 13); `coverage` simulates how often they
-hold the true value. Scores of a task are float (seeds,), one for each run; scores of another shape, or that are not
-finite, raise ValueError.
+hold the true value. A resample is how often it has each score, so that statistics of all resamples are products of
+matrices. Scores of a task are float (seeds,), one for each run; scores of another shape, or that are not finite, raise
+ValueError.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 CONFIDENCE = 0.95
+ENDS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # of an interval, as quantiles
 RESAMPLES = 10_000
 
 Verdict = Literal["above", "below", "not told apart"]
@@ -39,6 +40,9 @@ class Interval(NamedTuple):
         low, high = (other.low, other.high) if isinstance(other, Interval) else (other, other)
         return "above" if self.low > high else "below" if self.high < low else "not told apart"
 
+    def __neg__(self) -> Interval:
+        return Interval(-self.value, -self.high, -self.low)
+
     def __format__(self, spec: str) -> str:
         """``f"{interval:.2f}"`` is "0.50 [0.40, 0.60]", or "0.50" without an interval; zero has no minus."""
         spec = re.sub(r"(?=\.)", "z", spec)
@@ -54,7 +58,9 @@ def interquartile_mean(tasks: Sequence[ArrayLike]) -> Interval:
     Args:
         tasks: One task's scores or more, comparable between tasks.
     """
-    return Interval(*_over_seeds(_samples("tasks", tasks), _iqm).tolist())
+    samples = _samples("tasks", tasks)
+    scores = np.concatenate(samples)
+    return Interval(*_over_seeds(samples, lambda *counts: _iqm(scores, np.concatenate(counts))).tolist())
 
 
 def probability_of_improvement(first: Sequence[ArrayLike], second: Sequence[ArrayLike]) -> Interval:
@@ -74,11 +80,12 @@ def probability_of_improvement(first: Sequence[ArrayLike], second: Sequence[Arra
     if len(samples[0]) != len(samples[1]):
         raise ValueError(f"first and second must be on the same tasks, got {len(samples[0])} and {len(samples[1])}")
 
-    def statistic(*scores: np.ndarray, axis: int) -> np.ndarray:
-        pairs = zip(scores[: len(scores) // 2], scores[len(scores) // 2 :], strict=True)
-        # (..., N, 1) against (..., 1, K)
-        signs = [np.sign(x[..., :, None] - y[..., None, :]).mean((-2, -1)) for x, y in pairs]
-        return (1 + np.mean(signs, axis=0)) / 2
+    signs = [np.sign(x[:, None] - y) for x, y in zip(*samples, strict=True)]  # (N, K)
+
+    def statistic(*counts: np.ndarray) -> np.ndarray:
+        halves = counts[: len(signs)], counts[len(signs) :]
+        means = [((sign.T @ x) * y).sum(0) / sign.size for sign, x, y in zip(signs, *halves, strict=True)]
+        return (1 + np.mean(means, axis=0)) / 2
 
     return Interval(*_over_seeds([*samples[0], *samples[1]], statistic).tolist())
 
@@ -92,12 +99,13 @@ def performance_profile(tasks: Sequence[ArrayLike], thresholds: ArrayLike) -> li
         tasks: One task's scores or more, comparable between tasks.
         thresholds: float (thresholds,).
     """
-    levels = np.asarray(thresholds, dtype=np.float64)
+    samples, levels = _samples("tasks", tasks), np.asarray(thresholds, dtype=np.float64)
+    above = [(scores > levels[:, None]).astype(np.float64) for scores in samples]  # (thresholds, seeds)
 
-    def statistic(*scores: np.ndarray, axis: int) -> np.ndarray:
-        return np.mean([(x > levels.reshape(-1, *[1] * x.ndim)).mean(axis) for x in scores], axis=0)
+    def statistic(*counts: np.ndarray) -> np.ndarray:
+        return np.mean([of_task @ count / len(count) for of_task, count in zip(above, counts, strict=True)], axis=0)
 
-    return [Interval(*level) for level in _over_seeds(_samples("tasks", tasks), statistic).T.tolist()]
+    return [Interval(*level) for level in _over_seeds(samples, statistic).T.tolist()]
 
 
 def learning_curve(scores: ArrayLike) -> list[Interval]:
@@ -109,7 +117,8 @@ def learning_curve(scores: ArrayLike) -> list[Interval]:
     array = np.asarray(scores, dtype=np.float64)
     if array.ndim != 2 or not array.size or not np.isfinite(array).all():
         raise ValueError(f"scores must be finite and have shape (points, seeds), got {scores!r}")
-    return [Interval(*point) for point in _over_seeds([array], _iqm, resamples=1_000).T.tolist()]
+    found = _over_seeds([array[0]], lambda counts: np.array([_iqm(point, counts) for point in array]), resamples=1_000)
+    return [Interval(*point) for point in found.T.tolist()]
 
 
 def ratio(first: ArrayLike, second: ArrayLike) -> Interval:
@@ -125,8 +134,8 @@ def ratio(first: ArrayLike, second: ArrayLike) -> Interval:
     samples = _samples("first and second", [first, second])
     if min(sample.min() for sample in samples) <= 0:
         raise ValueError(f"first and second must be above 0, got {first!r} and {second!r}")
-    logs = [np.log(sample) for sample in samples]
-    return Interval(*np.exp(_over_seeds(logs, lambda x, y, axis: x.mean(axis) - y.mean(axis))).tolist())
+    means = [np.log(sample) / len(sample) for sample in samples]
+    return Interval(*np.exp(_over_seeds(samples, lambda x, y: means[0] @ x - means[1] @ y)).tolist())
 
 
 class PromptBootstrap:
@@ -151,15 +160,9 @@ class PromptBootstrap:
         if not np.isfinite(array).all():
             raise ValueError(f"rewards must be finite, got {int((~np.isfinite(array)).sum())} values that are not")
         self._means = array.mean(1)
-        self._resampled = stats.bootstrap(
-            (array,),
-            np.mean,
-            axis=1,
-            n_resamples=RESAMPLES,
-            batch=max(1, 10_000_000 // array.size),
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).bootstrap_distribution
+        rng, prompts, at_once = np.random.default_rng(seed), array.shape[1], 500
+        parts = [array @ _draw(rng, prompts, at_once) / prompts for _ in range(RESAMPLES // at_once)]
+        self._resampled = np.concatenate(parts, axis=1)
 
     def difference(self, first: Sequence[int], second: Sequence[int]) -> Interval:
         """Mean difference between runs of one algorithm and runs of another.
@@ -172,8 +175,13 @@ class PromptBootstrap:
         """
         means = self._means[first] - self._means[second]
         resampled = (self._resampled[first] - self._resampled[second]).mean(0)
-        low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return Interval(float(means.mean()), float(low), float(high))
+        return Interval(float(means.mean()), *np.quantile(resampled, ENDS).tolist())
+
+    def differences(self, first: Sequence[int], second: Sequence[int]) -> list[Interval]:
+        """The same difference for each pair of runs alone."""
+        means = self._means[first] - self._means[second]
+        ends = np.quantile(self._resampled[first] - self._resampled[second], ENDS, axis=1)
+        return [Interval(*difference) for difference in zip(means.tolist(), *ends.tolist(), strict=True)]
 
 
 @lru_cache
@@ -184,35 +192,62 @@ def coverage(seeds: int) -> float:
     values it resamples, so that with few of them its intervals are too narrow.
     """
     rng = np.random.default_rng(0)
-    result = stats.bootstrap(
-        (rng.normal(size=(4_000, seeds)),), _iqm, axis=1, n_resamples=1_000, batch=100, method="percentile", rng=rng
-    )
-    interval = result.confidence_interval
-    return float(((interval.low <= 0) & (interval.high >= 0)).mean())
+    samples = rng.normal(size=(4_000, seeds))
+    counts = _draw(rng, seeds, 1_000)
+    low, high = np.quantile([_iqm(scores, counts) for scores in samples], ENDS, axis=1)
+    return float(((low <= 0) & (high >= 0)).mean())
 
 
-def _iqm(*samples: np.ndarray, axis: int) -> np.ndarray:
-    return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+def _iqm(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Interquartile means of resamples.
+
+    Args:
+        scores: float (n,).
+        counts: float (n, resamples), how often each score is in a resample of n.
+
+    Returns:
+        float (resamples,).
+    """
+    order, left_out = np.argsort(scores, kind="stable"), len(scores) // 4
+    # Of the scores of a resample, in ascending order, those at places left_out to n - left_out count.
+    before = np.cumsum(counts[order], axis=0).clip(left_out, len(scores) - left_out)
+    kept = np.diff(before, axis=0, prepend=left_out)
+    return scores[order] @ kept / (len(scores) - 2 * left_out)
 
 
 def _over_seeds(
     samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """A statistic of samples, each resampled independently: its value and the ends of its interval, (3, ...)."""
-    value = statistic(*samples, axis=-1)
-    if min(sample.shape[-1] for sample in samples) < 2:
+    """A statistic of samples, each resampled independently.
+
+    Args:
+        samples: Arrays of the sizes n of the samples.
+        statistic: Takes for each sample how often its scores are in resamples, float (n, resamples), and returns
+            (..., resamples).
+        resamples: Number of resamples.
+
+    Returns:
+        The statistic's value and the ends of its interval, (3, ...).
+    """
+    sizes = tuple(len(sample) for sample in samples)
+    value = statistic(*(np.ones((size, 1)) for size in sizes))[..., 0]
+    if min(sizes) < 2:
         return np.stack([value, np.full_like(value, np.nan), np.full_like(value, np.nan)])
-    interval = stats.bootstrap(
-        samples,
-        statistic,
-        axis=-1,
-        vectorized=True,
-        n_resamples=resamples,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return np.stack([value, interval.low, interval.high])
+    return np.stack([value, *np.quantile(statistic(*_counts(sizes, resamples)), ENDS, axis=-1)])
+
+
+@lru_cache(maxsize=16)
+def _counts(sizes: tuple[int, ...], resamples: int) -> list[np.ndarray]:
+    """How often each score of samples of these sizes is in each of their resamples, always the same ones."""
+    rng = np.random.default_rng(0)
+    return [_draw(rng, size, resamples) for size in sizes]
+
+
+def _draw(rng: np.random.Generator, size: int, resamples: int) -> np.ndarray:
+    """Resample `size` things: how often each is in each resample, float (size, resamples)."""
+    drawn = rng.integers(0, size, (resamples, size))
+    places = drawn * resamples + np.arange(resamples)[:, None]
+    return np.bincount(places.ravel(), minlength=size * resamples).reshape(size, resamples).astype(np.float64)
 
 
 def _samples(name: str, samples: Sequence[ArrayLike]) -> list[np.ndarray]:

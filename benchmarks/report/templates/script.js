@@ -1,5 +1,5 @@
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
+let data, shown;
 const $ = id => document.getElementById(id);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
@@ -7,6 +7,12 @@ function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
+}
+
+// Data and Plotly stand in the page as base64 of their gzip.
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob($(id).textContent), letter => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
 // The browser computes light-dark() only for real properties, so a probe element turns it into a colour.
@@ -20,7 +26,6 @@ const lineColour = algo => `light-dark(${data.colours[place(algo) % data.colours
 const dash = algo => data.dashes[Math.floor(place(algo) / data.colours.length) % data.dashes.length];
 
 // One filter for the whole page: what is shown of the tasks and of the algorithms.
-const shown = {tasks: new Set(data.tasks), algos: new Set(data.algos)};
 function chips(kind) {
   const names = data[kind];
   if (names.length < 2) return;
@@ -166,15 +171,23 @@ function fill() {
       make("span", {className: data.authors.includes(author) ? author : "policy"}, written))))));
 }
 
-// What no run has.
-$("profile").hidden = !data.profiles;
-$("curves").hidden = !data.lines.length;
-$("episodes").hidden = !document.querySelector("#episodes article");
-chips("tasks");
-chips("algos");
-for (const button of all("thead button")) button.onclick = () => sort(button);
-for (const id of ["curve", "axis", "seeds"]) $(id).addEventListener("change", draw);
-for (const id of ["task", "prompt", "seed", "by-reward"]) $(id).addEventListener("change", fill);
-$("baseline").addEventListener("change", update);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-update();
+async function start() {
+  const plotly = await unpacked("plotly");
+  data = JSON.parse(await unpacked("data"));
+  shown = {tasks: new Set(data.tasks), algos: new Set(data.algos)};
+  document.head.appendChild(make("script", {textContent: plotly})).remove();
+  // What no run has.
+  $("profile").hidden = !data.profiles;
+  $("curves").hidden = !data.lines.length;
+  $("episodes").hidden = !document.querySelector("#episodes article");
+  chips("tasks");
+  chips("algos");
+  for (const button of all("thead button")) button.onclick = () => sort(button);
+  for (const id of ["curve", "axis", "seeds"]) $(id).addEventListener("change", draw);
+  for (const id of ["task", "prompt", "seed", "by-reward"]) $(id).addEventListener("change", fill);
+  $("baseline").addEventListener("change", update);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  update();
+  document.body.dataset.ready = "";
+}
+start();

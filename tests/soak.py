@@ -1,0 +1,71 @@
+"""A profile whose processes meet failures at random: they are killed, the disk is full, the guide does not answer.
+
+The environment variable SOAK is the folder in which they do; without it nothing fails. SOAK_MORE names a kind of
+failure that comes ten times as often. Every failure leaves a line in `FAILURES` there.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from plugins import LONG, WORDS
+
+from benchmarks.profiles import Row
+from textgym.guides.base import Completion
+
+FOLDER, FAILURES = os.environ.get("SOAK"), "failures.txt"
+# Probabilities at a call to the system that changes something in the folder, and at a request to the guide.
+CHANCES = {"killed": 1 / 300, "full": 1 / 200, "silent": 1 / 12}
+if MORE := os.environ.get("SOAK_MORE"):
+    CHANCES[MORE] *= 10
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+random_number = random.SystemRandom().random
+
+
+def fails(how: str) -> bool:
+    """Draw whether something fails."""
+    if random_number() > CHANCES[how]:
+        return False
+    with Path(str(FOLDER), FAILURES).open("a") as file:
+        file.write(how + "\n")
+    return True
+
+
+def hook(event: str, arguments: tuple) -> None:
+    """Kill the process, or raise what a full disk raises, before a call that writes."""
+    if event == "open":
+        path, _, flags = arguments
+        changes = isinstance(flags, int) and flags & WRITES
+    else:
+        path = arguments[0] if arguments else None
+        changes = event in ("os.rename", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "shutil.rmtree")
+    if not changes or FAILURES in str(path) or not str(path).startswith(str(FOLDER)):
+        return
+    if fails("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event in ("open", "os.rename", "os.mkdir") and fails("full"):
+        raise OSError(28, "No space left on device", str(path))
+
+
+class Guide:
+    """Writes the same for the same request, or nothing."""
+
+    author, can_hand_off, fingerprint = 1, True, "soak"
+
+    def complete(self, requests, tokenizer):
+        if FOLDER and fails("silent"):
+            raise ConnectionError("the guide does not answer")
+        return [Completion(text=(" red sun", " moon")[len(request.prompt) % 2]) for request in requests]
+
+
+if FOLDER:
+    sys.addaudithook(hook)
+ROWS = {"sl": WORDS.rows["sl"], "ppo": WORDS.rows["ppo"], "ppo++": Row("ppo++", {"beta": 1.0}, {"guide": Guide()})}
+PROFILE = replace(
+    LONG, tasks={"words": replace(LONG.tasks["words"], rows=ROWS, episodes=8 * 12)}, default=("sl", "ppo", "ppo++")
+)

@@ -1,0 +1,53 @@
+"""A benchmark that is killed, whose disk is full and whose guide is silent ends as one that never failed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from soak import FAILURES
+from test_schedule import ROOT, numbers
+
+from benchmarks import run_all
+from benchmarks.comparison.results import read_results
+
+# What fails more often in an attempt; nothing fails in the last one.
+ATTEMPTS = ("killed", "full", "silent", None, None, "nothing")
+
+
+@pytest.mark.slow
+def test_random_kills_silent_guides_and_full_disks_change_no_number(tmp_path, monkeypatch):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    command = [sys.executable, str(ROOT / "benchmarks" / "run_all.py"), "--profile", "soak:PROFILE", "--jobs", "2"]
+    broken.mkdir()
+    calm = {**os.environ, "PYTHONPATH": str(ROOT), "TEXTGYM_CACHE": str(broken / "cache")}
+    for more in ATTEMPTS:
+        failing = {"SOAK": str(broken)} | ({} if more is None else {"SOAK_MORE": more})
+        done = subprocess.run(
+            [*command, "--out", str(broken / "out")],
+            env=calm if more == "nothing" else calm | failing,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode == 0:
+            break
+        assert more != "nothing", done.stdout + done.stderr
+    failures = Counter((broken / FAILURES).read_text().split())
+    print(failures)
+    assert failures.keys() == {"killed", "full", "silent"}
+
+    monkeypatch.setenv("TEXTGYM_CACHE", str(whole / "cache"))
+    assert run_all.run_all(profile="soak:PROFILE", jobs=2, out=whole / "out") == 0
+    found, expected = (
+        {record["algo"]: numbers(record) for record in read_results(folder / "out")} for folder in (broken, whole)
+    )
+    assert found.keys() == {"sl", "ppo", "ppo++"}
+    assert found == expected
+    for name in ("summary.json", "learning_curves.csv"):
+        assert (broken / "out" / name).exists()
+    assert not [path for path in broken.rglob(".*") if path.is_dir()], "what dead processes left is cleared"
