@@ -67,5 +67,5 @@ if FOLDER:
     sys.addaudithook(hook)
 ROWS = {"sl": WORDS.rows["sl"], "ppo": WORDS.rows["ppo"], "ppo++": Row("ppo++", {"beta": 1.0}, {"guide": Guide()})}
 PROFILE = replace(
-    LONG, tasks={"words": replace(LONG.tasks["words"], rows=ROWS, episodes=8 * 16)}, default=("sl", "ppo", "ppo++")
+    LONG, tasks={"words": replace(LONG.tasks["words"], rows=ROWS, episodes=8 * 12)}, default=("sl", "ppo", "ppo++")
 )

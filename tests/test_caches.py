@@ -79,3 +79,15 @@ def test_two_processes_at_once_share_one_warm_start(tmp_path, monkeypatch):
         assert [os.waitpid(pid, 0)[1] for pid in (first, second)] == [0, 0]
     # The history has seconds: it is of one training.
     assert (tmp_path / "first").read_text() == (tmp_path / "second").read_text()
+
+
+@pytest.mark.parametrize("make", [reward, tokenizer, models], ids=["rewards", "tokenizers", "warm starts"])
+def test_where_the_cache_cannot_be_written_the_same_is_made(tmp_path, monkeypatch, make):
+    monkeypatch.setenv("TEXTGYM_CACHE", str(tmp_path / "cache"))
+    whole = make(tmp_path / "out")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TEXTGYM_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be written, so that what belongs there is kept"):
+        assert make(tmp_path / "out") == whole
+    # Other processes of a benchmark need the models, and find them beside its results.
+    assert (tmp_path / "out" / "warm_starts").exists() == (make is models)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import TASK
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from test_algorithms import GUIDE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import textgym.hub
+import textgym
 from agents import PPO, SL, CausalLMPolicy, PPOPlusPlus, algorithm
+from agents.environments import make_env
 from textgym.guides.local import LocalGuide
 
 
@@ -107,3 +112,25 @@ def test_an_agent_goes_to_the_hub_and_comes_back(make_env, make_policy, tmp_path
     assert again.history[-1]["reward"] == agent.history[-1]["reward"]
     with pytest.raises(ValueError, match=r"or a repository of the hub with one, got .*me/nothing"):
         PPO.load("me/nothing", make_env(8))
+
+
+def test_names_of_others_are_text_on_a_card(words_tokenizer, make_policy, tmp_path):
+    attack = "x|y `z` <img src=x onerror=alert(1)> [link](javascript:alert(1)) ![](data:1) <b>"
+
+    def reward(*, prompts, completions, references):
+        return {attack + "\n# title \x1b[2J": [0.5] * len(completions), "other": [0.5] * len(completions)}
+
+    reward.__name__ = reward.fingerprint = attack + "\n\n# title"
+    textgym.register("test/Hostile-v0", replace(TASK, name=attack, reward=reward))
+    kind = type("Hostile", (PPO,), {"name": attack + " https://x.y/z"})
+    env = make_env("test/Hostile-v0", num_envs=8, tokenizer=words_tokenizer)
+    agent = kind(make_policy(), env, episodes_per_iteration=8, n_epochs=1, eval_every=1, eval_prompts=8)
+    agent.learn(total_episodes=8).save(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    page = MarkdownIt("commonmark").enable("table").render(text)
+    assert not re.findall(r"<(?:a|img|b|script)\b", page)
+    assert page.count("<h1>") == 1
+    assert all(row.count("<td>") == 2 for row in page.split("<tr>")[2:])
+    assert page.count("[link](javascript:alert(1))") >= 4
+    assert "https://x" not in text
+    assert "\x1b" not in text

@@ -44,7 +44,7 @@ def table(doors):
 
 
 def cases(doors):
-    return pytest.mark.parametrize(("name", "value", "says"), table(doors))
+    return pytest.mark.parametrize(("name", "value", "says"), [*table(doors)])
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +70,8 @@ MAKE = {
     "template": ["no place", "{prompt}{prompt}", "{prompt} {x}", None, 5, "{}"],
     "chat": [*NOT_ONE_OF_TWO, True],
     "stop": ["x", 5, None, [5], [""], [None], b"x"],
-    "reward": [5, "", "nosuch", "./nowhere", "some/model", ["length"], lambda: 1, lambda texts: 1, lambda p, c, r: 1],
-    "guide": [5, "", "./nowhere", "some/model", "refrences", ["references"]],
+    "reward": [5, "", "nosuch", "./nowhere", "a/b/c", ["length"], lambda: 1, lambda texts: 1, lambda p, c, r: 1],
+    "guide": [5, "", "./nowhere", "a/b/c", "refrences", ["references"]],
     "guidance": [5, "x", [1], {"restart": 1}, {"restart_prob": 1}],
     "handoff": [*NOT_ONE_OF_TWO, True],
     "handoff_cost": [NAN, INF, -1, "1", None],
@@ -90,6 +90,7 @@ MAKE_VECTOR = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*render_mode")
 @cases(MAKE)
 def test_arguments_of_an_environment(name, value, says):
     with pytest.raises((ValueError, TypeError), match=says):

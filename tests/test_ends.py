@@ -268,12 +268,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model(handoff):
     assert rollout.input_ids[rollout.attention_mask > 0].max() < VOCAB
     assert bool(rollout.handoffs.any()) == handoff
     image = tokenizer.convert_tokens_to_ids("<image>")
+    framed = env(1, tokenizer=tokenizer, template="<image> {prompt}", guide=guide, guidance={"restart_prob": 1.0})
     for judge in (
         lambda: policy.generate(["w1 <image>"], max_new_tokens=2),
         lambda: policy.evaluate_actions(torch.tensor([[3, image, 5]]), torch.ones(1, 3), torch.tensor([[2]])),
-        lambda: made.reset(
-            seed=0, options={"prompt": "w1 <image>", "guidance": {"restart_prob": 1.0, "restart_length": 3}}
-        ),
+        lambda: framed.reset(seed=0, options={"guidance": {"restart_prob": 1.0, "restart_length": 3}}),
     ):
         with pytest.raises(
             ValueError, match=f"texts must hold only tokens that GPT2LMHeadModel embeds.*{image}.*<image>"

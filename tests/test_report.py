@@ -106,9 +106,7 @@ def test_the_page_begins_with_what_was_compared_and_who_is_above(tmp_path):
     said = summary(Analysis(Runs.read(tmp_path)))
     compared = "3 rows are compared on imdb with 3 training seeds, by the rewards of the same test prompts."
     assert said[0] == compared
-    assert re.match(
-        r"On imdb, ppo(\+\+)? has the highest test reward, 0.*; ppo(\+\+)? cannot be told apart", said[1]
-    )
+    assert re.match(r"On imdb, ppo(\+\+)? has the highest test reward, 0.*; ppo(\+\+)? cannot be told apart", said[1])
     assert "sl" not in said[1]
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()

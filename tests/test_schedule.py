@@ -209,6 +209,9 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(micro):
     (folder / "settings.json").write_text(json.dumps({"profile": "another"}))
     assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
     assert "runs of the same ['profile'," in (folder / "traceback.txt").read_text()
+    (folder / "settings.json").write_text('{"profile": ')
+    assert run_all.run_all(profile="plugins:MICRO", algos="ppo", out=micro) == 1
+    assert "settings.json is damaged or was written by something else" in (folder / "traceback.txt").read_text()
     assert not benchmark.finished
 
 
@@ -360,6 +363,12 @@ def test_names_are_shown_and_not_obeyed(micro, monkeypatch, capsys):
     assert r"| \\x1b[2J\\x1b]0;title\\x07 [a]\(http:\//x) \<b> |" in table
     assert table.isascii()
     assert table.replace("\n", "").isprintable()
+
+
+def test_a_progress_bar_shows_a_name_as_it_is(make_env, make_policy, monkeypatch):
+    monkeypatch.setattr(plugins.Mine, "name", "mine[/]")
+    agent = plugins.Mine(make_policy(), make_env(8), episodes_per_iteration=8, n_epochs=1)
+    assert agent.learn(total_episodes=8, progress_bar=True).iteration == 1
 
 
 def test_tracked_runs_leave_a_log(micro):

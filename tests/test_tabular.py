@@ -216,6 +216,12 @@ def test_save_and_load_give_the_same_policy(tmp_path, dtype):
         TabularPolicy.from_pretrained(tmp_path / "policy", states=policy.states, dtype=torch.float32)
     with pytest.raises(ValueError, match="path must be a folder written by"):
         TabularPolicy.from_pretrained(tmp_path, states=policy.states)
+    for file in ("tables.safetensors", "policy.json"):
+        content = (tmp_path / "policy" / file).read_bytes()
+        (tmp_path / "policy" / file).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=f"policy/{file} is damaged"):
+            TabularPolicy.from_pretrained(tmp_path / "policy", states=policy.states)
+        (tmp_path / "policy" / file).write_bytes(content)
 
 
 def test_what_does_not_fit_is_refused():

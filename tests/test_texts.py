@@ -320,15 +320,15 @@ def test_a_prompt_that_has_its_bos_gets_no_second_one(side):
     )
     plain = encode_prompts(tokenizer, [("", "the film was", "")], P)[0][1]
     assert plain[0] == tokenizer.bos_token_id
-    (text, ids) = encode_prompts(tokenizer, [("<s>", "the film was", "")], P)[0]
+    (text, ids) = encode_prompts(tokenizer, [("", "the film was", "")], P, template=("<s>", ""))[0]
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids == tokenizer("<s>the film was", add_special_tokens=False)["input_ids"]
-    (text, ids) = encode_prompts(tokenizer, [("<s>", "the film was very good", "")], 4, side)[0]
+    (text, ids) = encode_prompts(tokenizer, [("", "the film was very good", "")], 4, side, template=("<s>", ""))[0]
     assert len(ids) == 4
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
     assert text.startswith("<s>")
-    twice = encode_prompts(tokenizer, [("", "<s><s>the film", "")], P)[0][1]
+    twice = encode_prompts(tokenizer, [("", "<s><s>the film", "")], P, template=None)[0][1]
     assert twice.count(tokenizer.bos_token_id) == 3, "what somebody writes twice is meant so"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Real
@@ -9,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import psutil
+
+# A name, with or without an owner; anything else is a path.
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 # What other libraries call an argument.
 _SYNONYMS = {
@@ -117,6 +122,21 @@ def check_name(name: str, value: Any) -> str:
     valid = valid and value[0] != "." and not set(value) & {"/", "\\"}
     check(name, value, valid, "at most 100 printable characters without / and \\, the first of them no dot")
     return value
+
+
+def check_place(name: str, path: str | os.PathLike, what: str) -> None:
+    """Refuse a path at which there is nothing; what can be a hub id is not looked up.
+
+    Args:
+        name: The argument's name.
+        path: A path or hub id.
+        what: What should be there.
+
+    Raises:
+        ValueError: There is no such path, and it is no hub id.
+    """
+    if not os.path.exists(path) and not _HUB_ID.fullmatch(os.fspath(path)):
+        raise ValueError(f"{name} must be the hub id or path of {what}, and there is nothing at {path!r}")
 
 
 def check_texts(name: str, value: Any) -> tuple[str, ...]:

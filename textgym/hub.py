@@ -9,8 +9,6 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
-from textgym.checks import check
-
 
 def load_pretrained(kind: Any, path: str | os.PathLike, *, trust_remote_code: bool = False, **arguments: Any) -> Any:
     """Load a model, tokenizer or configuration of transformers; nothing is loaded in another way.
@@ -30,21 +28,6 @@ def load_pretrained(kind: Any, path: str | os.PathLike, *, trust_remote_code: bo
     if hasattr(kind, "_model_mapping") and "gguf_file" not in arguments:  # the automatic classes of models
         arguments["use_safetensors"] = True
     return kind.from_pretrained(os.fspath(path), trust_remote_code=trust_remote_code, **arguments)
-
-
-def check_model(name: str, path: str | os.PathLike, allowed: str) -> None:
-    """Refuse a hub id or folder without a model, before it is needed; nothing of it is loaded.
-
-    Args:
-        name: The argument's name.
-        path: The hub id or folder.
-        allowed: What is allowed, to be read after "must be".
-
-    Raises:
-        ValueError: There is no configuration and there are no adapters at `path`.
-    """
-    there = os.fspath(path) and any(file_beside(path, file) for file in ("config.json", "adapter_config.json"))
-    check(name, os.fspath(path), bool(there), f"{allowed} (a folder with a config.json, or a repository of the hub)")
 
 
 def local_folder(path: str | os.PathLike) -> Path:

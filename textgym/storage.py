@@ -67,13 +67,15 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def restore(path: str | os.PathLike) -> None:
-    """Put a folder back that `new_folder` had moved away when its process died; call it before reading one."""
+    """Put a folder back that `new_folder` had moved away when its process died, and remove what else it left.
+
+    To be called before a folder is read that may have been written so.
+    """
     path = Path(path)
-    if not path.exists():
-        for old in _leftovers(path):
-            if old.name.startswith(f".{path.name}-") and old.name.endswith(_OLD):
-                old.rename(path)
-                break
+    if _leftovers(path):
+        with contextlib.suppress(OSError), _temporary(path):  # nothing can be removed where nothing can be written
+            pass
+        _put_back(path)
 
 
 def made_once(
@@ -172,7 +174,7 @@ def _temporary(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with contextlib.suppress(OSError):  # others write there, or the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            restore(path)
+            _put_back(path)
             for leftover in _leftovers(path):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with contextlib.suppress(OSError):
@@ -180,6 +182,13 @@ def _temporary(path: str | os.PathLike) -> Iterator[Path]:
         yield name
     finally:
         os.close(descriptor)
+
+
+def _put_back(path: Path) -> None:
+    """Rename what `_put` had moved away, if there is nothing in its place."""
+    for old in _leftovers(path):
+        if not path.exists() and old.name.startswith(f".{path.name}-") and old.name.endswith(_OLD):
+            old.rename(path)
 
 
 def _leftovers(path: Path) -> list[Path]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from textgym.checks import check_place
 from textgym.guides.base import Author, CallableGuide, Completion, Guide, GuideRequest, ScoringGuide
 from textgym.guides.recorded import RecordedGuide
 from textgym.guides.references import ReferenceGuide
@@ -21,9 +21,6 @@ __all__ = [
     "ScoringGuide",
     "load_guide",
 ]
-
-# Of at most an owner and a name; anything else is a path.
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | None:
@@ -50,12 +47,9 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
     if isinstance(guide, str | os.PathLike) and os.fspath(guide).endswith(".jsonl"):
         return RecordedGuide(guide)
     if isinstance(guide, str | os.PathLike):
-        if not os.path.exists(guide) and not _HUB_ID.fullmatch(os.fspath(guide)):
-            raise ValueError(f"guide must be the hub id or path of a language model, and there is nothing at {guide!r}")
+        check_place("guide", guide, "a language model")
         from textgym.guides.local import LocalGuide  # imports transformers, which guides behind a server do without
-        from textgym.hub import check_model
 
-        check_model("guide", guide, "'references', the hub id or path of a language model, a Guide or a function")
         return LocalGuide(guide)
     if callable(guide):
         return CallableGuide(guide)

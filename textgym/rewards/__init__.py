@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from textgym.checks import check_place
 from textgym.rewards.base import RewardFunction, Rewards
 
 __all__ = ["RewardFunction", "Rewards", "check_reward", "load_reward", "split_parts"]
@@ -44,9 +45,7 @@ def check_reward(reward: str | os.PathLike[str] | RewardFunction | None, named: 
             f"reward must be None, one of {sorted(named)}, a hub id 'owner/name' or a folder of a "
             f"sequence-classification model, or a function on batches, got {reward!r}"
         )
-    from textgym.hub import check_model  # imports transformers
-
-    check_model("reward", reward, "the hub id or folder of a sequence-classification model, or a function")  # type: ignore[arg-type]
+    check_place("reward", reward, "a sequence-classification model")  # type: ignore[arg-type]
 
 
 def load_reward(
