@@ -167,10 +167,13 @@ STAR_GRAPH = like_parities(
 )
 
 # A guide that begins well and then loses its way: right in the first half of a chain, by chance in the rest. One of 64
-# of its texts is right. The start policy has imitated a guide with an accuracy of 0.7.
+# of its texts is right. The start policy has imitated a guide with an accuracy of 0.75.
 HALF = {"guide_accuracy": 1.0, "guide_links": 6}
 HALF_WAY = replace(
-    PARITIES, env={**PARITIES.env, "guide_accuracy": 0.7}, rows=rows(HALF, distillation(HALF, samples=8))
+    PARITIES,
+    env={**PARITIES.env, "guide_accuracy": 0.75},
+    tokens=1_500_000,
+    rows=rows(HALF, distillation(HALF, samples=8)),
 )
 
 FRONTIER = Profile(
