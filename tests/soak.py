@@ -1,7 +1,7 @@
 """A profile whose processes meet failures at random: they are killed, the disk is full, the guide does not answer.
 
-The environment variable SOAK is the folder in which they do; without it nothing fails. SOAK_MORE names a kind of
-failure that comes ten times as often. Every failure leaves a line in `FAILURES` there.
+The environment variable SOAK is the folder in which they do; without it nothing fails. SOAK_ONLY names a kind of
+failure that comes alone, ten times as often. Every failure leaves a line in `FAILURES` there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from textgym.guides.base import Completion
 FOLDER, FAILURES = os.environ.get("SOAK"), "failures.txt"
 # Probabilities at a call to the system that changes something in the folder, and at a request to the guide.
 CHANCES = {"killed": 1 / 300, "full": 1 / 200, "silent": 1 / 12}
-if MORE := os.environ.get("SOAK_MORE"):
-    CHANCES[MORE] *= 10
+if ONLY := os.environ.get("SOAK_ONLY"):
+    CHANCES = {how: 10 * chance * (how == ONLY) for how, chance in CHANCES.items()}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 random_number = random.SystemRandom().random
 
