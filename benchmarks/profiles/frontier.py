@@ -169,11 +169,13 @@ STAR_GRAPH = like_parities(
 # A guide that begins well and then loses its way: right in the first half of a chain, by chance in the rest. One of 64
 # of its texts is right. The start policy has imitated a guide with an accuracy of 0.75.
 HALF = {"guide_accuracy": 1.0, "guide_links": 6}
+HALF_DISTILL = distillation(HALF, samples=8)
 HALF_WAY = replace(
     PARITIES,
     env={**PARITIES.env, "guide_accuracy": 0.75},
     tokens=1_500_000,
-    rows=rows(HALF, distillation(HALF, samples=8)),
+    # The longer step: what distillation leaves is no skill to lose (`HALF_WAY_SEARCH`).
+    rows=rows(HALF, HALF_DISTILL) | {"distill-grpo": Row("grpo", GROUP, after=HALF_DISTILL)},
 )
 
 FRONTIER = Profile(
@@ -224,6 +226,17 @@ SEARCH = Profile(
     source="mini",
     tasks={"parities": replace(PARITIES, rows=TRIED, tokens=500_000)},
     default=tuple(TRIED),
+)
+
+HALF_WAY_TRIED = {
+    "distill-grpo lr=1e-5": rows(HALF, HALF_DISTILL)["distill-grpo"],
+    "distill-grpo lr=1e-4": HALF_WAY.rows["distill-grpo"],
+}
+HALF_WAY_SEARCH = Profile(
+    name="frontier-half-way-search",
+    source="mini",
+    tasks={"half-way": replace(HALF_WAY, rows=HALF_WAY_TRIED)},
+    default=tuple(HALF_WAY_TRIED),
 )
 
 # The map (`benchmarks.report.map`): what pays, by the start policy's chance of success and by the guide. A start has
