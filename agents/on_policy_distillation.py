@@ -12,6 +12,7 @@ from agents.ppo import clipped_loss
 from agents.processes import in_shares
 from agents.rollout import Rollout
 from textgym.checks import check
+from textgym.engine import TextVectorEnv
 from textgym.guides import GuideRequest, ScoringGuide
 
 
@@ -56,7 +57,7 @@ class OnPolicyDistillation(PolicyGradient):
         check("reward_coef", self.reward_coef, self.reward_coef >= 0, "at least 0")
         check("clip_range", self.clip_range, self.clip_range > 0, "above 0")
         check_guide(self.env, self.name, scores=True)
-        if self.env.handoff:
+        if isinstance(self.env, TextVectorEnv) and self.env.handoff:
             raise ValueError(f"env must be made without handoff=True for {self.name}: guides do not score hand-offs")
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:

@@ -174,7 +174,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(micro, monkeypatch, capsys):
     profile = replace(MICRO, tasks={"words": broken})
     monkeypatch.setattr("benchmarks.profiles.load_profile", lambda name: profile)
     assert run_all.run_all(algos="ppo,sl", out=micro) == 1
-    assert "learning_rate must be above 0" in capsys.readouterr().out
+    assert "learning_rate must be finite and above 0" in capsys.readouterr().out
     assert "learning_rate" in (micro / "words-ppo-0" / "traceback.txt").read_text()
     assert [record["algo"] for record in read_results(micro)] == ["sl"]
 

@@ -129,7 +129,7 @@ def test_logs_and_checkpoints_are_written_once(kind, results):
     assert first[kind]["lines"] == [1, 2, 3]
     assert first[kind]["written"] == ["best", "last", "last"]
     assert second[kind]["lines"] == second[kind]["written"] == []
-    assert sorted(path.name for path in (folder / kind).iterdir()) == ["best", "last"]
+    assert sorted(path.name for path in (folder / kind).iterdir()) == ["best", "history.csv", "last"]
     shown = [path.read_text() for path in sorted((folder / "logs").rglob("stdout.log"))]
     assert "d2lols" in shown[0]
     assert shown[1] == ""

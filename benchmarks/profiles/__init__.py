@@ -94,7 +94,8 @@ class Row:
         useless = ("policy", "after") if self.guidance else ("env", "policy", "after")
         given = {name: value for name in useless if (value := getattr(self, name))}
         if not self.trains and given:
-            raise ValueError(f"{', '.join(useless)} must be left out for 'sl' without arguments, got {given}")
+            *first, last = useless
+            raise ValueError(f"{', '.join(first)} and {last} must be left out for 'sl' without arguments, got {given}")
         after = self.after
         if after is not None and after != Row("sl", after.arguments, after.env, after.policy):
             raise ValueError(

@@ -39,7 +39,8 @@ class Table:
 
     def markdown(self) -> str:
         """Markdown with aligned columns; only title and note if there are no rows."""
-        heading = f"**{self.title}.** {inert(self.note)}"
+        note = inert(self.note).replace("\\`", "`")  # our own words have code in them
+        heading = f"**{self.title}.** {note}"
         if not self.rows:
             return heading
         lines = [[inert(text) for text in line] for line in [self.columns, *map(self.texts, self.rows)]]
