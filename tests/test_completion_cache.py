@@ -12,10 +12,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from fake_server import request, serving
@@ -220,7 +222,8 @@ def as_nobody():
 def test_a_folder_that_is_read_only_is_still_read(tmp_path, as_nobody):
     if os.getuid() == 0:
         os.seteuid(0)
-        for folder in (tmp_path, *tmp_path.parents[:2]):
+        temporary = Path(tempfile.gettempdir()).resolve()
+        for folder in (tmp_path, *(parent for parent in tmp_path.parents if temporary in parent.parents)):
             folder.chmod(0o755)
     cache = CompletionCache(tmp_path)
     cache.put(asked(), ANSWER)

@@ -387,6 +387,8 @@ def test_a_huge_answer_is_cut_or_refused(server, words_tokenizer, pack, monkeypa
 
 def test_interrupting_a_hanging_guide_ends_it(server):
     code = (
+        # Processes that pytest starts in the background ignore the signal, and so do their children.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys; from transformers import PreTrainedTokenizerFast; from textgym.guides import GuideRequest;"
         "from textgym.guides.http import HTTPGuide;"
         "guide = HTTPGuide('m', base_url=sys.argv[1], timeout=60);"
