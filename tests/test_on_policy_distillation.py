@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_a_guide_that_cannot_score_is_refused_at_once(make_env, make_policy):
         with pytest.raises(ValueError, match="env must have a guide that can score tokens for opd"):
             OnPolicyDistillation(make_policy(), make_env(8, guide=guide), episodes_per_iteration=8)
     with pytest.raises(ValueError, match="env must have a guide that can score tokens for opd"):
-        OnPolicyDistillation("nowhere", LOCK_ID)
+        OnPolicyDistillation(TabularPolicy.for_lock(gym.make(LOCK_ID).unwrapped.lock), LOCK_ID)
     with pytest.raises(ValueError, match=r"guide must read the tokens that the policy reads .* has another vocabulary"):
         OnPolicyDistillation(make_policy(), make_env(8, guide=text_guide()[0]), episodes_per_iteration=8)
     env = make_env(8, guide=LocalGuide(make_policy(1).model), handoff=True)
