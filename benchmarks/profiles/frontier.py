@@ -231,6 +231,7 @@ SEARCH = Profile(
 HALF_WAY_TRIED = {
     "distill-grpo lr=1e-5": rows(HALF, HALF_DISTILL)["distill-grpo"],
     "distill-grpo lr=1e-4": HALF_WAY.rows["distill-grpo"],
+    "distill-rescue": Row("grpo", {**GROUP, **RESCUE}, env=HALF, after=HALF_DISTILL),
 }
 HALF_WAY_SEARCH = Profile(
     name="frontier-half-way-search",
