@@ -76,12 +76,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def deviation(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of the entries where `mask` is True; other entries are never read."""
-    return masked_mean((values - masked_mean(values, mask)).square(), mask).sqrt()
-
-
 def whiten(values: torch.Tensor, mask: torch.Tensor, epsilon: float = 1e-8) -> torch.Tensor:
     """Shift and scale the entries where `mask` is True to mean 0 and standard deviation 1; zero elsewhere."""
     centred = (values - masked_mean(values, mask)).masked_fill(~mask, 0)
-    return centred / (deviation(values, mask) + epsilon)
+    return centred / (masked_mean(centred.square(), mask).sqrt() + epsilon)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from agents.advantages import gae, last_of
@@ -14,10 +12,10 @@ from textgym.checks import check
 from textgym.guidance import Guidance
 
 
-def imitate(beta: float, scale: Literal["advantages", "returns"] = "advantages") -> Phase:
+def imitate(beta: float) -> Phase:
     """The guide completes every text: with prob. beta after t policy tokens, t uniform on {1..T}, else all of it."""
     guidance = Guidance(handoff_prob=1.0, handoff_length=None, no_body_prob=1 - beta)
-    return Phase(guidance, continuation="guide", advantages=guide_advantages, scale=scale)
+    return Phase(guidance, continuation="guide", advantages=guide_advantages)
 
 
 def guide_advantages(
@@ -61,8 +59,6 @@ class AggreVaTeD(PPO):
 
     beta: float = 0.8
     """Probability that the policy begins the text, above 0."""
-    scale: Literal["advantages", "returns"] = "advantages"
-    """What normalised advantages are divided by the deviation of (see `agents.phase.Phase`)."""
 
     def check_hyperparameters(self) -> None:
         """Check the arguments, and that the guide can complete texts."""
@@ -73,4 +69,4 @@ class AggreVaTeD(PPO):
     @property
     def phase(self) -> Phase:
         """The guide completes every text."""
-        return imitate(self.beta, self.scale)
+        return imitate(self.beta)

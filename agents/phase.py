@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -33,14 +33,11 @@ class Phase:
         continuation: Who writes the rest of a text after the policy's last decision. This author's value function is
             learned, on the steps that it wrote.
         advantages: How advantages and returns are estimated from rewards and values.
-        scale: What the deviation is of, by which advantages are divided if they are normalised: of "advantages", which
-            are also shifted to mean 0, or of the "returns" of the steps, so that small advantages stay small.
     """
 
     guidance: Guidance | tuple[Guidance, ...] | None = None
     continuation: Continuation = "policy"
     advantages: Estimator = policy_advantages
-    scale: Literal["advantages", "returns"] = "advantages"
 
     def learned(self, rollout: Rollout) -> Tensor:
         """Bool (N, T): the steps before which the state's value is learned."""

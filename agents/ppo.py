@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from agents.advantages import deviation, last_of, whiten
+from agents.advantages import last_of, whiten
 from agents.policy import Evaluation
 from agents.policy_gradient import SCHEDULES, Credit, PolicyGradient, Schedule
 from agents.rollout import Rollout
@@ -95,15 +95,11 @@ class PPO(PolicyGradient):
         rewards = token_rewards(self.rewards(rollout), rollout.log_ratio(reference_log_probs), steps, kl_coef)
         values = self.value_function(rollout, rewards, steps, learned, phase.continuation)
         advantages, returns = phase.advantages(rewards, values, steps, decisions, self.gamma, self.gae_lambda)
-        if self.normalize_advantage and phase.scale == "returns":
-            advantages = advantages / (deviation(returns, learned) + 1e-8)
-        elif self.normalize_advantage:
-            advantages = whiten(advantages, decisions)
         return Credit(
             decisions=decisions,
             log_probs=rollout.log_probs,
             reference_log_probs=reference_log_probs,
-            advantages=advantages,
+            advantages=whiten(advantages, decisions) if self.normalize_advantage else advantages,
             states=learned,
             values=values,
             returns=returns,

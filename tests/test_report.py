@@ -499,7 +499,9 @@ def nearly(value):
     return {key: nearly(part) for key, part in value.items()} if isinstance(value, dict) else pytest.approx(value)
 
 
-@pytest.mark.parametrize(("results", "page"), [("small", "evidence"), ("frontier", "frontier")])
+@pytest.mark.parametrize(
+    ("results", "page"), [("small", "evidence"), ("frontier", "frontier"), ("gemma", "stronger_guide")]
+)
 def test_what_is_published_is_what_the_results_say(results, page, monkeypatch):
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
