@@ -24,5 +24,6 @@ python -m benchmarks.report.map benchmarks/results/frontier-map --out docs/front
 # half-way, with code of 0fb76f6 on another machine, where the start policy of the parities would differ in its last digits. Its row
 # distill-grpo had the step of the parities then, and was replaced by the one that the search chose.
 python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way \
-    --algos start,distill,grpo-rescue,grpo,distill-grpo
+    --algos start,distill,grpo-rescue,distill-grpo --seeds 2
+python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way --algos grpo
 python benchmarks/run_all.py --profile benchmarks.profiles.frontier:HALF_WAY_SEARCH --out benchmarks/results/frontier-half-way-search
