@@ -37,6 +37,8 @@ ROWS = {
     "ppo": Row("ppo", env=PART),
     "grpo": Row("grpo", PUBLISHED_GRPO, env=PART),
     "ppo++": Row("ppo++", {"beta": 0.8}, env=PART),  # its guide is the supervised policy
+    # The supervised policy, with its narrower decoding, completes texts from two or three states of each.
+    "pav": Row("pav", {**GROUP, "rollouts_per_state": 2, "tokens_per_step": 5}, env=PART),
     "ppo++-gemma": Row("ppo++", {"beta": 0.8}, env=GUIDED),
     "guided-grpo-gemma": Row("grpo", {**PUBLISHED_GRPO, "beta": 0.8}, env=GUIDED),
     "distill-all": Row("sl", {**DISTILL.arguments, "min_reward": None}, env=GUIDED),
