@@ -238,6 +238,10 @@ class Algorithm(ABC):
     ) -> Self:
         """Run iterations until a number of further timesteps or episodes is reached.
 
+        Where a guide or a reward fails, the iteration that it interrupts is not counted, and a further call begins it
+        again: the numbers are then those of a training that was never interrupted. (Algorithms of Stable-Baselines3
+        learn while they play, and go on where they were.)
+
         Args:
             total_timesteps: Policy tokens, counted from now.
             total_episodes: Episodes, counted from now. Exactly one of the two totals is given.
@@ -252,10 +256,6 @@ class Algorithm(ABC):
             ValueError: Not exactly one total is given, or it is not positive.
             FloatingPointError: A reward, loss or gradient is not finite. The policy is as it was before that update,
                 and no checkpoint is written.
-
-        Where a guide or a reward fails, the iteration that it interrupts is not counted, and a further call begins it
-        again: the numbers are then those of a training that was never interrupted. (Algorithms of Stable-Baselines3
-        learn while they play, and go on where they were.)
         """
         if (total_timesteps is None) == (total_episodes is None):
             raise ValueError(
@@ -467,6 +467,9 @@ class Algorithm(ABC):
         It is written under a temporary name and then renamed, so that a folder of this name is always complete. All
         processes call this; the first one writes, and the others wait for it.
         """
+        self._save(path, self.hyperparameters)
+
+    def _save(self, path: str | os.PathLike, hyperparameters: Mapping[str, Any]) -> None:
         state = self.training_state()
         if self.accelerator.is_main_process:
             guide = self.env.guide if self.num_guide_tokens else None
@@ -484,7 +487,7 @@ class Algorithm(ABC):
                 path,
                 self.policy,
                 algorithm=self.name,
-                hyperparameters=self.hyperparameters,
+                hyperparameters=hyperparameters,
                 models=self.models(),
                 state=state,
                 card=card,
@@ -508,11 +511,7 @@ class Algorithm(ABC):
         address = ""
         with tempfile.TemporaryDirectory() as folder:
             # What `output_dir` was on this machine is nobody's business.
-            own, self.hyperparameters = self.hyperparameters, {**self.hyperparameters, "output_dir": None}
-            try:
-                self.save(Path(folder) / "checkpoint")
-            finally:
-                self.hyperparameters = own
+            self._save(Path(folder) / "checkpoint", {**self.hyperparameters, "output_dir": None})
             if self.accelerator.is_main_process:
                 hub = HfApi(token=token)
                 hub.create_repo(repo_id, private=private, exist_ok=True)
@@ -604,6 +603,8 @@ def check_guide(env: Any, name: str, *, completes: bool = False, scores: bool = 
                 f"environment's vocabulary: make_vec(..., guide=...), got {guide!r}"
             )
         guide.score([], [], env.tokenizer)
+        if env.handoff:
+            raise ValueError(f"env must be made without handoff=True for {name}: guides do not score hand-offs")
         return
     if guide is None or (completes and not guide.can_hand_off):
         task = "complete texts" if completes else "start texts"

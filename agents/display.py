@@ -26,6 +26,19 @@ SHOWN = {
 }
 
 
+def bars(console: Console, disable: bool = False) -> Progress:
+    """Bars of tasks that have the field "status", a few words; what a name or status says is no markup."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}", markup=False),
+    )
+    return Progress(*columns, console=console, disable=disable)
+
+
 class Display:
     """A bar and lines on the terminal, in a notebook, or in a file.
 
@@ -40,15 +53,7 @@ class Display:
         self.name, self.lines, self.bar = name, lines, bar
         self.console = console or Console(highlight=False)
         live = self.console.is_terminal or self.console.is_jupyter
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
-        )
-        self.progress = Progress(*columns, console=self.console, disable=not (bar and live))
+        self.progress = bars(self.console, disable=not (bar and live))
         self.task = self.progress.add_task(name, total=1.0, status="")
         self.rarely = bar and not live and not lines
         self.started = self.written = time.monotonic()

@@ -10,15 +10,12 @@ import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorWrapper
 
 if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
     from transformers import PreTrainedTokenizerBase
 
     from agents.policy import Actor
     from textgym.engine import TextVectorEnv
     from textgym.task import SplitName
-
-
-# Arguments of `gymnasium.make_vec` in a specification that are not the environment's own.
-_ONLY_OF_MAKE = ("num_envs", "vectorization_mode", "autoreset_mode", "parking")
 
 
 def make_env(env_id: str, *, num_envs: int, **arguments: Any) -> TextVectorEnv:
@@ -57,7 +54,7 @@ def learning_env(env: Any, num_envs: int, tokenizer: PreTrainedTokenizerBase) ->
         raise ValueError(f"env must not be wrapped for an algorithm, which plays whole batches, got {wrappers}")
     if inner.spec is None or (isinstance(inner, TextVectorEnv) and inner.parking):
         return inner
-    arguments = {name: value for name, value in inner.spec.kwargs.items() if name not in _ONLY_OF_MAKE}
+    arguments = _arguments(inner.spec)
     engine = inner if isinstance(inner, TextVectorEnv) else inner.engine
     rows = engine.num_envs if isinstance(inner, TextVectorEnv) else num_envs
     if arguments.get("tokenizer") is None:
@@ -85,12 +82,17 @@ def sibling_env(
             f"env must be made by gymnasium.make_vec, so that it can be made again for split {split!r}; for "
             "evaluations, eval_env can be given instead"
         )
-    arguments = {name: value for name, value in env.spec.kwargs.items() if name not in _ONLY_OF_MAKE}
+    arguments = _arguments(env.spec)
     arguments |= {"guidance": None, "order": "random", "split": split}
     # Share what is already loaded.
     arguments |= {"guide": env.guide if env.handoff or guided else None}
     arguments |= {"tokenizer": env.tokenizer, "reward": env.reward_function}
     return make_env(env.spec.id, num_envs=num_envs, **arguments | changes)
+
+
+def _arguments(spec: EnvSpec) -> dict[str, Any]:
+    """The environment's own arguments in a specification: without those of `gymnasium.make_vec`."""
+    return {name: value for name, value in spec.kwargs.items() if name not in ("num_envs", "vectorization_mode")}
 
 
 def differences(env: TextVectorEnv, other: TextVectorEnv) -> dict[str, tuple[Any, Any]]:

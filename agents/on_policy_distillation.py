@@ -12,7 +12,6 @@ from agents.ppo import clipped_loss
 from agents.processes import in_shares
 from agents.rollout import Rollout
 from textgym.checks import check
-from textgym.engine import TextVectorEnv
 from textgym.guides import GuideRequest, ScoringGuide
 
 
@@ -57,8 +56,6 @@ class OnPolicyDistillation(PolicyGradient):
         check("reward_coef", self.reward_coef, self.reward_coef >= 0, "at least 0")
         check("clip_range", self.clip_range, self.clip_range > 0, "above 0")
         check_guide(self.env, self.name, scores=True)
-        if isinstance(self.env, TextVectorEnv) and self.env.handoff:
-            raise ValueError(f"env must be made without handoff=True for {self.name}: guides do not score hand-offs")
 
     def credit(self, rollout: Rollout, reference_log_probs: torch.Tensor) -> Credit:
         """Advantages are what the guide finds a token likelier than the policy does, with its consequences."""

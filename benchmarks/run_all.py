@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from benchmarks.comparison.schedule import Work
 
 
@@ -97,6 +98,7 @@ def run_all(
         from transformers.utils.logging import disable_progress_bar
 
         import textgym  # noqa: F401  (registers the environments)
+        from agents import display
         from agents.processes import check_trackers
         from benchmarks.comparison import cost, schedule
         from benchmarks.comparison.jobs import Run
@@ -117,15 +119,7 @@ def run_all(
         console.print(cost.table(benchmark, runs))
         return 0
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}", markup=False),
-    )
-    with Progress(*columns, console=console) as progress:
+    with display.bars(console) as progress:
         done = sum(run in benchmark.finished for run in runs)
         overall = progress.add_task("all runs", total=len(runs), completed=done, status=f"{done} of {len(runs)} done")
         bars: dict[Work, TaskID] = {}

@@ -101,6 +101,15 @@ def check_int(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is a string of whole characters: one with half a surrogate pair cannot be written as UTF-8."""
+    try:
+        str.encode(value)
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return True
+
+
 def check_memory(what: str, needed: int) -> None:
     """Refuse what needs more memory than is free, before any of it is taken.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from textgym.checks import check, is_int
+from textgym.checks import check, is_int, is_text
 from textgym.guides.base import Completion, Guide, GuideRequest
 from textgym.tokenization import Context, StopCriteria, beginning, encode_continuation
 
@@ -35,6 +35,38 @@ def complete(
     Raises:
         ValueError: The guide did not return one completion per request, in text or in valid token ids.
     """
+    completions, result = ask(guide, requests, tokenizer, len(stop_criteria.tokens)), []
+    for context, request, completion in zip(contexts, requests, completions, strict=True):
+        if completion.token_ids is not None:
+            ids = list(completion.token_ids)
+        else:
+            text = beginning(tokenizer, completion.text or "", request.max_new_tokens)
+            ids = encode_continuation(tokenizer, context.text + request.prefix, [text], "a guide's text")[0]
+        ended = stop_criteria.cut(ids, request.prefix_ids, context)
+        if ended is None and completion.finished:
+            ended = [*ids, stop_criteria.closing_token]
+        ids = (ids if ended is None else ended)[: request.max_new_tokens]
+        result.append((ids, ids == ended))
+    return result
+
+
+def ask(
+    guide: Guide, requests: Sequence[GuideRequest], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> list[Completion]:
+    """Ask a guide, and read what it returns.
+
+    Args:
+        guide: The guide.
+        requests: N requests.
+        tokenizer: The environment's tokenizer.
+        vocab_size: Size of its vocabulary.
+
+    Returns:
+        N completions, each with a text or with valid token ids, a list.
+
+    Raises:
+        ValueError: The guide did not return one completion per request, in text or in valid token ids.
+    """
     if not requests:
         return []
     completions, name = guide.complete(requests, tokenizer), type(guide).__name__
@@ -47,20 +79,7 @@ def complete(
         raise ValueError(
             f"guide must return one completion per request ({len(requests)}), {name} returned {len(completions)}"
         )
-    vocab_size, result = len(stop_criteria.tokens), []
-    for context, request, returned in zip(contexts, requests, completions, strict=True):
-        completion = _read(returned, vocab_size, name)
-        if completion.token_ids is not None:
-            ids = list(completion.token_ids)
-        else:
-            text = beginning(tokenizer, completion.text or "", request.max_new_tokens)
-            ids = encode_continuation(tokenizer, context.text + request.prefix, [text], "a guide's text")[0]
-        ended = stop_criteria.cut(ids, request.prefix_ids, context)
-        if ended is None and completion.finished:
-            ended = [*ids, stop_criteria.closing_token]
-        ids = (ids if ended is None else ended)[: request.max_new_tokens]
-        result.append((ids, ids == ended))
-    return result
+    return [_read(returned, vocab_size, name) for returned in completions]
 
 
 def _read(returned: Any, vocab_size: int, name: str) -> Completion:
@@ -84,10 +103,8 @@ def _read(returned: Any, vocab_size: int, name: str) -> Completion:
                 f"guide must return text, or token ids in [0, {vocab_size}), {name} returned {_short(returned)}"
             )
         return Completion(token_ids=[int(token) for token in ids], finished=bool(finished))
-    try:
-        str.encode(text)  # type: ignore[arg-type]
-    except (TypeError, UnicodeEncodeError):
-        raise ValueError(f"guide must return Unicode text or token ids, {name} returned {_short(returned)}") from None
+    if not is_text(text):
+        raise ValueError(f"guide must return Unicode text or token ids, {name} returned {_short(returned)}")
     return returned
 
 

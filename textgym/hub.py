@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ def load_pretrained(kind: Any, path: str | os.PathLike, *, trust_remote_code: bo
     if hasattr(kind, "_model_mapping") and "gguf_file" not in arguments:  # the automatic classes of models
         arguments["use_safetensors"] = True
     return kind.from_pretrained(os.fspath(path), trust_remote_code=trust_remote_code, **arguments)
+
+
+def base_of(path: str | os.PathLike) -> str | os.PathLike:
+    """The folder or hub id with a model's configuration: of adapters alone, that of the model they name."""
+    adapters = file_beside(path, "adapter_config.json")
+    if adapters is None or file_beside(path, "config.json") is not None:
+        return path
+    return json.loads(Path(adapters).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def local_folder(path: str | os.PathLike) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.utils import is_bitsandbytes_available, is_gguf_available, is_peft_available
 
 from textgym.checks import check
-from textgym.hub import file_beside, load_pretrained
+from textgym.hub import base_of, file_beside, load_pretrained
 from textgym.storage import readable
 
 
@@ -56,14 +55,11 @@ def load_model(
         raise ImportError(f'the adapters in {str(path)!r} need peft: pip install "textgym[peft]"')
     if gguf_file is not None and not is_gguf_available():
         raise ImportError('gguf_file needs gguf: pip install "textgym[gguf]"')
-    base: str | os.PathLike = path
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
-    if adapters is not None and file_beside(path, "config.json") is None:
-        base = json.loads(Path(adapters).read_text())["base_model_name_or_path"]
     try:
-        config = load_pretrained(AutoConfig, base, **arguments)
+        config = load_pretrained(AutoConfig, base_of(path), **arguments)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         if gguf_file is not None:
             arguments["config"] = config  # to read a large vocabulary from such a file again takes many seconds

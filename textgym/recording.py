@@ -12,6 +12,7 @@ import numpy as np
 
 from textgym import seeding
 from textgym.checks import check_int
+from textgym.completions import ask
 from textgym.engine import TextVectorEnv
 from textgym.guides.base import Completion, GuideRequest
 from textgym.guides.recorded import read
@@ -69,7 +70,7 @@ def record(
             for prompt, (sample, ids, references) in batch
             for drawn in seeding.hash64(seed, sample, np.arange(completions_per_prompt)) >> np.uint64(1)
         ]
-        texts = iter(guide.complete(requests, env.tokenizer))
+        texts = iter(ask(guide, requests, env.tokenizer, env.vocab_size))
         with path.open("a", encoding="utf-8") as file:
             for prompt, _ in batch:
                 completions = [_as_json(next(texts), env, prompt) for _ in range(completions_per_prompt)]
@@ -77,16 +78,12 @@ def record(
     return len(waiting) * completions_per_prompt
 
 
-def _as_json(completion: Completion | str | Sequence[int], env: TextVectorEnv, prompt: str) -> dict[str, Any]:
-    if isinstance(completion, str):
-        completion = Completion(text=completion)
-    elif not isinstance(completion, Completion):
-        completion = Completion(token_ids=completion, finished=False)
-    text, finished = completion.text, completion.finished
-    if completion.token_ids is not None:
-        ids = list(completion.token_ids)
-        text, finished = env.texts([ids], [prompt])[0], finished or (bool(ids) and ids[-1] in env.end_token_ids)
-    return {"text": text, "finished": finished}
+def _as_json(completion: Completion, env: TextVectorEnv, prompt: str) -> dict[str, Any]:
+    text, finished, ids = completion.text, completion.finished, completion.token_ids
+    if ids is not None:
+        (text,) = env.texts([ids], [prompt])
+        finished = finished or (len(ids) > 0 and ids[-1] in env.end_token_ids)
+    return {"text": text, "finished": bool(finished)}
 
 
 def _drop_cut_line(path: Path) -> None:

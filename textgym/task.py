@@ -9,7 +9,7 @@ from numbers import Number
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
-from textgym.checks import check, check_int, check_name, check_one_of
+from textgym.checks import check, check_int, check_name, check_one_of, is_text
 from textgym.data.splits import SPLITS, Row, Split, SplitName
 from textgym.metrics import Metric, check_metrics
 from textgym.rewards import check_reward
@@ -161,9 +161,5 @@ class Task:
 
     def _check_unicode(self, what: str, texts: Sequence[str]) -> None:
         for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError(
-                    f"{what} of task {self.name!r} must be Unicode, got half a character in {text!r}"
-                ) from None
+            if not is_text(text):
+                raise ValueError(f"{what} of task {self.name!r} must be Unicode, got half a character in {text!r}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -21,7 +19,7 @@ from benchmarks.comparison.jobs import Job, Run
 from benchmarks.comparison.runner import Benchmark
 from benchmarks.comparison.warm_start import model_config
 from benchmarks.profiles import TaskProfile
-from textgym.hub import file_beside, load_pretrained
+from textgym.hub import base_of, load_pretrained
 from textgym.precision import fast_dtype
 from textgym.rendering import visible
 from textgym.task import Task
@@ -120,12 +118,8 @@ def model_config_of(argument: str, model: str) -> Any:
     Raises:
         ValueError: It cannot be read.
     """
-    adapters = file_beside(model, "adapter_config.json")
-    path = model
-    if adapters is not None and file_beside(model, "config.json") is None:
-        path = json.loads(Path(adapters).read_text(encoding="utf-8"))["base_model_name_or_path"]
     try:
-        return load_pretrained(AutoConfig, path)
+        return load_pretrained(AutoConfig, base_of(model))
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument} must be the hub id or folder of a model, got {model!r}") from error
 

@@ -52,6 +52,6 @@ class Split:
 
     def part(self, count: int) -> Split:
         """Return so many rows, evenly spaced; all of them where there are no more."""
-        return (
-            Split.of([self.rows[place * len(self) // count] for place in range(count)]) if count < len(self) else self
-        )
+        if count >= len(self):
+            return self
+        return Split.of([self.rows[place * len(self) // count] for place in range(count)])

@@ -44,9 +44,9 @@ def load_guide(guide: Guide | Callable | str | os.PathLike | None) -> Guide | No
             "guide must be 'references', 'scripted' (where the environment has such a guide), or the hub id or path "
             f"of a language model, got {guide!r}"
         )
-    if isinstance(guide, str | os.PathLike) and os.fspath(guide).endswith(".jsonl"):
-        return RecordedGuide(guide)
     if isinstance(guide, str | os.PathLike):
+        if os.fspath(guide).endswith(".jsonl"):
+            return RecordedGuide(guide)
         check_place("guide", guide, "a language model")
         from textgym.guides.local import LocalGuide  # imports transformers, which guides behind a server do without
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from textgym.checks import is_int, is_number
+from textgym.checks import is_int, is_number, is_text
 
 # No token of any vocabulary is so long, and no text of so few tokens.
 _MOST_CHARACTERS, _MOST_BYTES = 1024, 32
@@ -52,7 +52,7 @@ class Answer:
             and all(map(is_int, counts))
         ):
             raise TypeError("a field has a wrong type")
-        if _SURROGATES.search(self.text) or min(counts) < 0 or not all(map(math.isfinite, numbers)):
+        if not is_text(self.text) or min(counts) < 0 or not all(map(math.isfinite, numbers)):
             raise ValueError("the text is no Unicode, or a number is out of range")
 
 
