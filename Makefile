@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: bench test test-fast lint format clean
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/run_all.py --profile quick
+	$(BIN)/python benchmarks/run_all.py --profile quick --jobs 2
 
 test: .venv/installed-test lint
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -102,7 +102,10 @@ def run_all(
         from agents.processes import check_trackers
         from benchmarks.comparison import cost, schedule
         from benchmarks.comparison.jobs import Run
+        from benchmarks.comparison.results import Runs, read_results
         from benchmarks.comparison.runner import Benchmark
+        from benchmarks.report.analysis import Analysis
+        from benchmarks.report.tables import results
         from benchmarks.report.write import write_report
 
     check_trackers(track)
@@ -119,6 +122,12 @@ def run_all(
         console.print(cost.table(benchmark, runs))
         return 0
 
+    left = {task: {run for run in runs if run.task == task} - benchmark.finished for task in task_names}
+    console.print(
+        f"{len(runs)} runs, {jobs} at a time: {', '.join(row_names)} on {', '.join(task_names)}, with "
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}. A task begins with its warm start, the policy that its rows start "
+        f"from; when its runs have ended, their test rewards are shown. All goes to {folder}.",
+    )
     with display.bars(console) as progress:
         done = sum(run in benchmark.finished for run in runs)
         overall = progress.add_task("all runs", total=len(runs), completed=done, status=f"{done} of {len(runs)} done")
@@ -137,6 +146,10 @@ def run_all(
             progress.remove_task(bars.pop(work))
             if work.run is not None:
                 progress.advance(overall)
+                left[work.task].remove(work.run)
+                records = [record for record in read_results(folder) if record["task"] == work.task]
+                if records and not left[work.task] and any(left.values()):  # at the end there is the whole report
+                    console.print(results(Analysis(Runs(records))).markdown(), soft_wrap=True)
             progress.update(overall, status=f"{int(progress.tasks[0].completed)} of {len(runs)} done")
 
         try:

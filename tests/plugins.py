@@ -82,6 +82,7 @@ MICRO = Profile(
 WORDS = MICRO.tasks["words"]
 # Long enough to be interrupted.
 LONG = replace(MICRO, tasks={"words": replace(WORDS, episodes=8 * 24, rl={**WORDS.rl, "eval_every": 2})})
+TWO_TASKS = replace(MICRO, tasks={"words": WORDS, "again": WORDS})
 
 # A hard task with a guide of its own, and a start model that has learned an easier one.
 DISTILL = {"targets": "guide", "samples_per_prompt": 2, "min_reward": 1.0, "n_epochs": 2, "episodes_per_iteration": 64}

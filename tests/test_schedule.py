@@ -260,6 +260,16 @@ def test_a_process_that_dies_is_told_and_the_others_go_on(micro, capsys):
     assert [record["algo"] for record in read_results(micro)] == ["sl"]
 
 
+def test_a_task_that_has_ended_is_shown_before_the_others(micro, capsys):
+    assert run_all.run_all(profile="plugins:TWO_TASKS", algos="sl", out=micro) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 runs, 1 at a time: sl on words, again, with 1 seed.")
+    told = [printed.index(text) for text in ("words sl seed 0: test", "**Results.**", "again sl seed 0: test")]
+    assert told == sorted(told)
+    assert "again" not in printed[told[1] : printed.index("again warm start: started")]
+    assert printed.count("**Results.**") == 2  # and that of both
+
+
 def test_a_folder_is_of_one_process_at_a_time(micro):
     from filelock import FileLock
 

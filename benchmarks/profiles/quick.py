@@ -62,4 +62,4 @@ TLDR = TaskProfile(
     test_prompts=250,
 )
 
-QUICK = Profile(name="quick", source="mini", tasks={"imdb": IMDB, "commongen": COMMONGEN, "tldr": TLDR})
+QUICK = Profile(name="quick", source="mini", tasks={"commongen": COMMONGEN, "imdb": IMDB, "tldr": TLDR})
