@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from textgym.packages import other_owners
 
 if TYPE_CHECKING:
+    import os
+
     from agents.aggrevated import AggreVaTeD
+    from agents.algorithm import Algorithm
     from agents.dr_po import DRPO
     from agents.evaluation import EvaluationResult, evaluate
     from agents.gail import GAIL
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from agents.supervised import SL
     from agents.uft import UFT
     from agents.vine_ppo import VinePPO
+    from textgym.engine import TextVectorEnv
 
     ALGORITHMS: dict[str, type]
 
@@ -88,6 +92,7 @@ __all__ = [
     "TabularPolicy",
     "VinePPO",
     "evaluate",
+    "load",
     "register",
 ]
 
@@ -115,6 +120,55 @@ def register(algorithm: type) -> type:
         raise ValueError(f"algorithm must have a name of its own, got {name!r}, which is that of {other.__qualname__}")
     _registered[name] = algorithm
     return algorithm
+
+
+def load(path: str | os.PathLike, env: TextVectorEnv | str | None = None, **arguments: Any) -> Algorithm:
+    """Open what an algorithm's `save` or `push_to_hub` wrote, whichever algorithm it was.
+
+    With the state of its training the agent goes on exactly (see `Algorithm.load`). Without it, as in the zoo and on
+    the hub, there is the policy, to be looked at and judged; learning begins anew from it.
+
+    Args:
+        path: The folder, or a repository of the hub.
+        env: The environment; None makes the one that it learned in, without a guide if that was an object.
+        **arguments: Replace the saved arguments of the constructor ("device", "output_dir", ...).
+
+    Raises:
+        ValueError: `path` is none of these; it does not say which environment it learned in, or one that is not
+            registered; or it goes on with a guide that it cannot make.
+    """
+    import gymnasium as gym
+
+    import textgym  # noqa: F401  (registers the environments)
+    from agents.checkpoint import TRAINING, read_description
+    from agents.environments import make_env
+    from agents.policy import LanguageModelPolicy
+    from textgym.hub import local_folder
+
+    folder = local_folder(path)
+    made = read_description(folder, "the save of an algorithm")
+    algorithm = __getattr__("ALGORITHMS").get(made.algorithm)
+    if algorithm is None:
+        raise ValueError(
+            f"path must be of an algorithm that is registered, got {made.algorithm!r}: see agents.register"
+        )
+    if env is None:
+        if made.environment is None:
+            raise ValueError(
+                "env must be given: path does not say how it was made, which was by objects or local files"
+            )
+        env_id, settings = made.environment["env_id"], {**made.environment, "tokenizer": folder}
+        if env_id not in gym.registry:  # nor is a module imported because a file names it
+            raise ValueError(f"path must be of an environment that is registered, got {env_id!r}: see textgym.register")
+        env = make_env(**settings)
+    if (folder / TRAINING).is_dir():
+        agent = algorithm.load(path, env, **arguments)
+        if agent.num_guide_tokens and agent.env.guide is None:
+            raise ValueError("env must be given: its guide was an object, which path does not hold")
+        return agent
+    hyperparameters = {**made.hyperparameters, "output_dir": None, **arguments}
+    policy = LanguageModelPolicy.from_pretrained(folder, device=hyperparameters.get("device", "auto"))
+    return algorithm(policy, env, **hyperparameters)
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from agents.arguments import document_arguments
 from agents.card import model_card
 from agents.checkpoint import TRAINING, read_checkpoint, write_checkpoint
 from agents.display import Display
-from agents.environments import agree, learning_env, sibling_env
+from agents.environments import agree, description, learning_env, sibling_env
 from agents.evaluation import EvaluationResult, evaluate
 from agents.policy import Actor, LanguageModelPolicy, Policy
 from agents.processes import gather_state, gather_texts, make_accelerator, own_state, reduce, start_equal
@@ -467,9 +467,11 @@ class Algorithm(ABC):
         It is written under a temporary name and then renamed, so that a folder of this name is always complete. All
         processes call this; the first one writes, and the others wait for it.
         """
-        self._save(path, self.hyperparameters)
+        self._save(path, self.hyperparameters, description(self.env))
 
-    def _save(self, path: str | os.PathLike, hyperparameters: Mapping[str, Any]) -> None:
+    def _save(
+        self, path: str | os.PathLike, hyperparameters: Mapping[str, Any], environment: Mapping[str, Any] | None
+    ) -> None:
         state = self.training_state()
         if self.accelerator.is_main_process:
             guide = self.env.guide if self.num_guide_tokens else None
@@ -488,6 +490,7 @@ class Algorithm(ABC):
                 self.policy,
                 algorithm=self.name,
                 hyperparameters=hyperparameters,
+                environment=environment,
                 models=self.models(),
                 state=state,
                 card=card,
@@ -497,7 +500,7 @@ class Algorithm(ABC):
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, training: bool = False
     ) -> str:
-        """Upload the policy and its card to the Hugging Face hub, as `from_pretrained` of a policy reads them.
+        """Upload the policy and its card to the Hugging Face hub, as `from_pretrained` and `agents.load` read them.
 
         Args:
             repo_id: "user/name"; the repository is made where there is none.
@@ -509,9 +512,12 @@ class Algorithm(ABC):
             The address of the commit.
         """
         address = ""
+        environment = description(self.env)
+        # Where files are on this machine is nobody's business.
+        if environment and any(isinstance(value, str) and Path(value).exists() for value in environment.values()):
+            environment = None
         with tempfile.TemporaryDirectory() as folder:
-            # What `output_dir` was on this machine is nobody's business.
-            self._save(Path(folder) / "checkpoint", {**self.hyperparameters, "output_dir": None})
+            self._save(Path(folder) / "checkpoint", {**self.hyperparameters, "output_dir": None}, environment)
             if self.accelerator.is_main_process:
                 hub = HfApi(token=token)
                 hub.create_repo(repo_id, private=private, exist_ok=True)
@@ -551,12 +557,14 @@ class Algorithm(ABC):
         Raises:
             ValueError: `path` is no checkpoint of this algorithm.
         """
-        path = local_folder(path)
-        checkpoint = read_checkpoint(path, cls.name, f"{cls.__name__}.save")
-        hyperparameters = {**checkpoint.hyperparameters, **arguments}
+        folder = local_folder(path)
+        checkpoint = read_checkpoint(folder, cls.name, f"{cls.__name__}.save")
+        hyperparameters = {**checkpoint.description.hyperparameters, **arguments}
+        if folder != Path(path).expanduser() and "output_dir" not in arguments:
+            hyperparameters["output_dir"] = None  # a stranger does not say where to write
         device = hyperparameters.get("device", "auto")
-        policy = policy_class.from_pretrained(path, device=device, **policy_arguments or {})
-        for name in checkpoint.frozen:
+        policy = policy_class.from_pretrained(folder, device=device, **policy_arguments or {})
+        for name in checkpoint.description.frozen:
             policy.get_parameter(name).requires_grad_(False)
         algorithm = cls(policy, env, **hyperparameters)
         checkpoint.load_models(algorithm.models(), algorithm.policy)

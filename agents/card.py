@@ -68,7 +68,7 @@ def model_card(
         "Trained with textgym. Scores are those of the last evaluation on validation prompts.\n\n| | |\n|---|---|\n"
         + "\n".join(lines)
         + f"\n\n`{use}` loads the policy with its heads, decoding and tokenizer; `{load}(folder, env)` continues the "
-        "training. All hyperparameters are in `training/algorithm.json`"
+        "training. All hyperparameters are in `algorithm.json`"
         + ("" if model is None else f"; transformers opens the folder as a `{type(model).__name__}`")
         + ".\n"
     )

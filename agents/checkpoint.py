@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from agents.policy import Policy
 
 TRAINING = "training"  # the subfolder of a checkpoint with the state of the training
+DESCRIPTION = "algorithm.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What made a checkpoint, as `DESCRIPTION` holds it."""
+
+    algorithm: str
+    hyperparameters: dict[str, Any]
+    environment: dict[str, Any] | None  # the arguments of `make_env` (see `agents.environments.description`)
+    frozen: list[str]  # names of the policy's parameters that are not trained
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,7 @@ class Checkpoint:
     """The contents of a checkpoint other than the policy."""
 
     path: Path
-    hyperparameters: dict[str, Any]
-    frozen: list[str]  # names of the policy's parameters that are not trained
+    description: Description
     state: dict[str, Any]  # the algorithm's `training_state`
 
     def load_models(self, models: Mapping[str, nn.Module], policy: Policy) -> None:
@@ -56,14 +66,16 @@ def write_checkpoint(
     *,
     algorithm: str,
     hyperparameters: Mapping[str, Any],
+    environment: Mapping[str, Any] | None,
     models: Mapping[str, nn.Module],
     state: Mapping[str, Any],
     card: ModelCard,
 ) -> None:
     """Write a checkpoint of an algorithm, by its name and arguments, into a folder, replacing an existing one.
 
-    `models` are those other than the policy, by file name without suffix; `state` is the algorithm's `training_state`,
-    nested dicts and lists of arrays, tensors and numbers.
+    `environment` has the arguments of `make_env` that make its environment again, if that is known. `models` are those
+    other than the policy, by file name without suffix; `state` is the algorithm's `training_state`, nested dicts and
+    lists of arrays, tensors and numbers.
     """
     with new_folder(path) as folder:
         policy.save_pretrained(folder)
@@ -75,33 +87,48 @@ def write_checkpoint(
         description = {
             "algorithm": algorithm,
             "hyperparameters": _plain(hyperparameters),
+            "environment": environment,
             "frozen": [name for name, weight in policy.named_parameters() if not weight.requires_grad],
         }
-        (training / "algorithm.json").write_text(json.dumps(description, indent=2))
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2))
         card.save(folder / "README.md")
+
+
+def read_description(path: str | os.PathLike, writer: str) -> Description:
+    """Read what made a checkpoint; `writer` is the name of the method that writes it, for errors.
+
+    Raises:
+        ValueError: `path` is no checkpoint, or the file is damaged.
+    """
+    restore(path)
+    file = Path(path) / DESCRIPTION
+    if not file.is_file():
+        raise ValueError(
+            f"path must be a folder written by {writer}, or a repository of the hub with one, got {str(path)!r}"
+        )
+    with readable(file):
+        description = Description(**json.loads(file.read_text(encoding="utf-8")))
+        hyperparameters = description.hyperparameters
+        if isinstance(hyperparameters.get("decoding"), dict):
+            hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
+    return description
 
 
 def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Checkpoint:
     """Read a checkpoint, except its models; `writer` is the name of the method that writes it, for errors.
 
     Raises:
-        ValueError: `path` is no checkpoint of this algorithm, or one of its files is damaged.
+        ValueError: `path` is no checkpoint of this algorithm, or one of its files is damaged or missing.
     """
-    restore(path)
-    training = Path(path) / TRAINING
-    file = training / "algorithm.json"
+    description = read_description(path, writer)
+    if description.algorithm != algorithm:
+        raise ValueError(f"path must hold a checkpoint of {algorithm!r}, got one of {description.algorithm!r}")
+    file = Path(path) / TRAINING / "state.pt"
     if not file.is_file():
         raise ValueError(
-            f"path must be a folder written by {writer}, or a repository of the hub with one, got {str(path)!r}"
+            f"path must have the state of the training to go on, got {str(path)!r} without {TRAINING}: agents.load "
+            "opens it, and begins anew from its policy"
         )
-    with readable(file):
-        description = json.loads(file.read_text(encoding="utf-8"))
-        name, hyperparameters, frozen = (description[key] for key in ("algorithm", "hyperparameters", "frozen"))
-        if isinstance(hyperparameters.get("decoding"), dict):
-            hyperparameters["decoding"] = Decoding(**hyperparameters["decoding"])
-    if name != algorithm:
-        raise ValueError(f"path must hold a checkpoint of {algorithm!r}, got one of {name!r}")
-    file = training / "state.pt"
     with readable(file):
         # Only tensors and plain values: nothing in the file can run code.
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -109,7 +136,7 @@ def read_checkpoint(path: str | os.PathLike, algorithm: str, writer: str) -> Che
         # As arrays, as environments and curricula have them.
         for part in {"env", "guide_texts", "curriculum"} & state.keys():
             state[part] = tree_map(lambda leaf: leaf.numpy() if isinstance(leaf, torch.Tensor) else leaf, state[part])
-    return Checkpoint(Path(path), hyperparameters, frozen, state)
+    return Checkpoint(Path(path), description, state)
 
 
 def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:

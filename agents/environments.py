@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorWrapper
+
+from textgym.guidance import Guidance
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -93,6 +97,27 @@ def sibling_env(
 def _arguments(spec: EnvSpec) -> dict[str, Any]:
     """The environment's own arguments in a specification: without those of `gymnasium.make_vec`."""
     return {name: value for name, value in spec.kwargs.items() if name not in ("num_envs", "vectorization_mode")}
+
+
+def description(env: TextVectorEnv) -> dict[str, Any] | None:
+    """The arguments of `make_env` that make an environment again, as plain data; None where that is not known.
+
+    Not among them are the tokenizer, which is the policy's, and a guide that is an object.
+    """
+    if env.spec is None:
+        return None
+    registered = {*gym.registry[env.spec.id].kwargs} if env.spec.id in gym.registry else set()
+    left_out = registered | {"tokenizer", "parking", "autoreset_mode"}
+    arguments = {name: value for name, value in _arguments(env.spec).items() if name not in left_out}
+    arguments["source"] = env.source
+    if isinstance(arguments.get("guidance"), Guidance):
+        arguments["guidance"] = asdict(arguments["guidance"])
+    if not isinstance(arguments.get("guide"), str | None):
+        arguments |= {"guide": None, "guidance": None}
+    try:
+        return json.loads(json.dumps({"env_id": env.spec.id, "num_envs": env.num_envs, **arguments}))
+    except TypeError:
+        return None
 
 
 def differences(env: TextVectorEnv, other: TextVectorEnv) -> dict[str, tuple[Any, Any]]:

@@ -125,8 +125,8 @@ def run_all(
     left = {task: {run for run in runs if run.task == task} - benchmark.finished for task in task_names}
     console.print(
         f"{len(runs)} runs, {jobs} at a time: {', '.join(row_names)} on {', '.join(task_names)}, with "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}. A task begins with its warm start, the policy that its rows start "
-        f"from; when its runs have ended, their test rewards are shown. All goes to {folder}.",
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}. A task begins with its warm start, the policy that its rows "
+        f"start from; when its runs have ended, their test rewards are shown. All goes to {folder}.",
     )
     with display.bars(console) as progress:
         done = sum(run in benchmark.finished for run in runs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,9 +17,11 @@ from markdown_it import MarkdownIt
 from test_algorithms import GUIDE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import agents
 import textgym
-from agents import PPO, SL, CausalLMPolicy, PPOPlusPlus, algorithm
+from agents import GRPO, PPO, SL, CausalLMPolicy, PPOPlusPlus, algorithm, checkpoint, evaluate
 from agents.environments import make_env
+from textgym.guidance import Guidance
 from textgym.guides.local import LocalGuide
 
 
@@ -46,7 +49,7 @@ def test_a_checkpoint_is_opened_by_transformers_and_described_by_its_card(make_e
     assert agent.env.data.fingerprint in rows["Data"]
     assert rows["eval/reward"] == f"{agent.history[1]['eval/reward']:.4f}"
     assert rows["Reward"] == "letters"
-    described = json.loads((tmp_path / "run" / "training" / "algorithm.json").read_text())
+    described = json.loads((tmp_path / "run" / "algorithm.json").read_text())
     assert described["algorithm"] == "ppo"
 
 
@@ -90,10 +93,15 @@ class Hub:
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}: {commit_message}")
 
 
-def test_an_agent_goes_to_the_hub_and_comes_back(make_env, make_policy, tmp_path, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(algorithm, "HfApi", hub)
     monkeypatch.setattr(textgym.hub, "snapshot_download", lambda repo_id: hub.folder / repo_id)
+    return hub
+
+
+def test_an_agent_goes_to_the_hub_and_comes_back(hub, make_env, make_policy, tmp_path):
     agent = PPO(make_policy(), make_env(8), episodes_per_iteration=8, output_dir=tmp_path / "secret")
     agent.learn(total_episodes=8)
     assert agent.push_to_hub("me/policy", private=True) == "https://hub/me/policy: ppo after 8 episodes"
@@ -112,6 +120,60 @@ def test_an_agent_goes_to_the_hub_and_comes_back(make_env, make_policy, tmp_path
     assert again.history[-1]["reward"] == agent.history[-1]["reward"]
     with pytest.raises(ValueError, match=r"or a repository of the hub with one, got .*me/nothing"):
         PPO.load("me/nothing", make_env(8))
+
+
+def test_an_agent_opens_with_its_algorithm_and_its_environment(hub, make_env, make_policy, tmp_path):
+    guidance = Guidance(restart_prob=1.0)
+    env = make_env(8, guide="references", guidance=guidance, source="mini", max_new_tokens=4)
+    agent = GRPO(make_policy(), env, group_size=4, episodes_per_iteration=8, output_dir=tmp_path / "secret")
+    agent.learn(total_episodes=8)
+
+    agent.push_to_hub("me/policy")
+    opened = agents.load("me/policy")
+    assert type(opened) is GRPO
+    assert (opened.env.num_envs, opened.env.max_new_tokens, opened.env.guidance) == (8, 4, guidance)
+    assert opened.history == []
+    assert checkpoint._plain(opened.hyperparameters) == checkpoint._plain(agent.hyperparameters | {"output_dir": None})
+    np.testing.assert_array_equal(evaluate(opened, num_prompts=8).rewards, evaluate(agent, num_prompts=8).rewards)
+    with pytest.raises(ValueError, match=r"must have the state of the training to go on.*agents.load opens it"):
+        GRPO.load("me/policy", env)
+
+    agent.save(tmp_path / "run")
+    again = agents.load(tmp_path / "run", seed=agent.seed)
+    assert [a.learn(total_episodes=8).history[-1]["reward"] for a in (again, agent)] == [
+        again.history[-1]["reward"]
+    ] * 2
+    assert again.hyperparameters["output_dir"] == str(tmp_path / "secret")
+    agent.push_to_hub("me/agent", training=True)
+    assert agents.load("me/agent").hyperparameters["output_dir"] is None
+
+
+def test_what_cannot_be_opened_says_why(hub, make_env, make_policy, tmp_path):
+    def changed(**changes):
+        file = hub.folder / "me/policy/algorithm.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return "me/policy"
+
+    make_policy(seed=1).save_pretrained(tmp_path / "guide")
+    make_policy().save_pretrained(tmp_path / "start")
+    agent = PPOPlusPlus(make_policy(), make_env(8, guide=LocalGuide(tmp_path / "guide")), episodes_per_iteration=8)
+    agent.learn(total_episodes=8).save(tmp_path / "run")
+    with pytest.raises(ValueError, match="env must have a guide that can start texts for ppo"):
+        agents.load(tmp_path / "run")
+    assert agents.load(tmp_path / "run", agent.env).iteration == 1
+
+    PPO(make_policy(), make_env(8, source=str(tmp_path / "start"))).push_to_hub("me/policy")
+    with pytest.raises(ValueError, match=r"env must be given: path does not say how it was made"):
+        agents.load("me/policy")
+    assert isinstance(agents.load("me/policy", make_env(8)), PPO)
+    for env_id in ("os:Nothing-v0", "antigravity:Env-v0", "never/Registered-v0"):
+        with pytest.raises(ValueError, match=rf"must be of an environment that is registered, got '{env_id}'"):
+            agents.load(changed(environment={"env_id": env_id, "num_envs": 8}))
+    assert "antigravity" not in sys.modules
+    with pytest.raises(ValueError, match=r"must be of an algorithm that is registered, got 'os.system'"):
+        agents.load(changed(algorithm="os.system"))
+    with pytest.raises(ValueError, match=r"algorithm.json is damaged or was written by something else"):
+        agents.load(changed(more=1))
 
 
 def test_names_of_others_are_text_on_a_card(words_tokenizer, make_policy, tmp_path):

@@ -86,8 +86,15 @@ DAMAGES = {
 def test_every_damaged_file_of_a_checkpoint_is_named(agent, tmp_path):
     folder = tmp_path / "last"
     agent.learn(total_episodes=8).save(folder)
-    needed = {"config.json", "model.safetensors", "heads.safetensors", "policy.json", "tokenizer.json"}
-    needed |= {f"{TRAINING}/{name}" for name in ("algorithm.json", "state.pt", "critic.safetensors")}
+    needed = {
+        "algorithm.json",
+        "config.json",
+        "model.safetensors",
+        "heads.safetensors",
+        "policy.json",
+        "tokenizer.json",
+    }
+    needed |= {f"{TRAINING}/{name}" for name in ("state.pt", "critic.safetensors")}
     silent = set()
     for name in sorted(needed):
         whole = (folder / name).read_bytes()
