@@ -27,7 +27,7 @@ import tyro
 from agents import CausalLMPolicy, PPOPlusPlus, evaluate
 from agents.environments import make_env
 from benchmarks.comparison.warm_start import warm_start
-from benchmarks.profiles.small import COMMONGEN
+from benchmarks.profiles import quick, small
 from benchmarks.report.table import Table
 from textgym import Guidance
 from textgym.decoding import Decoding
@@ -177,8 +177,8 @@ def train(
 
 
 def main(
-    source: str = "../shared/data",
-    base: str = "../shared/models/base-7m",
+    source: str = "mini",
+    base: str | None = None,
     policy: str | None = None,
     url: str | None = None,
     model: str = MODEL,
@@ -198,9 +198,9 @@ def main(
 
     Args:
         source: Data: "mini", "hub" or a folder.
-        base: Hub id or folder of a language model.
-        policy: Hub id or folder of a policy that knows the task. None is `base` after the supervised learning of the
-            benchmark's profile "small", which takes long and is done once.
+        base: Hub id or folder of a language model; by default one of the profile "quick", trained from scratch.
+        policy: Hub id or folder of a policy that knows the task. None is the base after the supervised learning of the
+            benchmark's profile "quick", or "small" where `base` is given; it is done once.
         url: Base URL of a server that is running, such as http://localhost:8000/v1; by default one is started.
         model: The guide's name there, which stands for its weights in the cache.
         iterations: Iterations of PPO++.
@@ -221,8 +221,9 @@ def main(
     settings = {name: value for name, value in locals().items() if name not in ("cache", "json_file", "page_file")}
     budget, threads = Budget(calls=calls, tokens=tokens), torch.get_num_threads()
     template = few_shot(TASK, source, shots, seed=seed)
+    profile = quick.COMMONGEN if base is None else small.COMMONGEN
     if policy is None:
-        policy = str(warm_start(COMMONGEN, source, base, 0, lambda what, share: None, Path("runs"), "auto").supervised)
+        policy = str(warm_start(profile, source, base, 0, lambda what, share: None, Path("runs"), "auto").supervised)
     decoding = Decoding(temperature=0.7, top_p=0.92, top_k=50)
     results = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -239,7 +240,7 @@ def main(
                     cache=cache or temporary,
                     budget=budget,
                 )
-                learner = CausalLMPolicy.from_pretrained(policy, decoding=Decoding(**COMMONGEN.decoding))
+                learner = CausalLMPolicy.from_pretrained(policy, decoding=Decoding(**profile.decoding))
                 result = train(learner, guide, source, iterations, episodes, prompts, seed)
             after = os.times()
             # A server of ours is a child that has ended by now.

@@ -17,7 +17,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpi
 from textgym import Guidance
 from textgym.guides import CallableGuide
 from textgym.tasks.lock import CombinationLock, LockGuide
-from textgym.wrappers import AnyText, DenseReward, FrozenPrompts, TextObservation
+from textgym.wrappers import AnyText, DenseReward, FrozenPrompts, RecordEpisodes, TextObservation
 
 IDS = ["textgym/IMDB-v0", "textgym/CommonGen-v0", "textgym/TLDR-v0", "textgym/CombinationLock-v0"]
 
@@ -213,3 +213,29 @@ def test_specifications_are_json_unless_an_argument_is_an_object(make):
     ):
         with pytest.raises(ValueError, match=f"{name} must be plain data"):
             make("textgym/IMDB-v0", **{name: value}).spec.to_json()
+
+
+def test_episodes_are_recorded_as_pages_that_show_every_step(words_tokenizer, tmp_path):
+    def attack(requests):
+        return ["<script>alert(1)</script> \x1b[2J" for _ in requests]
+
+    arguments = {"tokenizer": words_tokenizer, "guide": CallableGuide(attack), "guidance": {"restart_prob": 1.0}}
+    env = RecordEpisodes(
+        gym.make(ENV_ID, render_mode="html", **arguments), tmp_path / "new", lambda number: number != 1
+    )
+    plain = gym.make(ENV_ID, render_mode="html", **arguments)
+    for seed in range(3):
+        rewards, _ = episode(env, seed)
+        assert episode(plain, seed)[0] == rewards
+        if seed != 1:
+            page = (tmp_path / "new" / f"episode-{seed}.html").read_text()
+            assert page.count("<section") == 1 + len(rewards)
+            assert f"<section class=shown><p>step {len(rewards)}, reward {rewards[-1]:g}</p>{plain.render()}" in page
+            assert "<script" not in page
+            assert "\x1b" not in page
+    env.reset(seed=3)
+    env.step(1)
+    env.reset(seed=4)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["episode-0.html", "episode-2.html"]
+    with pytest.raises(ValueError, match=r"render_mode must be that of .*render_mode=\"html\", got 'ansi'"):
+        RecordEpisodes(gym.make(ENV_ID, tokenizer=words_tokenizer, render_mode="ansi"), tmp_path)

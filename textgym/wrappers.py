@@ -1,9 +1,11 @@
-"""Wrappers for single environments: observations as text, a reward for every token, episodes about a few prompts."""
+"""Wrappers for single environments: text as observation, rewards for tokens, a few prompts, episodes as pages."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -14,6 +16,7 @@ from gymnasium.utils import RecordConstructorArgs
 from textgym.checks import check
 from textgym.env import TextEnv
 from textgym.rewards import split_parts
+from textgym.storage import new_file
 from textgym.tokenization import decode
 
 
@@ -129,6 +132,81 @@ class FrozenPrompts(gym.Wrapper, RecordConstructorArgs):
         started = self.env.reset(seed=seed, options={**(options or {}), "index": index})
         self._next = turn + 1
         return started
+
+
+# What a page shows: the episode after its last step, or after the one that the slider is at.
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark"><title>{title}</title>
+<style>body {{ font: 16px/1.5 system-ui; max-width: 45em; margin: 2em auto; padding: 0 1em }} input {{ width: 100% }}
+section:not(.shown) {{ display: none }}</style>
+<h1>{title}</h1>
+<p>The prompt is grey; the policy writes in green, the guide in purple, the dataset in blue, and who called reset in
+ochre.</p>
+<input type="range" min="0" max="{last}" value="{last}" aria-label="step" oninput="
+document.querySelectorAll('section').forEach((part, step) => part.classList.toggle('shown', step == this.value))">
+{sections}
+</html>
+"""
+
+
+class RecordEpisodes(gym.Wrapper, RecordConstructorArgs):
+    """Writes episodes as pages of HTML, in which a slider shows the text after each step, with authors in colours.
+
+    Episode 0 is ``episode-0.html``, written when the episode ends; one that is reset before is not written. A file of
+    the same name is replaced.
+
+    Args:
+        env: A text environment made with ``render_mode="html"``.
+        folder: The folder of the pages, which is made.
+        episode_trigger: Says of an episode's number, from 0, whether it is recorded, as for Gymnasium's `RecordVideo`;
+            None records all.
+
+    Raises:
+        ValueError: `env` is not a text environment, or is rendered in another mode.
+    """
+
+    def __init__(self, env: gym.Env, folder: str | Path, episode_trigger: Callable[[int], bool] | None = None) -> None:
+        RecordConstructorArgs.__init__(self, folder=folder, episode_trigger=episode_trigger)
+        gym.Wrapper.__init__(self, env)
+        mode = _text_env(env).render_mode
+        check("render_mode", mode, mode == "html", 'that of an environment made with render_mode="html"')
+        self.folder, self.episode_trigger = Path(folder), episode_trigger
+        self._episode = -1
+        self._frames: list[str] = []
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Start an episode (see `TextEnv.reset`)."""
+        observation, info = self.env.reset(**arguments)
+        self._episode += 1
+        self._frames = []
+        if self.episode_trigger is None or self.episode_trigger(self._episode):
+            self._keep("the start")
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Write one token (see `TextEnv.step`)."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self._frames:
+            self._keep(f"step {len(self._frames)}, reward {float(reward):g}")
+            if terminated or truncated:
+                self._write()
+        return observation, float(reward), terminated, truncated, info
+
+    def _keep(self, what: str) -> None:
+        self._frames.append(f"<p>{what}</p>{self.env.render()}")
+
+    def _write(self) -> None:
+        last = len(self._frames) - 1
+        sections = "\n".join(
+            f"<section{' class=shown' if step == last else ''}>{frame}</section>"
+            for step, frame in enumerate(self._frames)
+        )
+        task = escape(_text_env(self.env).task.name)
+        page = _PAGE.format(title=f"{task}, episode {self._episode}", last=last, sections=sections)
+        with new_file(self.folder / f"episode-{self._episode}.html") as file:
+            file.write_text(page, encoding="utf-8")
+        self._frames = []
 
 
 def _text_env(env: gym.Env) -> TextEnv:
