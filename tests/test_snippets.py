@@ -62,3 +62,18 @@ def test_the_first_agent_of_the_readme_opens_its_lock_with_the_guide_alone(capsy
     alone, guided = capsys.readouterr().out.splitlines()
     assert alone == "None 0.0"
     assert float(guided.removeprefix("adaback ")) > 0.95
+
+
+def test_every_test_that_a_page_names_is_there():
+    named = {
+        (file, name)
+        for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        for file, name in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page.read_text())
+    }
+    assert len(named) > 50
+    missing = [
+        (file, name)
+        for file, name in named
+        if not (ROOT / "tests" / file).is_file() or f"def {name}(" not in (ROOT / "tests" / file).read_text() + "def ("
+    ]
+    assert not missing
