@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from agents.dr_po import DRPO
     from agents.evaluation import EvaluationResult, evaluate
     from agents.gail import GAIL
+    from agents.gkd import GKD
     from agents.grpo import GRPO
     from agents.hpt import HPT
     from agents.lols import D2LOLS, LOLS
@@ -54,6 +55,7 @@ _ALGORITHMS = {
     "HPT": "hpt",
     "PAV": "pav",
     "OnPolicyDistillation": "on_policy_distillation",
+    "GKD": "gkd",
 }
 _MODULES = _ALGORITHMS | {
     "CausalLMPolicy": "policy",
@@ -70,6 +72,7 @@ __all__ = [
     "D2LOLS",
     "DRPO",
     "GAIL",
+    "GKD",
     "GRPO",
     "HPT",
     "LOLS",

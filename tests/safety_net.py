@@ -148,7 +148,7 @@ def runs() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for family in ("llama", "t5"):
         for algorithm in ("sl", "ppo", "aggrevated", "ppo++"):
             yield f"{algorithm}, {family}", partial(trained, TASKS[1], algorithm, {}, {}, {}, family)
-    for algorithm in sorted(set(ALGORITHMS) - {"sl", "dr-po", "gail", "opd"}):
+    for algorithm in sorted(set(ALGORITHMS) - {"sl", "dr-po", "gail", "opd", "gkd"}):
         for fork in (False, True):
             yield f"{algorithm} on the lock, fork={fork}", partial(opened, algorithm, fork=fork)
 

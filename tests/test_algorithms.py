@@ -54,7 +54,7 @@ VARIANTS = {
 
 def guide_of(name, make_policy):
     """A guide that an algorithm can learn from."""
-    if name == "opd":
+    if name in ("opd", "gkd"):
         return LocalGuide(make_policy(1).model, device="cpu")
     return "references" if name == "dr-po" else GUIDE
 
@@ -137,6 +137,7 @@ PIECES = {
     "hpt": {"success": 2.0},
     "grpo in mixed groups": {},
     "ppo that imitates": {},
+    "gkd": {},
     "opd": {"kl_penalty": "loss", "reward_coef": 0.5},
 }
 

@@ -12,12 +12,13 @@ from test_lock import LOCK_ID, fixed_policy
 from test_scoring import text_guide
 from torch.nn.utils.rnn import pad_sequence
 
-from agents import OnPolicyDistillation, TabularPolicy
+from agents import GKD, OnPolicyDistillation, TabularPolicy
 from agents.evaluation import make_env as vector_env
 from benchmarks.comparison.combination_lock import expected_reward
 from textgym import Guidance
 from textgym.guides import Author
 from textgym.guides.local import LocalGuide
+from textgym.tasks.lock import LockGuide
 
 SMALL = {"vocab_size": 4, "length": 3}
 
@@ -49,12 +50,20 @@ class TabularGuide:
         ]
 
 
-def on_the_lock(rows, lock_arguments, **arguments):
+class WritingGuide(TabularGuide):
+    """One that writes, too."""
+
+    def complete(self, requests, tokenizer):
+        return self.writer.complete(requests, tokenizer)
+
+
+def on_the_lock(rows, lock_arguments, algorithm=OnPolicyDistillation, kind=TabularGuide, **arguments):
     lock = vector_env(LOCK_ID, num_envs=1, **lock_arguments).lock
-    guide = TabularGuide(fixed_policy(lock)[0])
+    guide = kind(fixed_policy(lock)[0])
+    guide.writer = LockGuide(lock)
     env: Any = vector_env(LOCK_ID, num_envs=rows, guide=guide, **lock_arguments)
     policy = TabularPolicy.for_lock(env.lock)
-    return OnPolicyDistillation(policy, env, **{"episodes_per_iteration": rows, "device": "cpu", **arguments})
+    return algorithm(policy, env, **{"episodes_per_iteration": rows, "device": "cpu", **arguments})
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
@@ -117,6 +126,52 @@ def test_the_policy_becomes_the_guide(gamma):
     assert expected_reward(agent.policy, agent.env.lock) == pytest.approx(worth, abs=0.05)
     assert agent.history[0]["guide_kl"] > 20 * abs(agent.history[-1]["guide_kl"])
     assert agent.num_guide_tokens == 0
+
+
+def test_a_mix_has_the_gradient_of_both_kinds_of_text():
+    """The reverse KL on the policy's tokens and the likelihood of the guide's, each a mean over its tokens."""
+    agent = on_the_lock(512, SMALL | {"fork": True}, GKD, WritingGuide)
+    agent.policy.logits.data = torch.randn(agent.policy.logits.shape, generator=torch.Generator().manual_seed(0))
+    rollout = agent.play()
+    whole = (rollout.authors == Author.GUIDE).any(1)
+    assert 0.4 < whole.float().mean() < 0.6
+    tokens, logits = rollout.input_ids[:, rollout.prompt_columns :], agent.policy.logits
+    states = agent.env.lock.states(tokens)[:, :-1]
+    policy, guide = (table.double().log_softmax(-1) for table in (logits, agent.env.guide.policy.logits))
+    own, others, count = [], [], 0
+    for row in range(len(rollout)):
+        for step in range(tokens.shape[1]):
+            state, token, author = states[row, step], tokens[row, step], rollout.authors[row, step]
+            if author == Author.GUIDE:
+                others.append(-policy[state, token])
+            elif author == Author.POLICY:
+                own.append(-(guide - policy)[state, token].detach() * policy[state, token])
+                count += int(whole[row])
+    assert count == whole.sum(), "the last token of a guide's text is the policy's"
+    (expected,) = torch.autograd.grad(torch.stack(own).mean() + torch.stack(others).mean(), logits)
+
+    credit = agent.credit(rollout, agent.reference_log_probs(rollout))
+    agent.credit_guide(rollout, credit, agent.imitation)
+    now = agent.evaluate_actions(rollout, credit, torch.arange(len(rollout)))
+    loss = agent.with_guide_loss(agent.loss(now, credit, credit), now, credit, credit, agent.imitation)["loss"]
+    (taken,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(taken, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mix_ends_near_the_guide_of_which_it_has_some_texts():
+    agent = on_the_lock(256, SMALL, GKD, WritingGuide, learning_rate=0.2, minibatch_size=256)
+    agent.learn(total_episodes=256 * 50)
+    assert agent.history[0]["guide_kl"] > 15 * abs(agent.history[-1]["guide_kl"])
+    assert agent.history[-1]["guide_probability"] > 0.7
+    # One text for each of the lock's problems, however often it is learned.
+    assert agent.num_guide_tokens == len(agent.env.data) * SMALL["length"]
+
+
+def test_a_mix_needs_a_guide_that_writes_and_scores(make_env, make_policy):
+    with pytest.raises(ValueError, match="env must have a guide that can start texts for gkd"):
+        GKD(make_policy(), make_env(8), episodes_per_iteration=8)
+    with pytest.raises(ValueError, match="env must have a guide that can score tokens for gkd"):
+        GKD(make_policy(), make_env(8, guide="references"), episodes_per_iteration=8)
 
 
 @pytest.mark.parametrize(

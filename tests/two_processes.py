@@ -61,6 +61,7 @@ AGENTS = {
     "vine-ppo": ("vine-ppo", {**UNEVEN, "tokens_per_step": 4, "rollouts_per_state": 3}),
     "pav": ("pav", {**UNEVEN, "group_size": 4, "tokens_per_step": 4, "rollouts_per_state": 2}),
     "opd": ("opd", {**UNEVEN, "gamma": 1.0, "reward_coef": 0.5}),
+    "gkd": ("gkd", UNEVEN),
 }
 AGENTS |= {f"{name}, FSDP": AGENTS[name] for name in ("sl", "ppo with all options", "rloo")}
 # What `accelerate launch` tells the processes that it starts.
@@ -78,7 +79,7 @@ def make(name, arguments, rows=ROWS, **env_arguments):
     config = GPT2Config(vocab_size=len(tokenizer), **shape, **ids)
     policy = CausalLMPolicy(GPT2LMHeadModel(config), tokenizer).double()
     guide: CallableGuide | LocalGuide = GUIDE
-    if name == "opd":  # the same in all processes
+    if name in ("opd", "gkd"):  # the same in all processes
         torch.manual_seed(2)
         guide = LocalGuide(GPT2LMHeadModel(config).double(), tokenizer=tokenizer)
     env = gym.make_vec(

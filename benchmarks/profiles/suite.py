@@ -76,4 +76,5 @@ def suite(
         "hpt": Row("hpt", {**GROUP, "success": 0.5}),
         # From below its guide: the supervised policy is the guide, and has nothing to learn from itself.
         "opd-from-base": Row("opd", {"n_epochs": 1, "kl_coef": 0.0}, start="start_model"),
+        "gkd-from-base": Row("gkd", {"n_epochs": 1, "kl_coef": 0.0}, start="start_model"),
     }
