@@ -58,7 +58,9 @@ class GroupRollouts:
         success: float = 1.0,
     ) -> None:
         self.env = learning_env(env, texts_per_process(args), engine_of(env).tokenizer)
-        self.args, self.group_size, self.success = args, args.num_generations, success
+        given: Any = args  # whose types allow None where there is none any more
+        self.group_size: int = given.num_generations
+        self.args, self.success = given, success
         self.dead_groups = check_one_of("dead_groups", dead_groups, ("keep", "rescue"))
         self.rescue_fractions = tuple(rescue_fractions)
         check_rescue(self.rescue_fractions)
@@ -70,7 +72,7 @@ class GroupRollouts:
         for name, usual in (others | {"min_p": None, "repetition_penalty": 1.0}).items():
             value = getattr(args, name)
             check(name, value, value == usual or not value, f"{usual}: the environment's sampler writes the texts")
-        self.decoding = Decoding(args.temperature, args.top_k or 0, args.top_p, self.env.min_new_tokens)
+        self.decoding = Decoding(args.temperature, args.top_k, args.top_p, self.env.min_new_tokens)
         if self.env.handoff:
             raise ValueError("env must be made without handoff=True: the model of GRPOTrainer has no such action")
         if not isinstance(self.env.guidance, Guidance):
@@ -91,12 +93,13 @@ class GroupRollouts:
         Raises:
             ValueError: A prompt that is not one of `prompt_dataset`, or weights that are spread over processes.
         """
+        model: Any = trainer.model
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError("GroupRollouts needs the whole model in every process: use neither FSDP nor DeepSpeed")
-        learning = trainer.model.training
+        learning = model.training
         try:
             policy = CausalLMPolicy(
-                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.accelerator.unwrap_model(model),
                 self.env.tokenizer,
                 autocast=torch.bfloat16 if self.args.bf16 else None,
             )
@@ -107,7 +110,7 @@ class GroupRollouts:
             else:
                 rollout, metrics = self._play_alone(policy, prompts, key, trainer.eval_dataset), {}
         finally:
-            trainer.model.train(learning)
+            model.train(learning)
         return self._columns(rollout.to("cpu"), metrics)
 
     def _play_groups(

@@ -129,7 +129,7 @@ class GroupMember:
 
     def __init__(self, starts: _GroupStarts, number: int) -> None:
         self._starts, self._number = starts, number
-        self.task_prompt, self.references = "", ()
+        self.task_prompt, self.references = "", tuple[str, ...]()
 
     def reset(self, task_prompt: str | None = None, references: Sequence[str] = (), **_: Any) -> str | None:
         """Begin an episode.
@@ -154,8 +154,9 @@ class _GroupStarts:
     """The starts of the groups of a batch. The trainer resets its environments in the order of their making."""
 
     def __init__(self, env: TextEnv, args: trl.GRPOConfig, hint: str) -> None:
-        self.env, self.hint, self.group_size = env, hint, args.num_generations
-        self.seeds, self.batches, self.members = (args.seed, args.process_index), 0, 0
+        given: Any = args
+        self.env, self.hint, self.group_size = env, hint, given.num_generations
+        self.seeds, self.batches, self.members = (given.seed, given.process_index), 0, 0
         self.starts: dict[int, tuple[str, str, tuple[str, ...]]] = {}
 
     def make(self) -> GroupMember:
@@ -219,7 +220,8 @@ def texts_per_process(args: trl.GRPOConfig) -> int:
     Raises:
         ValueError: Not all are texts of whole groups.
     """
-    texts, size = args.per_device_train_batch_size * args.steps_per_generation, args.num_generations
+    given: Any = args  # whose types allow None where there is none any more
+    texts, size = given.per_device_train_batch_size * given.steps_per_generation, given.num_generations
     whole = f"a multiple of num_generations={size}: a group has one start, in one process"
     check("per_device_train_batch_size * steps_per_generation", texts, texts % size == 0, whole)
     return texts
