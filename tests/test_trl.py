@@ -134,11 +134,12 @@ def test_other_environments_are_refused():
         prompt_dataset(gym.make("CartPole-v1"))
 
 
-def test_grpo_of_trl_trains_as_the_ecosystem_page_says(tmp_path):
+@needs_trl
+@pytest.mark.parametrize("guided", [False, True])
+def test_grpo_of_trl_trains_as_the_ecosystem_page_says(tmp_path, guided):
     """With a small model in the place of GPT-2."""
-    pytest.importorskip("trl", reason='needs trl: pip install "textgym[trl]"')
     page = (Path(__file__).parents[1] / "docs/ecosystem.md").read_text()
-    code = re.search(r"```python\n(.*?)```", page[page.index("## TRL") :], re.DOTALL)[1]
+    code = re.findall(r"```python\n(.*?)```", page[page.index("## TRL") :], re.DOTALL)[guided]
     tokenizer = gym.make("textgym/CommonGen-v0").unwrapped.tokenizer
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, **ends)
@@ -160,14 +161,11 @@ def test_grpo_of_trl_trains_as_the_ecosystem_page_says(tmp_path):
         "num_generations": 2,
         "max_steps": 2,
         "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
+        **LESS,
     }
     for usual, here in (
         ('"gpt2"', f"{str(tmp_path)!r}"),
+        ('"gpt2-large"', f"{str(tmp_path)!r}"),
         ("reward_function(env)", "watched(reward_function(env))"),
         ("max_completion_length=20", "max_completion_length=20, **less"),
     ):
@@ -180,6 +178,7 @@ def test_grpo_of_trl_trains_as_the_ecosystem_page_says(tmp_path):
         assert math.isfinite(log["reward"])
         assert log["rewards/commongen/mean"] == pytest.approx(log["reward"])
         assert math.isfinite(log["rewards/commongen/coverage"])
+        assert ("dead_groups_left" in log) == guided
     assert len(asked) == 8
     dataset = prompt_dataset(namespace["env"])
     for prompt, references, sample_id in asked:

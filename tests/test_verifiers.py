@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -99,3 +101,10 @@ def test_wrong_arguments_are_named_when_the_taskset_is_made():
     ):
         with pytest.raises(ValueError, match=message):
             taskset(id, **arguments)
+
+
+def test_the_ecosystem_page_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs/ecosystem.md").read_text()
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "textgym.verifiers" in code]
+    exec(snippet, {})
+    assert capsys.readouterr().out.count("Answer with one sentence.") == 3
