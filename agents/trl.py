@@ -148,11 +148,14 @@ class GroupRollouts:
 
     def _play_alone(self, policy: CausalLMPolicy, prompts: Sequence[Any], key: np.ndarray, dataset: Any) -> Rollout:
         """Play episodes of the evaluation's prompts without the guide."""
+        parts = dataset.values() if isinstance(dataset, Mapping) else [] if dataset is None else [dataset]
         rows = {
             _text(row["prompt"]): row
-            for part in (dataset.values() if isinstance(dataset, Mapping) else [dataset])
+            for part in parts
             for row in part.select_columns(["prompt", "task_prompt", "references"])
         }
+        unknown = [text for text in map(_text, prompts) if text not in rows]
+        check("prompt", unknown[:1], not unknown, "one of the trainer's eval_dataset, a prompt_dataset")
         chosen = [rows[_text(prompt)] for prompt in prompts]
         return replay(
             self.env,

@@ -280,6 +280,9 @@ def test_dead_groups_are_rescued_and_the_policy_learns_to_do_without(tmp_path):
     assert inputs["tool_mask"][:, 0].sum() == 0, "the guide wrote the first symbol of both groups"
     assert gradient.abs().sum() > 0
     assert trainer.evaluate()["eval_reward"] > 0.8, "alone, without the guide"
+    trainer.model.eval()
+    with pytest.raises(ValueError, match="prompt must be one of the trainer's eval_dataset"):
+        rollouts(["another"], trainer)
 
     args = settings(
         tmp_path, per_device_train_batch_size=32, num_generations=16, max_steps=2, max_completion_length=2, seed=1
