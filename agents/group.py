@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -68,10 +68,7 @@ class GroupPolicyGradient(PolicyGradient):
         check_one_of("baseline", self.baseline, ("group", "start", "unguided"))
         check_one_of("dead_groups", self.dead_groups, ("keep", "rescue", "resample"))
         check("resamplings", self.resamplings, self.resamplings >= 1, "at least 1")
-        fractions = self.rescue_fractions
-        valid = all(is_number(fraction) and 0 < fraction <= 1 for fraction in fractions)
-        valid = valid and list(fractions) == sorted(fractions) and len(fractions) > 0
-        check("rescue_fractions", fractions, valid, "ascending numbers in (0, 1]")
+        check_rescue(self.rescue_fractions)
         if self.dead_groups == "rescue":
             check_guide(self.env, f'{self.name} with dead_groups="rescue"')
         if self.beta:
@@ -100,24 +97,15 @@ class GroupPolicyGradient(PolicyGradient):
 
     def dead(self, rollout: Rollout) -> torch.Tensor:
         """Bool (groups,): whether the rewards of a group are all equal."""
-        rewards = rollout.rewards.unflatten(0, (-1, self.group_size))
-        return rewards.amax(1) == rewards.amin(1)
-
-    def successful(self, rollout: Rollout) -> torch.Tensor:
-        """Bool (groups,): whether a group has a success."""
-        return (rollout.rewards >= self.success).unflatten(0, (-1, self.group_size)).any(1)
+        return dead(rollout, self.group_size)
 
     def rescue(self, rollout: Rollout) -> Rollout:
         """Play groups without a success again, from the shortest prefix of the guide's text that leads to one."""
-        for attempt, fraction in enumerate(self.rescue_fractions):
-            failed = torch.nonzero(~self.successful(rollout)).flatten()
-            if not len(failed):
-                break
-            rows = self.rows(failed)
-            tried = self.replay_from(rollout, rows, fraction, attempt)
-            helped = self.successful(tried).repeat_interleave(self.group_size)
-            rollout = rollout.with_rows(rows[helped], tried[helped])
-        return rollout
+
+        def play(rows: torch.Tensor, fraction: float, attempt: int) -> Rollout:
+            return self.replay_from(rollout, rows, fraction, attempt)
+
+        return rescue(rollout, self.group_size, self.rescue_fractions, self.success, play)
 
     def resample(self, rollout: Rollout) -> Rollout:
         """Play other samples in the place of dead groups; a curriculum plans them, and does not learn from them."""
@@ -141,7 +129,7 @@ class GroupPolicyGradient(PolicyGradient):
 
     def rows(self, groups: torch.Tensor) -> torch.Tensor:
         """The rows of some groups, int64."""
-        return (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
+        return rows_of(groups, self.group_size)
 
     def replay_from(
         self, rollout: Rollout, rows: torch.Tensor, fraction: float, attempt: int, group_size: int | None = None
@@ -227,3 +215,57 @@ class GroupPolicyGradient(PolicyGradient):
         if self.baseline == "unguided":
             advantages = torch.where(starts > 0, advantages.clamp(min=0), advantages)
         return advantages.masked_fill(count == 0, 0)
+
+
+def dead(rollout: Rollout, group_size: int) -> torch.Tensor:
+    """Bool (groups,): whether the rewards of a group are all equal."""
+    rewards = rollout.rewards.unflatten(0, (-1, group_size))
+    return rewards.amax(1) == rewards.amin(1)
+
+
+def rows_of(groups: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The rows of some groups, int64."""
+    return (groups[:, None] * group_size + torch.arange(group_size, device=groups.device)).flatten()
+
+
+def rescue(
+    rollout: Rollout,
+    group_size: int,
+    fractions: Sequence[float],
+    success: float,
+    play: Callable[[torch.Tensor, float, int], Rollout],
+) -> Rollout:
+    """Replace groups without a success by the first attempt that has one, from ever longer prefixes of the guide.
+
+    Args:
+        rollout: Groups of episodes.
+        group_size: Episodes of a group.
+        fractions: Parts of the guide's text that the attempts start from, ascending.
+        success: Reward from which an episode counts as a success.
+        play: Plays the episodes of some rows again, given the rows (int64 (n,)), the fraction and the number of the
+            attempt.
+    """
+
+    def successful(played: Rollout) -> torch.Tensor:
+        return (played.rewards >= success).unflatten(0, (-1, group_size)).any(1)
+
+    for attempt, fraction in enumerate(fractions):
+        failed = torch.nonzero(~successful(rollout)).flatten()
+        if not len(failed):
+            break
+        rows = rows_of(failed, group_size)
+        tried = play(rows, fraction, attempt)
+        helped = successful(tried).repeat_interleave(group_size)
+        rollout = rollout.with_rows(rows[helped], tried[helped])
+    return rollout
+
+
+def check_rescue(fractions: Sequence[float]) -> None:
+    """Refuse fractions that a rescue cannot try.
+
+    Raises:
+        ValueError: They are not ascending numbers in (0, 1], at least one.
+    """
+    valid = all(is_number(fraction) and 0 < fraction <= 1 for fraction in fractions)
+    valid = valid and list(fractions) == sorted(fractions) and len(fractions) > 0
+    check("rescue_fractions", fractions, valid, "ascending numbers in (0, 1]")

@@ -15,8 +15,8 @@ from textgym.tokenization import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 # What runs elsewhere: recipes in test_architecture.py, servers in test_http_guide.py and test_examples.py, TRL in
-# test_trl.py, what a profile is made of in test_schedule.py.
-ELSEWHERE = ("http://", "from trl import", "run_all(profile")
+# test_trl.py, verifiers in test_verifiers.py, what a profile is made of in test_schedule.py.
+ELSEWHERE = ("http://", "from trl import", "textgym.verifiers", "run_all(profile")
 SNIPPETS = {
     f"{page.name}-{number}": snippet
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
