@@ -22,6 +22,8 @@ from benchmarks.report.curves import AXES, COLOURS, CURVES, DASHES, POINTS, Leve
 from benchmarks.report.intervals import Interval
 from benchmarks.report.table import Cell, Table
 
+# Columns that the page has no need to show: a heading and a choice say what they hold.
+NAMED_ELSEWHERE = ("task", "baseline")
 AUTHORS = ("prompt", "policy", "guide", "reference", "user")
 SETTINGS = ("hyperparameters", "fingerprints", "versions")  # what runs with the same details have in common
 OUTCOMES = ("seed", "final_reward", "best_reward", "reward_parts", "metrics", "seconds")
@@ -142,23 +144,22 @@ def _tasks(runs: Runs) -> dict[str, str]:
 
 
 def html_table(table: Table) -> dict[str, Any]:
-    """A table as the template wants it: its columns without the task, and its rows grouped by task."""
+    """A table as the template wants it: its columns without task and baseline, and its rows grouped by task."""
     grouped = "task" in table.columns[:1]
     groups = itertools.groupby(table.rows, key=lambda row: row[0] if grouped else None)
     return {
         "note": table.note,
-        "columns": table.columns[grouped:],
-        "names": table.names - grouped,
-        "groups": [(task, list(_html_rows(table, list(rows), int(grouped)))) for task, rows in groups],
+        "columns": [column for column in table.columns if column not in NAMED_ELSEWHERE],
+        "groups": [(task, list(_html_rows(table, list(rows)))) for task, rows in groups],
     }
 
 
-def _html_rows(table: Table, rows: Sequence[Sequence[Cell]], start: int) -> Iterator[dict[str, Any]]:
-    """Rows of a table from column `start` on; those that are shown together share the scales of their bars.
+def _html_rows(table: Table, rows: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:
+    """Rows of a table; those that are shown together share the scales of their bars.
 
     Yields:
-        The algorithm and the baseline, by which the page filters; the first cells; and of the others the text, the
-        number to sort by and the bar.
+        The algorithm and the baseline, by which the page filters; and of the other cells the text, the number to sort
+        by and the bar.
     """
     places = {column: place for place, column in enumerate(table.columns)}
     baseline = places.get("baseline")
@@ -176,7 +177,6 @@ def _html_rows(table: Table, rows: Sequence[Sequence[Cell]], start: int) -> Iter
             yield {
                 "algo": texts[places["algorithm"]],
                 "baseline": None if baseline is None else texts[baseline],
-                "names": texts[start : table.names],
                 "cells": cells,
             }
 
