@@ -230,7 +230,10 @@ def test_texts_of_one_prompt_stand_side_by_side_and_other_prompts_are_folded(pag
     page.open(report)
     page.choose("task", "tldr")
     page.choose("seed", "3")
-    assert page.run("return [...document.querySelectorAll('#prompts details')].map(e => e.open)") == [True, *[False] * 3]
+    assert page.run("return [...document.querySelectorAll('#prompts details')].map(e => e.open)") == [
+        True,
+        *[False] * 3,
+    ]
     expected = {algo: record(algo, 3, "tldr", prompts=50)["samples"] for algo in ROWS}
     for number in (0, 2):
         prompt, texts = f"#prompts details:nth-child({number + 1})", {a: texts[number] for a, texts in expected.items()}
@@ -273,7 +276,7 @@ def test_nothing_is_cut_off_on_a_desk_or_a_phone(page, report, attacked, width):
         page.open(path)
         assert page.run("return document.documentElement.scrollWidth") <= width
     page.open(report)
-    for dots in (".scroll .bar b", ".plot circle"):
+    for dots in (".scroll .bar b", ".plot circle:not(.dot)"):
         outside = """
             return [...document.querySelectorAll(arguments[0])].filter(dot => {
               const inner = dot.getBoundingClientRect(), outer = dot.closest(arguments[1]).getBoundingClientRect();
@@ -296,7 +299,9 @@ def test_dark_pages_are_dark_and_charts_too(page, report):
     page.open(report)
 
     def light(property, selector):
-        colour = page.run("return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, property)
+        colour = page.run(
+            "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, property
+        )
         return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / (3 * 255)
 
     for text, ground in (("body", "body"), (".panels h4", ".panels figure"), ("#prompts p span", "#prompts p span")):
@@ -321,7 +326,11 @@ def test_curves_begin_with_the_start_policy_and_rows_without_are_named(page, tmp
     assert path.stat().st_size < 1e5
     page.open(path)
     assert page.curves() == [["ppo", "reinforce (training)"]]
-    assert page.visible(".panels .legend span span + span, .panels .legend > span") == ["sl", "ppo", "reinforce (training)"]
+    assert page.visible(".panels .legend span span + span, .panels .legend > span") == [
+        "sl",
+        "ppo",
+        "reinforce (training)",
+    ]
     assert page.visible(".panels .without") == ["no curve here: best-of-4, gail"]
     left, right, level = (
         f"document.querySelector('.panels .level').getAttribute('{name}')" for name in ("x1", "x2", "y1")

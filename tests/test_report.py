@@ -308,7 +308,7 @@ def test_curves_of_earlier_results_begin_where_they_were_evaluated(tmp_path):
     for made in records:
         made.pop("about")
         made.pop("validation_reward", None)
-    started = record("ppo", 0) | {"algo": "ppo-from-base", "place": 3}
+    started = record("ppo", 0) | {"algo": "ppo-from-base", "place": 3, "about": ""}
     started["hyperparameters"]["start"] = "start_model"
     page = write_report(put(tmp_path, *records, started)).page.read_text(encoding="utf-8")
     runs = Runs.read(tmp_path)
@@ -411,7 +411,10 @@ def test_results_are_whole_lines_or_nothing(tmp_path):
         (["SL", '"text"'], r"line 2 is no record of a run, it lacks \['task', 'algo', "),
         (["SL", "{}"], r"line 2 is no record of a run, it lacks \['task', 'algo', "),
         (["SL", "[1, 2]"], "line 2 is no record of a run, it lacks"),
-        (["SL", "NULL"], r"line 2 is no record of a run, of a wrong type are \['evaluation', 'history'\]: delete the line"),
+        (
+            ["SL", "NULL"],
+            r"line 2 is no record of a run, of a wrong type are \['evaluation', 'history'\]: delete the line",
+        ),
         (["SL", "PPO", "SL"], r"lines 1 and 3 are of the same run \('imdb', 'sl', 0\): delete one of them"),
     ],
 )

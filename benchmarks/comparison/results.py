@@ -55,10 +55,10 @@ def read_results(folder: str | Path) -> list[Record]:
     Returns:
         One mapping per run, with the keys `KEYS`; ``algo`` is the name of the row, ``place`` its index in the profile,
         ``hyperparameters["algorithm"]`` the algorithm that it runs, ``guide_usage`` the `textgym.guides.http.Usage` of
-        the run's process, None if the guide has none. Records of newer runs have ``about``, what the task asks for and
-        what its reward pays; those of a policy that others start from, ``validation_reward``. Where a task tests several texts per prompt there is ``pass_at``,
-        from k (a string) to pass@k, and ``evaluation`` has ``successes``: how many of a prompt's ``texts_per_prompt``
-        have a reward of at least 1. Empty if no run has finished.
+        the run's process, None if the guide has none. All but early ones have ``about``, what the task asks for and
+        what its reward pays; a policy that others start from has ``validation_reward``. Where a task tests several
+        texts per prompt there is ``pass_at``, from k (a string) to pass@k, and ``evaluation`` has ``successes``: how
+        many of a prompt's ``texts_per_prompt`` have a reward of at least 1. Empty if no run has finished.
 
     Raises:
         ValueError: A line is no record of a run, or a run has two.
@@ -81,7 +81,9 @@ def read_results(folder: str | Path) -> list[Record]:
         if missing:
             raise ValueError(f"{path} line {number} is no record of a run, it lacks {missing}: delete the line")
         if wrong := [key for key, kind in KEYS.items() if not isinstance(record[key], kind)]:
-            raise ValueError(f"{path} line {number} is no record of a run, of a wrong type are {wrong}: delete the line")
+            raise ValueError(
+                f"{path} line {number} is no record of a run, of a wrong type are {wrong}: delete the line"
+            )
         run = record["task"], record["algo"], record["seed"]
         if (first := lines.setdefault(run, number)) != number:
             raise ValueError(f"{path} lines {first} and {number} are of the same run {run}: delete one of them")

@@ -83,7 +83,9 @@ def level(runs: Runs, task: str) -> Level | None:
         group = runs.of(task, algo)
         if group and not {"policy", "start"} & group[0]["hyperparameters"].keys():
             validated = all("validation_reward" in record for record in group)
-            return Level(algo, mean(run["validation_reward" if validated else "final_reward"] for run in group), validated)
+            return Level(
+                algo, mean(run["validation_reward" if validated else "final_reward"] for run in group), validated
+            )
     return None
 
 

@@ -67,7 +67,9 @@ def render(analysis: Analysis, lines: Sequence[Line], title: str) -> str:
         panels=[task for task in runs.tasks if any(line.task == task for line in lines)],
         authors=AUTHORS,
         details=[detail for group in runs.groups() for detail in _details(*group)],
-        data=_packed(json.dumps(_data(analysis, lines, levels), allow_nan=False, separators=(",", ":"), ensure_ascii=False)),
+        data=_packed(
+            json.dumps(_data(analysis, lines, levels), allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+        ),
     )
 
 
@@ -101,8 +103,8 @@ def summary(analysis: Analysis) -> list[str]:
     seeds = sorted({len(group) for _, _, group in runs.groups()})
     counted = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     sentences = [
-        f"{len(runs.algos)} row{'s are' if len(runs.algos) > 1 else ' is'} compared on {tables.listed(runs.tasks)} with {counted} training "
-        f"seed{'s' * (seeds[-1] > 1)}, by the rewards of the same test prompts."
+        f"{len(runs.algos)} row{'s are' if len(runs.algos) > 1 else ' is'} compared on {tables.listed(runs.tasks)} "
+        f"with {counted} training seed{'s' * (seeds[-1] > 1)}, by the rewards of the same test prompts."
     ]
     for task in runs.tasks:
         rows = [algo for algo in runs.algos if runs.of(task, algo)]

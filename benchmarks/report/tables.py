@@ -47,7 +47,9 @@ def results(analysis: Analysis) -> Table:
     note += " Best checkpoint: mean test reward of the one with the best validation reward."
     if any("perplexity" in record["metrics"] for record in runs.records):
         note += " Perplexity is under the start model."
-    note += " KL is to the policy that a row's reinforcement learning started from, in nats a text at the last iteration."
+    note += (
+        " KL is to the policy that a row's reinforcement learning started from, in nats a text at the last iteration."
+    )
     if any(record["hyperparameters"]["best_of"] > 1 for record in runs.records):
         note += (
             " A best-of row writes several texts for a prompt and keeps the one with the highest reward, by the very "
@@ -217,7 +219,9 @@ def metrics(analysis: Analysis) -> Table:
         [task, algo, *(number(mean(_measured(record).get(name) for record in group)) for name in names)]
         for task, algo, group in analysis.runs.groups()
     ]
-    note = f"Parts of the reward and metrics of the same test texts{', means over seeds' * analysis.runs.several_seeds}."
+    note = (
+        f"Parts of the reward and metrics of the same test texts{', means over seeds' * analysis.runs.several_seeds}."
+    )
     # The records say what to do about it.
     left_out = dict.fromkeys(
         f"{name.replace('_', ' ')} on {record['task']} ({reason.split(':')[0]})"
@@ -244,8 +248,8 @@ def _worth(analysis: Analysis) -> str:
     shares = listed([f"{share:.0%} of cases with {count}" for count, share in known.items()])
     return (
         f": interquartile mean over seeds, with {OVER_SEEDS}. With few seeds these are too narrow: where scores are "
-        f"normal, they hold the true value in {shares} seeds, not in 95%. All seeds share one warm start, and rows that train nothing (sl, best-of) are "
-        "one policy with other random numbers at the test."
+        f"normal, they hold the true value in {shares} seeds, not in 95%. All seeds share one warm start, and rows that "
+        "train nothing (sl, best-of) are one policy with other random numbers at the test."
     )
 
 
