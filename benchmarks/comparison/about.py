@@ -24,9 +24,10 @@ def about(env_id: str) -> str:
     environment = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
     if environment is TextEnv:
         reward = spec.kwargs["task"].reward
-        title, sections = "", [f"Rewards\n{inspect.getdoc(reward) or ''}"] if inspect.isroutine(reward) else []
+        said = inspect.getdoc(reward) if inspect.isroutine(reward) else None
+        title, pays = "", [(said or "").partition("\n\n")[0]]
     else:
         title, *sections = (inspect.getdoc(environment) or "").split("\n\n")
-    pays = [section.partition("\n")[2].strip() for section in sections if section.startswith("Rewards\n")]
+        pays = [section.partition("\n")[2].strip() for section in sections if section.startswith("Rewards\n")]
     parts = [title, *(f"Reward: {text[0].lower()}{text[1:]}" for text in pays if text)]
     return " ".join(" ".join(parts).replace("``", "").replace("`", "").split())

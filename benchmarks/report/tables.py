@@ -248,8 +248,8 @@ def _worth(analysis: Analysis) -> str:
     shares = listed([f"{share:.0%} of cases with {count}" for count, share in known.items()])
     return (
         f": interquartile mean over seeds, with {OVER_SEEDS}. With few seeds these are too narrow: where scores are "
-        f"normal, they hold the true value in {shares} seeds, not in 95%. All seeds share one warm start, and rows that "
-        "train nothing (sl, best-of) are one policy with other random numbers at the test."
+        f"normal, they hold the true value in {shares} seeds, not in 95%. All seeds share one warm start, and rows "
+        "that train nothing (sl, best-of) are one policy with other random numbers at the test."
     )
 
 
