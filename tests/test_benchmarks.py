@@ -74,7 +74,9 @@ def test_the_start_policy_is_evaluated_as_those_that_learn_from_it(micro):
 
 def test_what_a_task_asks_for_and_pays_is_in_its_environments_page():
     said = about("textgym/StarGraph-v0")
-    assert said.startswith("Find the path from the centre of a star to a leaf. Reward: zero until the episode ends; then 1")
+    assert said.startswith(
+        "Find the path from the centre of a star to a leaf. Reward: zero until the episode ends; then 1"
+    )
     assert "handoff_cost" not in said
 
     def reward(*, prompts, completions, references):
