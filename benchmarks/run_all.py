@@ -76,7 +76,7 @@ def run_all(
     from textgym.packages import require
     from textgym.rendering import visible
 
-    require("report", "a benchmark's report", "jinja2", "plotly", "sacrebleu")  # now, not after the runs
+    require("report", "a benchmark's report", "jinja2", "sacrebleu")  # now, not after the runs
     console = Console(markup=False, emoji=False, highlight=False)  # names are shown as they are
     chosen = load_profile(profile)
     own = dict(row_of(given) for given in algo)

@@ -105,6 +105,7 @@ def record(
     opening = "reference" if algo == "dr-po" else "guide"
     return {
         "task": name or task,
+        "about": f"Write {name or task}. Reward: from 0 to 1.",
         "algo": algo,
         "seed": seed,
         "place": place,
@@ -164,6 +165,7 @@ def record(
             }
             for i in range(4)
         ],
+        **({"validation_reward": base} if algo == "sl" else {}),
         "rollouts": [
             {
                 "prompt": asked[i],

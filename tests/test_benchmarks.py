@@ -17,11 +17,13 @@ from agents import ALGORITHMS, CausalLMPolicy
 from agents.evaluation import make_env
 from benchmarks import run_all
 from benchmarks.comparison import schedule, warm_start
+from benchmarks.comparison.about import about
 from benchmarks.comparison.jobs import Run
 from benchmarks.comparison.results import read_results
 from benchmarks.comparison.runner import Benchmark, spread
 from benchmarks.comparison.warm_start import load_policy
 from benchmarks.profiles import Row, load_profile
+from textgym import Task, register
 
 
 @pytest.fixture
@@ -57,6 +59,39 @@ def test_runs_finish_are_reported_and_are_not_run_again(micro, monkeypatch, caps
     monkeypatch.setattr(schedule, "_start", lambda *_: pytest.fail("a finished run was run again"))
     assert run_all.run_all(seeds=2, out=micro) == 0
     assert (micro / "results.jsonl").read_bytes() == results
+
+
+def test_the_start_policy_is_evaluated_as_those_that_learn_from_it(micro):
+    benchmark = Benchmark(MICRO, None, None, micro)
+    records = {algo: benchmark.run(Run("words", algo, 0), lambda *_: None) for algo in ("sl", "best-of-2", "guide")}
+    assert ["validation_reward" in record for record in records.values()] == [True, False, False]
+    run = Run("words", "ppo", 0)
+    job, start = benchmark.job(run), benchmark.warm_start("words", lambda *_: None)
+    env = make_env(job.task.env_id, num_envs=8, source="mini", tokenizer=start.supervised)
+    untrained = benchmark.begin(job, benchmark.folder(run), start, env, 0)
+    assert untrained.evaluate().reward == records["sl"]["validation_reward"]
+
+
+def test_what_a_task_asks_for_and_pays_is_in_its_environments_page():
+    said = about("textgym/StarGraph-v0")
+    assert said.startswith(
+        "Find the path from the centre of a star to a leaf. Reward: zero until the episode ends; then 1"
+    )
+    assert "handoff_cost" not in said
+
+    def reward(*, prompts, completions, references):
+        """The share of words that are *good*, from 0 to 1.
+
+        More is not said.
+        """
+        return [0.0] * len(completions)
+
+    for name, function, expected in (
+        ("Own", reward, "Reward: the share of words that are *good*, from 0 to 1."),
+        ("Silent", lambda *, prompts, completions, references: [0.0] * len(completions), ""),
+    ):
+        register(f"test/{name}-v0", Task("own", [{"a": "b"}], "{a}", "a", 4, 4, function))
+        assert about(f"test_benchmarks:test/{name}-v0") == expected
 
 
 def test_every_row_runs_and_says_what_it_is(micro, capsys):

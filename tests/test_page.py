@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.browser
 
 SCRIPT = "<script>window.attacked = true</script>"
 ATTACK = f'{SCRIPT}<img src=x onerror="window.attacked = true"></script>'
+OPEN = "#prompts details[open]"
 CHROMIUM = [
     "--headless",
     "--disable-gpu",
@@ -100,22 +102,31 @@ def page(driver):
         def curves(self):
             """For each visible panel, the names of its lines over seeds."""
             return self.run("""
-                const panels = [...document.querySelectorAll(".panels > div")].filter(e => !e.hidden);
-                return panels.map(e => e.data.filter(line => line.line.width === 2).map(line => line.name))
+                const panels = [...document.querySelectorAll(".panels > figure")].filter(e => !e.hidden);
+                return panels.map(e => [...e.querySelectorAll(".line")].map(line => line.dataset.line))
             """)
 
+        def count(self, selector):
+            return self.run("return document.querySelectorAll(arguments[0]).length", selector)
+
+        def screen(self, width, scheme="light"):
+            metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            preferred = [{"name": "prefers-color-scheme", "value": scheme}]
+            driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": preferred})
+
     yield Page()
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert driver.get_log("browser") == []
 
 
 def test_a_large_report_loads_and_draws_everything(page, report):
-    assert report.stat().st_size < 4e6
+    assert report.stat().st_size < 1.5e6
     page.open(report)
     trained = [algo for algo in ROWS if algo not in ("sl", "best-of-4")]
     assert page.curves() == [trained] * 3
-    assert page.run("return document.querySelectorAll('.panels .main-svg').length") >= 3
-    assert page.run("return document.querySelector('#profile .plot').data.length") == 2 * len(ROWS)
-    assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+    assert page.count("#profile .line") == page.count("#profile .band") == len(ROWS)
 
 
 def test_what_no_run_has_is_not_shown(page, tmp_path):
@@ -131,21 +142,21 @@ def test_what_no_run_has_is_not_shown(page, tmp_path):
     append_result(tmp_path, sl)
     page.open(write_report(tmp_path).page)
     assert "Learning curves" not in page.visible("h2")
-    assert len(page.visible("#answers h4")) == 1
+    assert len(page.visible(f"{OPEN} h4")) == 1
 
 
 def test_headers_sort_numbers_as_numbers_and_back(page, report):
     page.open(report)
-    rows = "section:first-of-type tbody[data-task=imdb] tr:not(.task) th"
+    rows = "#results tbody[data-task=imdb] tr:not(.task) th"
     profile = page.visible(rows)
     assert profile == [*ROWS]
     column = 2  # test reward
 
     def numbers(body="imdb"):
-        cells = page.visible(f"section:first-of-type tbody[data-task={body}] td:nth-child({column})")
+        cells = page.visible(f"#results tbody[data-task={body}] td:nth-child({column})")
         return [float(cell.split()[0]) for cell in cells]
 
-    header = f"section:first-of-type thead th:nth-child({column})"
+    header = f"#results thead th:nth-child({column})"
     for order, direction in (("ascending", 1), ("descending", -1)):
         page.click(f"{header} button")
         assert page.run("return document.querySelector(arguments[0]).ariaSort", header) == order
@@ -155,14 +166,14 @@ def test_headers_sort_numbers_as_numbers_and_back(page, report):
     page.click(f"{header} button")
     assert page.run("return document.querySelector(arguments[0]).ariaSort", header) == "none"
     assert page.visible(rows) == profile
-    page.click("section:first-of-type thead th:first-child button")
+    page.click("#results thead th:first-child button")
     assert page.visible(rows) == sorted(ROWS, key=lambda name: name.replace("++", ""))
     # Rows without a number stay last: KL of rows that train nothing
     for _ in range(2):
-        page.click("section:first-of-type thead th:nth-child(7) button")
+        page.click("#results thead th:nth-child(7) button")
         assert set(page.visible(rows)[-2:]) == {"sl", "best-of-4"}
     # Thousands are no thousandths
-    costs = "section:nth-last-of-type(2)"
+    costs = "#costs"
     page.click(f"{costs} thead th:nth-child(3) button")
     tokens = [int(cell.replace(",", "")) for cell in page.visible(f"{costs} tbody[data-task=tldr] td:nth-child(3)")]
     assert tokens == sorted(tokens)
@@ -175,84 +186,172 @@ def test_one_filter_holds_for_the_whole_page(page, report):
     for algo in ("sl", "ppo", "ppo++"):
         page.click(f"#algos [data-name='{algo}']")
     page.click("#tasks [data-name=tldr]")
-    for table in ("section:first-of-type", "section:nth-last-of-type(3)"):
+    for table in ("#results", "#metrics"):
         assert page.visible(f"{table} tbody th[scope=row]") == ["sl", "ppo", "ppo++"] * 2
     assert page.visible(".matrix tbody th") == ["sl", "ppo", "ppo++"]
     assert len(page.visible(".matrix td")) == 9
     assert page.visible(".matrix thead th") == ["algorithm", "sl", "ppo", "ppo++"]
     assert page.curves() == [["ppo", "ppo++"]] * 2
-    assert page.run("return document.querySelector('#profile .plot').data.length") == 6
+    assert page.count("#profile .line") == page.count("#profile .band") == 3
     assert page.visible("#task option") == ["imdb", "commongen"]
-    assert [name.split()[0] for name in page.visible("#answers h4")] == ["sl", "ppo", "ppo++"]
-    assert {name.split()[1] for name in page.visible("section:last-of-type summary")} == {"sl,", "ppo,", "ppo++,"}
+    assert [name.split()[0] for name in page.visible(f"{OPEN} h4")] == ["sl", "ppo", "ppo++"]
+    assert {name.split()[1] for name in page.visible("#details summary")} == {"sl,", "ppo,", "ppo++,"}
     assert page.run("return document.querySelector('#algos [data-name=gail]').ariaPressed") == "false"
     page.click("#algos .plain")
-    assert len(page.visible("#answers h4")) == len(ROWS)
+    assert len(page.visible(f"{OPEN} h4")) == len(ROWS)
 
 
 def test_comparisons_are_against_the_baseline_that_is_chosen(page, report):
     page.open(report)
-    cells = "section:nth-of-type(3) td.name"
-    assert set(page.visible(cells)) == {"ppo"}
+    assert page.visible("#comparisons tbody th[scope=row]") == [algo for algo in ROWS if algo != "ppo"] * 3
     page.choose("baseline", "guided-rloo")
-    assert set(page.visible(cells)) == {"guided-rloo"}
-    assert len(page.visible(cells)) == 3 * (len(ROWS) - 1)
+    assert page.visible("#comparisons tbody th[scope=row]") == [algo for algo in ROWS if algo != "guided-rloo"] * 3
+    assert page.count("#comparisons tr[data-baseline]:not([hidden])") == 3 * (len(ROWS) - 1)
+    assert page.count("#comparisons tr[data-baseline=guided-rloo]:not([hidden])") == 3 * (len(ROWS) - 1)
 
 
 def test_curves_are_drawn_against_what_is_chosen(page, report):
     page.open(report)
-    title = "return document.querySelector('.panels > div').layout.xaxis.title.text"
     for axis, label in (("tokens", "all tokens"), ("seconds", "seconds of training")):
         page.choose("axis", axis)
-        assert page.run(title) == label
+        assert page.visible(".panels .label")[:2] == [label, "validation reward"]
         assert len(page.curves()[0]) == len(ROWS) - 2
     page.choose("axis", "num_guide_tokens")
     guided = [algo for algo in ROWS if algo in fake_results.GUIDED or algo.startswith("handoff")]
     assert page.curves() == [guided] * 3
     page.choose("curve", "kl")
-    assert page.run("return document.querySelector('.panels > div').layout.yaxis.title.text").startswith("KL")
-    lines = "return document.querySelector('.panels > div').data.length"
-    before = page.run(lines)
+    assert page.visible(".panels .label")[1].startswith("KL")
+    assert page.count(".panels .thin") == 0
     page.click("#seeds")
-    assert page.run(lines) == before + 5 * len(guided)
+    assert page.count(".panels .thin") == 3 * 5 * len(guided)
 
 
-def test_texts_of_one_prompt_stand_side_by_side(page, report):
+def test_texts_of_one_prompt_stand_side_by_side_and_other_prompts_are_folded(page, report):
     page.open(report)
-    assert not page.run("return document.querySelector('#samples details').open")  # unfiltered speech is folded
-    page.click("#samples summary")
     page.choose("task", "tldr")
-    page.choose("prompt", "100")
     page.choose("seed", "3")
-    expected = {algo: record(algo, 3, "tldr", prompts=50)["samples"][2] for algo in ROWS}
-    assert page.visible("#asked") == [expected["sl"]["prompt"]]
-    assert page.visible("#answers h4") == [f"{algo} {text['reward']:.3f}" for algo, text in expected.items()]
-    written = ["".join(part for _, part in text["segments"]) for text in expected.values()]
-    assert page.visible("#answers p") == written
+    assert page.run("return [...document.querySelectorAll('#prompts details')].map(e => e.open)") == [
+        True,
+        *[False] * 3,
+    ]
+    expected = {algo: record(algo, 3, "tldr", prompts=50)["samples"] for algo in ROWS}
+    for number in (0, 2):
+        prompt, texts = f"#prompts details:nth-child({number + 1})", {a: texts[number] for a, texts in expected.items()}
+        assert page.visible(f"{prompt} summary") == [texts["sl"]["prompt"]]
+        assert page.visible(f"{prompt} h4") == [f"{algo} {text['reward']:.3f}" for algo, text in texts.items()]
+        written = ["".join(part for _, part in text["segments"]) for text in texts.values()]
+        assert page.visible(f"{prompt} p") == written
     colours = page.run("""
-        const shown = [...document.querySelectorAll("#answers span")];
+        const shown = [...document.querySelectorAll("#prompts p span")];
         return Object.fromEntries(shown.map(e => [e.className, getComputedStyle(e).backgroundColor]))
     """)
     assert set(colours) == {"policy", "guide"}
     assert len(set(colours.values())) == 2
     page.click("#by-reward")
-    rewards = [float(name.split()[-1]) for name in page.visible("#answers h4")]
+    rewards = [float(name.split()[-1]) for name in page.visible(f"{OPEN} h4")]
     assert rewards == sorted(rewards, reverse=True)
 
 
 def test_texts_that_are_scripts_are_shown_as_text(page, attacked):
     page.open(attacked)
-    page.click("#samples summary")
     page.click("#episodes summary")
     for axis in ("num_guide_tokens", "tokens"):
         page.choose("axis", axis)
     page.click("#seeds")
-    assert page.visible("#asked")[0].startswith(f"Prompt 0:{ATTACK}")
-    assert page.visible("#answers p") == [ATTACK] * 4
+    assert page.visible("#prompts summary")[0].startswith(f"Prompt 0:{ATTACK}")
+    assert page.visible(f"{OPEN} p") == [ATTACK] * 4
     assert any(SCRIPT in text for text in page.visible("#episodes article p"))
-    assert page.visible("section:first-of-type tr.task") == [ATTACK]
+    assert page.visible("#results tr.task") == [ATTACK]
     assert page.visible(".matrix tbody th") == [f"{algo} {SCRIPT}" for algo in ("sl", "best-of-4", "ppo", "ppo++")]
     assert page.run("return document.querySelectorAll('img').length") == 0
-    assert page.run("return document.scripts.length") == 3
-    assert page.run("return document.querySelector('.panels .gtitle').textContent") == ATTACK
+    assert page.run("return document.scripts.length") == 2
+    assert page.visible(".panels h4") == [ATTACK]
     assert page.run("return window.attacked === undefined")
+
+
+@pytest.mark.parametrize("width", [1366, 390])
+def test_nothing_is_cut_off_on_a_desk_or_a_phone(page, report, attacked, width):
+    page.screen(width)
+    for path in (report, attacked):
+        page.open(path)
+        assert page.run("return document.documentElement.scrollWidth") <= width
+    page.open(report)
+    for dots in (".scroll .bar b", ".plot circle:not(.dot)"):
+        outside = """
+            return [...document.querySelectorAll(arguments[0])].filter(dot => {
+              const inner = dot.getBoundingClientRect(), outer = dot.closest(arguments[1]).getBoundingClientRect();
+              return inner.width && (inner.left < outer.left || inner.right > outer.right);
+            }).length
+        """
+        assert page.count(dots) > 40
+        assert page.run(outside, dots, "table, svg") == 0
+    named = page.run("""
+        return [...document.querySelectorAll(".panels figure")].map(figure => {
+          const {bottom, top} = figure.querySelector(".legend").getBoundingClientRect();
+          return bottom <= figure.querySelector("svg").getBoundingClientRect().top + 1 && bottom - top < 450;
+        })
+    """)
+    assert named == [True] * 3  # a legend beside every chart, which leaves it in sight
+
+
+def test_dark_pages_are_dark_and_charts_too(page, report):
+    page.screen(1366, "dark")
+    page.open(report)
+
+    def light(property, selector):
+        colour = page.run(
+            "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, property
+        )
+        return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / (3 * 255)
+
+    for text, ground in (("body", "body"), (".panels h4", ".panels figure"), ("#prompts p span", "#prompts p span")):
+        assert light("backgroundColor", ground) < 0.3 < 0.8 < light("color", text)
+    before = light("stroke", ".panels .line")
+    assert light("fill", ".panels text") > 0.5
+    page.screen(1366, "light")  # also while it is open
+    assert light("backgroundColor", ".panels figure") > 0.9
+    assert light("fill", ".panels text") < 0.5
+    assert light("stroke", ".panels .line") < before
+
+
+def test_curves_begin_with_the_start_policy_and_rows_without_are_named(page, tmp_path):
+    unseen, untold = record("reinforce", 0, prompts=20), record("gail", 0, prompts=20)
+    for entry in (*unseen["history"], *untold["history"]):
+        entry.pop("eval/reward", None)
+    for entry in untold["history"]:
+        del entry["reward"]
+    for made in (*(record(algo, 0, prompts=20) for algo in ("sl", "best-of-4", "ppo")), unseen, untold):
+        append_result(tmp_path, made)
+    path = write_report(tmp_path).page
+    assert path.stat().st_size < 1e5
+    page.open(path)
+    assert page.curves() == [["ppo", "reinforce (training)"]]
+    assert page.visible(".panels .legend span span + span, .panels .legend > span") == [
+        "sl",
+        "ppo",
+        "reinforce (training)",
+    ]
+    assert page.visible(".panels .without") == ["no curve here: best-of-4, gail"]
+    left, right, level = (
+        f"document.querySelector('.panels .level').getAttribute('{name}')" for name in ("x1", "x2", "y1")
+    )
+    first = "document.querySelector('.panels .line[data-line=ppo]').getAttribute('d').slice(1).split(/[ L]/)"
+    x, y, x1, y1, x2 = map(float, page.run(f"return [...{first}.slice(0, 2), {left}, {level}, {right}]"))
+    assert (x, y) == pytest.approx((x1, y1), abs=0.1)  # at zero, on the level of the start policy
+    assert x2 - x1 > 200
+    assert page.count("#seeds") == 0  # one seed
+    for word in ("over seeds", "95% bootstrap intervals for each point"):
+        assert word not in page.run("return document.body.innerText")
+
+
+def test_a_pointer_reads_the_nearest_point(page, report):
+    page.open(report)
+    page.run("""
+        const circle = document.querySelector(".panels .line[data-line=ppo] + circle"), svg = circle.closest("svg");
+        const {left, top, width} = circle.getBoundingClientRect();
+        const at = {clientX: left + width / 2, clientY: top + width / 2};
+        svg.dispatchEvent(new PointerEvent("pointermove", at));
+    """)
+    assert re.fullmatch(r"ppo: 0\.\d+ \[0\.\d+, 0\.\d+\] at 0", page.visible(".told:not([hidden])")[0])
+    page.run("document.querySelector('.panels svg').dispatchEvent(new PointerEvent('pointerleave'))")
+    assert page.visible(".told:not([hidden])") == []

@@ -8,6 +8,8 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +22,7 @@ from scipy import stats
 
 from benchmarks.comparison.results import Runs, append_result, read_results
 from benchmarks.report.analysis import Analysis
-from benchmarks.report.curves import POINTS, lines
+from benchmarks.report.curves import POINTS, level, lines
 from benchmarks.report.findings import Findings, fill_page
 from benchmarks.report.page import summary
 from benchmarks.report.write import write_report
@@ -86,7 +88,7 @@ def test_the_page_is_self_contained_and_escapes_what_came_from_data(report):
     elements.feed(page)
     assert not [attrs for _, attrs in elements.tags if {"src", "href", "srcset", "data"} & set(attrs)]
     assert "default-src 'none'" in next(attrs["content"] for _, attrs in elements.tags if "http-equiv" in attrs)
-    assert [tag for tag, _ in elements.tags].count("script") == 3  # the data, plotly, and the page's own
+    assert [tag for tag, _ in elements.tags].count("script") == 2  # the data, and the page's own
     assert elements.text.count(ATTACK) > 12
     assert page.count("alert(1)</script>") == 0
     style = page[page.index("<style>") : page.index("</style>")]
@@ -133,13 +135,13 @@ def test_every_run_is_on_the_page_and_authors_are_apart(report):
 
 
 @pytest.mark.slow
-def test_a_thousand_runs_are_reported_in_half_a_minute_and_five_megabytes(tmp_path):
+def test_a_thousand_runs_are_reported_in_half_a_minute_and_three_megabytes(tmp_path):
     fake_results.write(tmp_path, seeds=20)
     assert len(read_results(tmp_path)) == 1020
     begun = time.process_time()
     page = write_report(tmp_path).page
     assert time.process_time() - begun < 30
-    assert page.stat().st_size < 5e6
+    assert page.stat().st_size < 3e6
 
 
 def test_headers_sort_and_say_so(report):
@@ -217,7 +219,7 @@ def test_what_lacks_a_reference_is_named_and_left_out(tmp_path):
     put(tmp_path, record("sl", 0), record("ppo", 0))
     files = write_report(tmp_path)
     assert "No task has runs of both sl and best-of-4" in files.table
-    assert "No task has runs of both sl and best-of-4" in files.page.read_text(encoding="utf-8")
+    assert "Across tasks" not in files.page.read_text(encoding="utf-8")  # nothing to show
     assert "normalised" not in cells(files.table, "Results")[0]
 
 
@@ -230,6 +232,9 @@ def test_one_seed_has_no_interval_and_is_compared_by_prompts(tmp_path):
     assert cells(table, "Probability of improvement") == []
     assert [*cells(table, "Across tasks")[0]] == ["algorithm", "normalised score", "runs"]
     assert all("[" in row["difference"] for row in cells(table, "Paired comparisons"))
+    shown = [row for title in ("Results", "Paired comparisons") for row in cells(table, title)]
+    assert not any("seeds" in column for row in shown for column in row)
+    assert not any({row[column] for row in shown[:4]} == {"-"} for column in shown[0])  # no empty column
     assert json.loads((tmp_path / "summary.json").read_text())["imdb"]["sl"]["ci_low"] is None
 
 
@@ -275,21 +280,54 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", ["imdb", "commongen"])  # 32 and 200 iterations
 def test_drawn_curves_are_means_of_stretches_of_the_history(task):
     records = [record("ppo++", seed, task, prompts=4) for seed in range(3)]
-    (line,) = lines(Runs([*records, record("sl", 0, task, prompts=4)]))
+    runs = [*records, record("sl", 0, task, prompts=4)]
+    (line,) = lines(Runs(runs))
     assert (line.algo, line.seeds) == ("ppo++", [0, 1, 2])
     points = line.x["num_episodes"].shape[1]
-    assert points == min(POINTS, len(records[0]["history"]))
+    assert points == 1 + min(POINTS, len(records[0]["history"]))
+    start = level(Runs(runs), task)
+    assert start == ("sl", fake_results.TASKS[task][0], True)
+    assert not any(values[:, 0].any() for values in line.x.values())  # they begin with the start policy
+    assert (line.y["eval/reward"][:, 0] == start.reward).all()
     for row, run in enumerate(records):
         last = run["history"][-1]
         assert line.x["tokens"][row, -1] == last["num_timesteps"] + last["num_guide_tokens"]
         assert line.x["seconds"][row, -1] == pytest.approx(run["seconds"])
-        assert line.y["reward"][row].mean() == pytest.approx(
+        assert np.nanmean(line.y["reward"][row]) == pytest.approx(
             np.mean([entry["reward"] for entry in run["history"]]), abs=0.005
         )
         evaluations = [entry["eval/reward"] for entry in run["history"] if "eval/reward" in entry]
-        assert line.y["eval/reward"][row][np.isfinite(line.y["eval/reward"][row])] == pytest.approx(evaluations)
+        found = line.y["eval/reward"][row, 1:]
+        assert found[np.isfinite(found)] == pytest.approx(evaluations)
     drawn = [point for point in line.over_seeds("eval/reward") if point]
-    assert len(drawn) == len(evaluations)
+    assert len(drawn) == 1 + len(evaluations)
+
+
+def test_curves_of_earlier_results_begin_where_they_were_evaluated(tmp_path):
+    records = [record(algo, seed) for algo in ("sl", "ppo") for seed in range(2)]
+    for made in records:
+        made.pop("about")
+        made.pop("validation_reward", None)
+    started = record("ppo", 0) | {"algo": "ppo-from-base", "place": 3, "about": ""}
+    started["hyperparameters"]["start"] = "start_model"
+    page = write_report(put(tmp_path, *records, started)).page.read_text(encoding="utf-8")
+    runs = Runs.read(tmp_path)
+    test_rewards = [run["final_reward"] for run in runs.of("imdb", "sl")]
+    assert level(runs, "imdb") == ("sl", pytest.approx(np.mean(test_rewards)), False)
+    assert [line.x["num_episodes"][0, 0] > 0 for line in lines(runs)] == [True, True]
+    assert "marks the test reward of the policy that others start from" in page
+    assert "what its reward pays" not in page
+
+    for made in records:
+        made |= {"validation_reward": 0.5} if made["algo"] == "sl" else {}
+    newer = Runs([*records, started])
+    assert [line.x["num_episodes"][0, 0] > 0 for line in lines(newer)] == [False, True]  # another start
+
+
+def test_the_page_says_what_tasks_ask_for(tmp_path):
+    page = write_report(put(tmp_path, record("sl", 0), record("ppo", 0, "tldr"))).page.read_text(encoding="utf-8")
+    described = re.findall(r"<dt>(\w+)</dt><dd>(Write .*?)</dd>", page)
+    assert described == [(task, f"Write {task}. Reward: from 0 to 1.") for task in ("imdb", "tldr")]
 
 
 def test_the_report_depends_on_the_results_alone(report, tmp_path):
@@ -373,11 +411,16 @@ def test_results_are_whole_lines_or_nothing(tmp_path):
         (["SL", '"text"'], r"line 2 is no record of a run, it lacks \['task', 'algo', "),
         (["SL", "{}"], r"line 2 is no record of a run, it lacks \['task', 'algo', "),
         (["SL", "[1, 2]"], "line 2 is no record of a run, it lacks"),
+        (
+            ["SL", "NULL"],
+            r"line 2 is no record of a run, of a wrong type are \['evaluation', 'history'\]: delete the line",
+        ),
         (["SL", "PPO", "SL"], r"lines 1 and 3 are of the same run \('imdb', 'sl', 0\): delete one of them"),
     ],
 )
 def test_a_damaged_line_is_named_with_what_to_do(tmp_path, lines, message):
     known = {"SL": json.dumps(record("sl", 0)), "PPO": json.dumps(record("ppo", 0))}
+    known["NULL"] = json.dumps(record("ppo", 0) | {"history": None, "evaluation": []})
     text = "".join(known.get(line, line) + "\n" for line in lines)
     (tmp_path / "results.jsonl").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=f"{tmp_path}/results.jsonl {message}"):
@@ -406,6 +449,24 @@ def test_an_empty_folder_is_refused(tmp_path):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="no finished run"):
         fill_page(tmp_path, tmp_path / "page.md")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "line"])
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, damage):
+    folder = tmp_path / "runs"
+    message = f"folder must be a folder with the results of a benchmark, got '{folder}'"
+    if damage != "missing":
+        folder.mkdir()
+        message = f"{folder}/results.jsonl holds no finished run, so there is nothing to report"
+    if damage == "line":
+        (folder / "results.jsonl").write_text("{half\n{}\n")
+        message = f"{folder}/results.jsonl line 1 is no record of a run"
+    command = [sys.executable, "-m", "benchmarks.report", str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(f"error: {message}")
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")

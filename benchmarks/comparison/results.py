@@ -7,43 +7,46 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
+from textgym.checks import check
 from textgym.storage import new_file
 
 Record = dict[str, Any]
 
 RESULTS = "results.jsonl"
-# What every record has; some have more.
-KEYS = (
-    "task",
-    "algo",
-    "seed",
-    "place",
-    "profile",
-    "source",
-    "base",
-    "final_reward",
-    "best_reward",
-    "reward_parts",
-    "metrics",
-    "metrics_left_out",
-    "policy_tokens",
-    "guide_tokens",
-    "guide_usage",
-    "episodes",
-    "seconds",
-    "hyperparameters",
-    "fingerprints",
-    "versions",
-    "evaluation",
-    "history",
-    "samples",
-    "rollouts",
-    "finished",
-)
+NUMBER = (int, float)
+# What every record has, with its type; some have more.
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "algo": str,
+    "seed": int,
+    "place": int,
+    "profile": str,
+    "source": str,
+    "base": (str, NoneType),
+    "final_reward": NUMBER,
+    "best_reward": NUMBER,
+    "reward_parts": dict,
+    "metrics": dict,
+    "metrics_left_out": dict,
+    "policy_tokens": NUMBER,
+    "guide_tokens": NUMBER,
+    "guide_usage": (dict, NoneType),
+    "episodes": int,
+    "seconds": NUMBER,
+    "hyperparameters": dict,
+    "fingerprints": dict,
+    "versions": dict,
+    "evaluation": dict,
+    "history": list,
+    "samples": list,
+    "rollouts": list,
+    "finished": str,
+}
 
 
 def read_results(folder: str | Path) -> list[Record]:
@@ -52,9 +55,10 @@ def read_results(folder: str | Path) -> list[Record]:
     Returns:
         One mapping per run, with the keys `KEYS`; ``algo`` is the name of the row, ``place`` its index in the profile,
         ``hyperparameters["algorithm"]`` the algorithm that it runs, ``guide_usage`` the `textgym.guides.http.Usage` of
-        the run's process, None if the guide has none. Where a task tests several texts per prompt there is ``pass_at``,
-        from k (a string) to pass@k, and ``evaluation`` has ``successes``: how many of a prompt's ``texts_per_prompt``
-        have a reward of at least 1. Empty if no run has finished.
+        the run's process, None if the guide has none. All but early ones have ``about``, what the task asks for and
+        what its reward pays; a policy that others start from has ``validation_reward``. Where a task tests several
+        texts per prompt there is ``pass_at``, from k (a string) to pass@k, and ``evaluation`` has ``successes``: how
+        many of a prompt's ``texts_per_prompt`` have a reward of at least 1. Empty if no run has finished.
 
     Raises:
         ValueError: A line is no record of a run, or a run has two.
@@ -76,6 +80,10 @@ def read_results(folder: str | Path) -> list[Record]:
             raise ValueError(f"{path} line {number} is no record of a run ({error}): delete the line") from error
         if missing:
             raise ValueError(f"{path} line {number} is no record of a run, it lacks {missing}: delete the line")
+        if wrong := [key for key, kind in KEYS.items() if not isinstance(record[key], kind)]:
+            raise ValueError(
+                f"{path} line {number} is no record of a run, of a wrong type are {wrong}: delete the line"
+            )
         run = record["task"], record["algo"], record["seed"]
         if (first := lines.setdefault(run, number)) != number:
             raise ValueError(f"{path} lines {first} and {number} are of the same run {run}: delete one of them")
@@ -112,8 +120,9 @@ class Runs:
         """Read a benchmark folder.
 
         Raises:
-            ValueError: It holds no finished run, or a line of its results is not JSON.
+            ValueError: There is no such folder, it holds no finished run, or a line of its results is no record of one.
         """
+        check("folder", str(folder), Path(folder).is_dir(), "a folder with the results of a benchmark")
         runs = cls(read_results(folder))
         if not runs.records:
             raise ValueError(f"{Path(folder) / RESULTS} holds no finished run, so there is nothing to report")
@@ -124,6 +133,11 @@ class Runs:
         """Hours of training after the warm starts; a row that trains nothing records the seconds of its warm start."""
         # Only rows that train something have arguments of their policy.
         return sum(record["seconds"] for record in self.records if "policy" in record["hyperparameters"]) / 3600
+
+    @property
+    def several_seeds(self) -> bool:
+        """Whether any row has runs with several seeds on a task."""
+        return any(len(group) > 1 for group in self._groups.values())
 
     def of(self, task: str, algo: str) -> list[Record]:
         """The runs of one row on one task, by seed."""

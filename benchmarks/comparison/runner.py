@@ -22,6 +22,7 @@ from agents.checkpoint import TRAINING, read_checkpoint
 from agents.evaluation import make_env
 from agents.policy import LanguageModelPolicy
 from agents.policy.language_model import POLICY_FILE
+from benchmarks.comparison.about import about
 from benchmarks.comparison.jobs import Job, Run, resolve
 from benchmarks.comparison.results import Record, read_results, write_text
 from benchmarks.comparison.samples import rollouts, samples
@@ -179,6 +180,13 @@ class Benchmark:
             reads = isinstance(policy, LanguageModelPolicy)
             saved = self.policy(best, decoding) if reads else type(policy).from_pretrained(best)
             best_reward = judge(saved, 1, ()).reward
+        validated = {}
+        if not (job.row.trains or guided or job.row.as_guide or job.row.best_of > 1) and task.rl.get("eval_every"):
+            # What rows that start from this policy have at zero episodes, measured as they measure it.
+            prompts = task.rl.get("eval_prompts", Algorithm.eval_prompts)
+            how: Any = {"num_prompts": prompts, "decoding": Decoding(**task.decoding), "metrics": ()}
+            at_start = evaluate(policy, task.env_id, split="validation", source=self.source, **how, **env)
+            validated = {"validation_reward": at_start.reward}
         counts = history[-1] if history else dict.fromkeys(COUNTERS, 0)
         usage = getattr({**task.env, **job.row.env}.get("guide"), "usage", None)
         texts = result.all_rewards.shape[1]
@@ -186,10 +194,12 @@ class Benchmark:
         several = task.test_samples > 1
         return {
             **run._asdict(),
+            "about": about(task.env_id),
             "place": self.profile.rows.index(run.algo),
             **job.settings,
             "final_reward": result.reward,
             "best_reward": best_reward,
+            **validated,
             "reward_parts": result.reward_parts,
             **({"pass_at": pass_at} if several else {}),
             "metrics": result.metrics,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.comparison.results import Record, Runs
+from benchmarks.report.analysis import START, ZERO, mean
 from benchmarks.report.intervals import Interval, learning_curve
 from benchmarks.report.plots import figure, save
 
@@ -62,13 +63,45 @@ class Line(NamedTuple):
         return [next(intervals) if point else None for point in there]
 
 
+class Level(NamedTuple):
+    """The reward of the policy that a task's other rows start from, a horizontal line among their curves.
+
+    Attributes:
+        algo: The row that is this policy.
+        reward: Its mean over seeds.
+        validated: Whether it is of the validation prompts, as the curves are; else it is of the test prompts.
+    """
+
+    algo: str
+    reward: float
+    validated: bool
+
+
+def level(runs: Runs, task: str) -> Level | None:
+    """The level of the row `START`, else `ZERO`, if it trained nothing."""
+    for algo in (START, ZERO):
+        group = runs.of(task, algo)
+        if group and not {"policy", "start"} & group[0]["hyperparameters"].keys():
+            validated = all("validation_reward" in record for record in group)
+            return Level(
+                algo, mean(run["validation_reward" if validated else "final_reward"] for run in group), validated
+            )
+    return None
+
+
 def lines(runs: Runs) -> list[Line]:
-    """The curves of every row that has any; seeds of different length are cut to the shortest."""
+    """The curves of every row that has any; seeds of different length are cut to the shortest.
+
+    Where the reward of the start policy is known, the curves of rows that start from it begin there, at zero episodes.
+    """
     found = []
+    levels = {task: level(runs, task) for task in runs.tasks}
     for task, algo, group in runs.groups():
         length = min(len(record["history"]) for record in group)
         seeds = [record["seed"] for record in group]
-        parts = [_points(record, length) for record in group] if length else []
+        at_start = levels[task] if _evaluated_from_the_start(group) else None
+        start = at_start.reward if at_start and at_start.validated else None
+        parts = [_points(record, length, start) for record in group] if length else []
         y = {curve: np.array([part[curve] for part in parts]) for curve in CURVES}
         if any(np.isfinite(values).any() for values in y.values()):
             found.append(Line(task, algo, seeds, {axis: np.array([part[axis] for part in parts]) for axis in AXES}, y))
@@ -125,6 +158,7 @@ def draw(lines: Sequence[Line], algos: Sequence[str], path: Path) -> None:
                 panel = grid[row, column]
                 (legend[line.algo],) = panel.plot(x[there], values, dash, color=colour, linewidth=1.5)
                 panel.fill_between(x[there], low, high, color=colour, alpha=0.12, linewidth=0)
+                panel.set_xlim(left=0)
         for row, axis in enumerate(axes_shown):
             panel = grid[row, column]
             panel.set(xlabel=AXES[axis])
@@ -144,8 +178,18 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _points(record: Record, length: int) -> dict[str, np.ndarray]:
-    """A run's history in at most `POINTS` groups of iterations: the last axis values and the means of each."""
+def _evaluated_from_the_start(group: Sequence[Record]) -> bool:
+    """Whether runs were evaluated while they learned, and started from the policy of `level`."""
+    return "start" not in group[0]["hyperparameters"] and all(
+        any("eval/reward" in entry for entry in record["history"]) for record in group
+    )
+
+
+def _points(record: Record, length: int, start: float | None) -> dict[str, np.ndarray]:
+    """A run's history in at most `POINTS` groups of iterations: the last axis values and the means of each.
+
+    Before them the validation reward `start` at zero, if it is known.
+    """
     history = record["history"][:length]
     columns = {
         key: np.array([entry.get(key, np.nan) for entry in history], dtype=np.float64) for key in (*AXES, *CURVES)
@@ -154,9 +198,13 @@ def _points(record: Record, length: int) -> dict[str, np.ndarray]:
     columns["tokens"] = columns["num_timesteps"] + columns["num_guide_tokens"]
     stretches = np.array_split(np.arange(length), min(length, POINTS))
     ends = [stretch[-1] for stretch in stretches]
-    return {key: columns[key][ends] for key in AXES} | {
+    points = {key: columns[key][ends] for key in AXES} | {
         key: np.array([_mean(columns[key][stretch]) for stretch in stretches]) for key in CURVES
     }
+    if start is None:
+        return points
+    zero = dict.fromkeys(AXES, 0.0) | dict.fromkeys(CURVES, np.nan) | {"eval/reward": start}
+    return {key: np.concatenate([[zero[key]], values]) for key, values in points.items()}
 
 
 def _mean(values: np.ndarray) -> float:

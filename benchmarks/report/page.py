@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from benchmarks.comparison.results import Record, Runs
 from benchmarks.report import tables
 from benchmarks.report.analysis import BASELINES, Analysis
-from benchmarks.report.curves import AXES, COLOURS, CURVES, DASHES, POINTS, Line
+from benchmarks.report.curves import AXES, COLOURS, CURVES, DASHES, POINTS, Level, Line, level
 from benchmarks.report.intervals import Interval
 from benchmarks.report.table import Cell, Table
 
+# Columns that the page has no need to show: a heading and a choice say what they hold.
+NAMED_ELSEWHERE = ("task", "baseline")
 AUTHORS = ("prompt", "policy", "guide", "reference", "user")
 SETTINGS = ("hyperparameters", "fingerprints", "versions")  # what runs with the same details have in common
 OUTCOMES = ("seed", "final_reward", "best_reward", "reward_parts", "metrics", "seconds")
@@ -41,26 +42,34 @@ def render(analysis: Analysis, lines: Sequence[Line], title: str) -> str:
     )
     environment.globals |= {"html_table": html_table, "dumps": json.dumps, "zip": zip}
     runs = analysis.runs
+    levels = {task: found for task in runs.tasks if (found := level(runs, task))}
     return environment.get_template("page.html").render(
         title=title,
         style=_asset("style.css"),
         script=_asset("script.js"),
-        plotly=_packed(get_plotlyjs()),
         facts=_facts(runs),
         summary=summary(analysis),
         rows=_descriptions(runs),
+        tasks=_tasks(runs),
         **{name: made(analysis) for name, made in tables.TABLES.items() if name != "comparisons"},
         comparisons=tables.comparisons(analysis, runs.algos),
         probabilities=analysis.improvement,
         runs=runs,
         baseline=next((algo for algo in reversed(BASELINES) if algo in runs.algos), None),
         points=POINTS,
+        averaged=any(len(record["history"]) > POINTS for record in runs.records),
+        levels=levels,
+        trained_only=any(
+            np.isfinite(line.y["reward"]).any() and not np.isfinite(line.y["eval/reward"]).any() for line in lines
+        ),
         curves=CURVES,
         axes=AXES,
         panels=[task for task in runs.tasks if any(line.task == task for line in lines)],
         authors=AUTHORS,
         details=[detail for group in runs.groups() for detail in _details(*group)],
-        data=_packed(json.dumps(_data(analysis, lines), allow_nan=False, separators=(",", ":"), ensure_ascii=False)),
+        data=_packed(
+            json.dumps(_data(analysis, lines, levels), allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+        ),
     )
 
 
@@ -94,8 +103,8 @@ def summary(analysis: Analysis) -> list[str]:
     seeds = sorted({len(group) for _, _, group in runs.groups()})
     counted = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     sentences = [
-        f"{len(runs.algos)} rows are compared on {tables.listed(runs.tasks)} with {counted} training "
-        f"seed{'s' * (seeds[-1] > 1)}, by the rewards of the same test prompts."
+        f"{len(runs.algos)} row{'s are' if len(runs.algos) > 1 else ' is'} compared on {tables.listed(runs.tasks)} "
+        f"with {counted} training seed{'s' * (seeds[-1] > 1)}, by the rewards of the same test prompts."
     ]
     for task in runs.tasks:
         rows = [algo for algo in runs.algos if runs.of(task, algo)]
@@ -126,24 +135,33 @@ def _descriptions(runs: Runs) -> dict[str, str]:
     return {algo: described[algo] for algo in runs.algos}
 
 
+def _tasks(runs: Runs) -> dict[str, str]:
+    """What each task asks for and what its reward pays, of those whose records say it."""
+    found = {}
+    for record in runs.records:
+        if record.get("about"):
+            reward = record["hyperparameters"]["env"].get("reward")
+            found[record["task"]] = record["about"] + (f" Here reward={json.dumps(reward)}." if reward else "")
+    return {task: found[task] for task in runs.tasks if task in found}
+
+
 def html_table(table: Table) -> dict[str, Any]:
-    """A table as the template wants it: its columns without the task, and its rows grouped by task."""
+    """A table as the template wants it: its columns without task and baseline, and its rows grouped by task."""
     grouped = "task" in table.columns[:1]
     groups = itertools.groupby(table.rows, key=lambda row: row[0] if grouped else None)
     return {
         "note": table.note,
-        "columns": table.columns[grouped:],
-        "names": table.names - grouped,
-        "groups": [(task, list(_html_rows(table, list(rows), int(grouped)))) for task, rows in groups],
+        "columns": [column for column in table.columns if column not in NAMED_ELSEWHERE],
+        "groups": [(task, list(_html_rows(table, list(rows)))) for task, rows in groups],
     }
 
 
-def _html_rows(table: Table, rows: Sequence[Sequence[Cell]], start: int) -> Iterator[dict[str, Any]]:
-    """Rows of a table from column `start` on; those that are shown together share the scales of their bars.
+def _html_rows(table: Table, rows: Sequence[Sequence[Cell]]) -> Iterator[dict[str, Any]]:
+    """Rows of a table; those that are shown together share the scales of their bars.
 
     Yields:
-        The algorithm and the baseline, by which the page filters; the first cells; and of the others the text, the
-        number to sort by and the bar.
+        The algorithm and the baseline, by which the page filters; and of the other cells the text, the number to sort
+        by and the bar.
     """
     places = {column: place for place, column in enumerate(table.columns)}
     baseline = places.get("baseline")
@@ -161,7 +179,6 @@ def _html_rows(table: Table, rows: Sequence[Sequence[Cell]], start: int) -> Iter
             yield {
                 "algo": texts[places["algorithm"]],
                 "baseline": None if baseline is None else texts[baseline],
-                "names": texts[start : table.names],
                 "cells": cells,
             }
 
@@ -202,7 +219,7 @@ def _details(task: str, algo: str, group: list[Record]) -> Iterator[dict[str, An
         yield {"task": task, "algo": algo, "seeds": [record["seed"] for record in alike], "parts": parts}
 
 
-def _data(analysis: Analysis, lines: Sequence[Line]) -> dict[str, Any]:
+def _data(analysis: Analysis, lines: Sequence[Line], levels: Mapping[str, Level]) -> dict[str, Any]:
     """What the page's script draws and shows."""
     runs = analysis.runs
     return {
@@ -213,7 +230,9 @@ def _data(analysis: Analysis, lines: Sequence[Line]) -> dict[str, Any]:
         "colours": COLOURS,
         "dashes": DASHES,
         "authors": AUTHORS,
+        "ran": {task: [algo for algo in runs.algos if runs.of(task, algo)] for task in runs.tasks},
         "lines": [_line(line) for line in lines],
+        "levels": {task: found._asdict() | {"reward": _short(found.reward)} for task, found in levels.items()},
         "profiles": _profiles(analysis),
         "samples": {task: _samples(runs, task) for task in runs.tasks},
     }
@@ -238,9 +257,9 @@ def _line(line: Line) -> dict[str, Any]:
 
 
 def _profiles(analysis: Analysis) -> dict[str, Any] | None:
-    """Performance profiles between the lowest and the highest score."""
+    """Performance profiles between the lowest and the highest score; None from one seed."""
     scores = [analysis.normalised(task, algo) for algo in analysis.aggregate for task in analysis.scales]
-    if not scores:
+    if not scores or not analysis.runs.several_seeds:
         return None
     low, high = np.concatenate(scores).min(), np.concatenate(scores).max()
     margin = 0.02 * (high - low) or 0.1

@@ -27,8 +27,9 @@ class Table:
 
     @classmethod
     def of(cls, title: str, note: str, rows: Sequence[Mapping[str, Cell]], **options: Any) -> Table:
-        """A table of rows that map columns, the same in each, to cells."""
-        return cls(title, note, [*rows[0]] if rows else [], [[*row.values()] for row in rows], **options)
+        """A table of rows that map columns, the same in each, to cells; a column of nothing but "-" is left out."""
+        columns = [column for column in (rows[0] if rows else ()) if any(row[column] != "-" for row in rows)]
+        return cls(title, note, columns, [[row[column] for column in columns] for row in rows], **options)
 
     def texts(self, row: Sequence[Cell]) -> list[str]:
         """A row's cells as text."""

@@ -40,14 +40,15 @@ def results(analysis: Analysis) -> Table:
         row["KL"] = number(mean(run["history"][-1].get("kl") if run["history"] else None for run in group))
         if handed_off:
             row |= _handoffs(group)
-        rows.append(row | {"seeds": str(len(group))})
-    note = f"Test reward of the last checkpoint: interquartile mean over seeds, with {_worth(analysis)}"
+        rows.append(row | {"seeds": str(len(group)) if runs.several_seeds else "-"})
+    note = f"Test reward of the last checkpoint{_worth(analysis)}"
     if normalised:
         note += f" Normalised, 0 is the mean of {ZERO} and 1 that of {ONE}."
+    note += " Best checkpoint: mean test reward of the one with the best validation reward."
+    if any("perplexity" in record["metrics"] for record in runs.records):
+        note += " Perplexity is under the start model."
     note += (
-        " Best checkpoint: mean test reward of the one with the best validation reward. Perplexity is under the start "
-        "model; KL is to the policy that a row's reinforcement learning started from, in nats a text at the last "
-        "iteration."
+        " KL is to the policy that a row's reinforcement learning started from, in nats a text at the last iteration."
     )
     if any(record["hyperparameters"]["best_of"] > 1 for record in runs.records):
         note += (
@@ -181,17 +182,29 @@ def comparisons(analysis: Analysis, baselines: Sequence[str] | None = None) -> T
                     "baseline": second,
                     "difference": found.reward,
                     "verdict": found.reward.against(0),
-                    "seeds above / below": f"{verdicts.count('above')} / {verdicts.count('below')} of {len(verdicts)}",
+                    "seeds above / below": (
+                        f"{verdicts.count('above')} / {verdicts.count('below')} of {len(verdicts)}"
+                        if runs.several_seeds
+                        else "-"
+                    ),
                     **{ratios[metric]: analysis.ratio(task, first, second, metric) or "-" for metric in FLUENCY},
                 }
             )
+    note = (
+        "Difference in test reward on the same prompts with the same seeds, with a 95% paired bootstrap interval over "
+        "prompts: it speaks of these very policies on other prompts, not of other training seeds. "
+    )
+    if runs.several_seeds:
+        note += (
+            "Seeds above and below: in how many of them the same interval, of that seed alone, lies above and below "
+            "zero. "
+        )
+        if any(row[column] != "-" for row in rows for column in ratios.values()):
+            note += "Perplexity and distinct-2: ratios of geometric means over seeds, with intervals over seeds. "
+    note += "Each interval is for itself: of many rows that are alike, one in twenty would be told apart."
     return Table.of(
         "Paired comparisons",
-        "Difference in test reward on the same prompts with the same seeds, with a 95% paired bootstrap interval over "
-        "prompts: it speaks of these very policies on other prompts, not of other training seeds. Seeds above and "
-        "below: in how many of them the same interval, of that seed alone, lies above and below zero. Perplexity and "
-        "distinct-2: ratios of geometric means over seeds, with intervals over seeds. Each interval is for itself: of "
-        "many rows that are alike, one in twenty would be told apart.",
+        note,
         rows,
         names=3,
         formats={"difference": "+.3f"} | dict.fromkeys(ratios.values(), ".2f"),
@@ -206,7 +219,9 @@ def metrics(analysis: Analysis) -> Table:
         [task, algo, *(number(mean(_measured(record).get(name) for record in group)) for name in names)]
         for task, algo, group in analysis.runs.groups()
     ]
-    note = "Parts of the reward and metrics of the same test texts, means over seeds."
+    note = (
+        f"Parts of the reward and metrics of the same test texts{', means over seeds' * analysis.runs.several_seeds}."
+    )
     # The records say what to do about it.
     left_out = dict.fromkeys(
         f"{name.replace('_', ' ')} on {record['task']} ({reason.split(':')[0]})"
@@ -225,16 +240,16 @@ TABLES: dict[str, Callable[[Analysis], Table]] = {
 
 
 def _worth(analysis: Analysis) -> str:
-    """A sentence on how far intervals over seeds can be trusted."""
+    """How a sentence on test rewards ends: of how many seeds they are, and how far intervals can be trusted."""
     counts = sorted({len(group) for _, _, group in analysis.runs.groups()} - {1})
     if not counts:
-        return "no interval: one seed says nothing about others."
+        return ". There is one seed, and one seed says nothing about others."
     known = {count: coverage(count) for count in sorted({3, 5, *counts})}
     shares = listed([f"{share:.0%} of cases with {count}" for count, share in known.items()])
     return (
-        f"{OVER_SEEDS}. With few seeds these are too narrow: where scores are normal, they hold the true value in "
-        f"{shares} seeds, not in 95%. All seeds share one warm start, and rows that train nothing (sl, best-of) are "
-        "one policy with other random numbers at the test."
+        f": interquartile mean over seeds, with {OVER_SEEDS}. With few seeds these are too narrow: where scores are "
+        f"normal, they hold the true value in {shares} seeds, not in 95%. All seeds share one warm start, and rows "
+        "that train nothing (sl, best-of) are one policy with other random numbers at the test."
     )
 
 

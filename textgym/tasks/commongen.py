@@ -47,8 +47,10 @@ class CommonGenEnv(TextEnv):
         first P columns; token h of the text is in column P+h; the columns after the text are padding, mask 0.
 
     Rewards
-        Zero until the episode ends, then a weighted sum of CIDEr-D against the references and of the share of concepts
-        that the sentence mentions (the weights are in `textgym.rewards.overlap`); ``info["reward_parts"]`` has both.
+        Zero until the episode ends, then a weighted sum, at least 0, of CIDEr-D against the references and of the share
+        of concepts that the sentence mentions.
+
+        The weights are in `textgym.rewards.overlap`; ``info["reward_parts"]`` has both.
         Every token of a guide's completion costs ``handoff_cost``.
 
     Starting State

@@ -266,9 +266,10 @@ class CountdownEnv(WithPuzzle, TextEnv, puzzle=Countdown):
         texts a third as long, where digits would ask for carries.
 
     Rewards
-        Zero until the episode ends; then 1 if the expression equals the target, else 0. It is read by Python's parser
-        and computed in fractions, never evaluated; anything else than the numbers given, the four signs and
-        parentheses, or more than 100 characters, is worth 0.
+        Zero until the episode ends; then 1 if the expression equals the target, else 0.
+
+        It is read by Python's parser and computed in fractions, never evaluated; anything else than the numbers given,
+        the four signs and parentheses, or more than 100 characters, is worth 0.
         Every token of a guide's completion costs ``handoff_cost``.
 
     Arguments

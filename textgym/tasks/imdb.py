@@ -64,6 +64,7 @@ class IMDBEnv(TextEnv):
     Rewards
         Zero until the episode ends, then P(positive) of prompt and text together, in [0, 1], by a small classifier
         trained on the same data source.
+
         Every token of a guide's completion costs ``handoff_cost``.
 
     Starting State

@@ -323,6 +323,7 @@ class CombinationLockEnv(_WithLock, TextEnv):
     Rewards
         Zero until the episode ends, then 1 for the combination and 0 for any other text. With ``fork=True``, 0.5 for
         the safe combination and 1 for the better one.
+
         Every token of a guide's completion costs ``handoff_cost``.
 
     Starting State

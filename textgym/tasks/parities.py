@@ -130,7 +130,9 @@ class ChainOfParitiesEnv(WithPuzzle, TextEnv, puzzle=ChainOfParities):
         error: to surpass it is the task.
 
     Rewards
-        Zero until the episode ends; then 1 if the text is exactly 2L bits and all Z are right, else 0.
+        Zero until the episode ends; then 1 if the text is the whole chain and all Z are right, else 0; with
+        ``fork=True`` 0.5 for the easy answer.
+
         Every token of a guide's completion costs ``handoff_cost``.
 
     Arguments

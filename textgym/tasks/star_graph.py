@@ -118,6 +118,7 @@ class StarGraphEnv(WithPuzzle, TextEnv, puzzle=StarGraph):
 
     Rewards
         Zero until the episode ends; then 1 if the text is exactly the path, else 0.
+
         Every token of a guide's completion costs ``handoff_cost``.
 
     Arguments

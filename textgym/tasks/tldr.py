@@ -42,8 +42,10 @@ class TLDREnv(TextEnv):
         first P columns; token h of the text is in column P+h; the columns after the text are padding, mask 0.
 
     Rewards
-        Zero until the episode ends, then ROUGE-L (F1) against the author's own summary, or with ``reward="preference"``
-        the score of a model trained on preference pairs.
+        Zero until the episode ends, then ROUGE-L (F1) against the author's own summary, in [0, 1]; with
+        ``reward="preference"`` the score of a model trained on preference pairs, in log-odds: any number, 0 on average
+        for authors' summaries.
+
         Every token of a guide's completion costs ``handoff_cost``.
 
     Starting State
