@@ -11,11 +11,19 @@ from pathlib import Path
 
 import pytest
 
-for package in ("mkdocs", "material", "mkdocstrings_handlers.python", "markdown_exec", "nbclient", "nbconvert", "ipykernel"):
+# ruff: noqa: E402  (what follows needs the extra)
+for package in (
+    "mkdocs",
+    "material",
+    "mkdocstrings_handlers.python",
+    "markdown_exec",
+    "nbclient",
+    "nbconvert",
+    "ipykernel",
+):
     pytest.importorskip(package, reason='needs pip install "textgym[docs]"')
 
 import nbformat
-import yaml
 from jupyter_client.manager import start_new_kernel
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
@@ -70,7 +78,7 @@ def named(nav):
 
 @pytest.mark.slow
 def test_every_page_is_in_the_navigation_and_there(site):
-    nav = list(named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    nav = list(named(load_config(str(ROOT / "mkdocs.yml")).nav))
     for name in nav:
         assert (site / name).with_suffix(".html").is_file()
     written = {path.relative_to(ROOT / "docs").with_suffix(".md").as_posix() for path in TUTORIALS}
@@ -110,7 +118,9 @@ def test_an_environment_has_its_reference_and_an_episode_in_colours(site):
         assert 'title="policy" style="color:' in text
         if path.name != "index.html":
             assert 'title="guide" style' in text or 'title="reference" style' in text
-            assert {"Description", "Arguments", "Rewards", "Version History"} <= {*re.findall(r"<h\d[^>]*>([^<]+)", text)}
+            assert {"Description", "Arguments", "Rewards", "Version History"} <= {
+                *re.findall(r"<h\d[^>]*>([^<]+)", text)
+            }
     # The docstrings of puzzles are completed when they are imported.
     assert "problem_seed" in (site / "environments" / "countdown.html").read_text()
 
