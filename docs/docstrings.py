@@ -10,6 +10,8 @@ from typing import Any
 import griffe
 
 SECTION = re.compile(r"^([A-Z][A-Za-z ]+)\n((?:    .*\n|\n)+)", re.MULTILINE)
+# What begins the entry of an argument: "``split``:" or "``min_new_tokens``, ``banned_tokens``:".
+ENTRY = re.compile(r"^(?=``\w+``(?:, ``\w+``)*:)", re.MULTILINE)
 
 
 class GymnasiumSections(griffe.Extension):
@@ -20,4 +22,6 @@ class GymnasiumSections(griffe.Extension):
         if not (cls.module.path.startswith("textgym.tasks.") and cls.name.endswith("Env") and cls.docstring):
             return
         text = inspect.getdoc(getattr(import_module(cls.module.path), cls.name)) + "\n"
-        cls.docstring.value = SECTION.sub(lambda found: f"## {found[1]}\n\n{inspect.cleandoc(found[2])}\n\n", text)
+        cls.docstring.value = SECTION.sub(
+            lambda found: f"## {found[1]}\n\n{ENTRY.sub('- ', inspect.cleandoc(found[2]))}\n\n", text
+        )
