@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench test test-fast lint format clean
+.PHONY: bench test test-fast lint format docs clean
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run_all.py --profile quick --jobs 2
@@ -25,6 +25,10 @@ format: .venv/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, in site/; needs no network.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -38,5 +42,9 @@ format: .venv/installed-test
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build site *.egg-info

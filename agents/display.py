@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any, Self
 
 from rich.console import Console
@@ -26,6 +27,11 @@ SHOWN = {
 }
 
 
+def can_draw(console: Console) -> bool:
+    """Whether bars can be drawn: on a terminal, or in a notebook that has ipywidgets, without which rich only warns."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 def bars(console: Console, disable: bool = False) -> Progress:
     """Bars of tasks that have the field "status", a few words; what a name or status says is no markup."""
     columns = (
@@ -36,7 +42,7 @@ def bars(console: Console, disable: bool = False) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}", markup=False),
     )
-    return Progress(*columns, console=console, disable=disable)
+    return Progress(*columns, console=console, disable=disable or (console.is_jupyter and not can_draw(console)))
 
 
 class Display:
@@ -52,7 +58,7 @@ class Display:
     def __init__(self, name: str, *, lines: bool, bar: bool, console: Console | None = None) -> None:
         self.name, self.lines, self.bar = name, lines, bar
         self.console = console or Console(highlight=False)
-        live = self.console.is_terminal or self.console.is_jupyter
+        live = can_draw(self.console)
         self.progress = bars(self.console, disable=not (bar and live))
         self.task = self.progress.add_task(name, total=1.0, status="")
         self.rarely = bar and not live and not lines

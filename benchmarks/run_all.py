@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -94,11 +95,13 @@ def run_all(
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
 
-    with console.status("loading"):  # torch and transformers take seconds
+    from agents import display
+
+    # torch and transformers take seconds
+    with console.status("loading") if display.can_draw(console) else contextlib.nullcontext():
         from transformers.utils.logging import disable_progress_bar
 
         import textgym  # noqa: F401  (registers the environments)
-        from agents import display
         from agents.processes import check_trackers
         from benchmarks.comparison import cost, schedule
         from benchmarks.comparison.jobs import Run

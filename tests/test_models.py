@@ -490,9 +490,9 @@ def every_family():
     padded = sorted(PADDED.split())
     packed = sorted(set(SERVED) - set(padded))
     lines = [f"- {len(packed)} packed: {', '.join(packed)}.", f"- {len(padded)} padded: {', '.join(padded)}."]
-    refused = [f"  - {', '.join(sorted(names.split()))}: {reason}" for reason, names in REFUSALS.items()]
+    refused = [f"    - {', '.join(sorted(names.split()))}: {reason}" for reason, names in REFUSALS.items()]
     lines += [f"- {sum(len(names.split()) for names in REFUSALS.values())} refused, by a message that says:", *refused]
-    return "\n".join([*lines, "- Not tried:", *(f"  - {name}: {reason}" for name, reason in NOT_TRIED.items())])
+    return "\n".join([*lines, "- Not tried:", *(f"    - {name}: {reason}" for name, reason in NOT_TRIED.items())])
 
 
 TEXT = """\

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = ("http://", "from trl import", "textgym.verifiers", "run_all(profile")
 SNIPPETS = {
     f"{page.name}-{number}": snippet
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if page.name != "architecture.md"
-    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    for number, snippet in enumerate(re.findall(r"```python[^\n]*\n(.*?)```", page.read_text(), re.DOTALL))
     if not any(mark in snippet for mark in ELSEWHERE)
 }
 MODELS = r'"(gpt2(-large)?|my-[a-z-]*model|Qwen/[^"]+|google/[^"]+)"'
