@@ -177,11 +177,20 @@ HALF_WAY = replace(
     # The longer step: what distillation leaves is no skill to lose (`HALF_WAY_SEARCH`).
     rows=rows(HALF, HALF_DISTILL) | {"distill-grpo": Row("grpo", GROUP, after=HALF_DISTILL)},
 )
+# Whether what is above at the end of that budget is above at twice as much.
+HALF_WAY_LONG = replace(HALF_WAY, tokens=3_000_000)
 
 FRONTIER = Profile(
     name="frontier",
     source="mini",
-    tasks={"parities": PARITIES, "half-way": HALF_WAY, "fork": FORK, "countdown": COUNTDOWN, "star-graph": STAR_GRAPH},
+    tasks={
+        "parities": PARITIES,
+        "half-way": HALF_WAY,
+        "half-way-long": HALF_WAY_LONG,
+        "fork": FORK,
+        "countdown": COUNTDOWN,
+        "star-graph": STAR_GRAPH,
+    },
     default=tuple(ROWS),
 )
 

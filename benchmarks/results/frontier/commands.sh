@@ -27,3 +27,7 @@ python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontie
     --algos start,distill,grpo-rescue,distill-grpo --seeds 2
 python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way --algos grpo
 python benchmarks/run_all.py --profile benchmarks.profiles.frontier:HALF_WAY_SEARCH --out benchmarks/results/frontier-half-way-search
+
+# half-way-long, with code of c423854 on a third machine; its start policy differs from that of half-way in its last digits.
+python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-long \
+    --algos start,distill,grpo-rescue,distill-grpo
