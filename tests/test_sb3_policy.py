@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.policy import CausalLMPolicy
 from agents.sb3 import (
+    LANGUAGE_MODEL_DEFAULTS,
     CausalLMActorCriticPolicy,
     KLPenalty,
     MaskableCausalLMActorCriticPolicy,
@@ -450,11 +451,10 @@ def test_ppo_learns_with_a_language_model(make_policy, make_envs):
         envs,
         n_steps=HORIZON,
         batch_size=8 * HORIZON,
-        n_epochs=2,
-        learning_rate=3e-3,
         seed=0,
         device="cpu",
         policy_kwargs={"model": make_policy()},
+        **{**LANGUAGE_MODEL_DEFAULTS, "learning_rate": 3e-3},  # for some thousand parameters
     )
 
     before, _ = evaluate_policy(model, VecMonitor(envs), n_eval_episodes=128, deterministic=False)

@@ -33,6 +33,16 @@ from textgym.tokenization import unused_ids, vocabulary_size
 
 Observation = Mapping[str, Tensor]
 
+#: Arguments of Stable-Baselines3's PPO with which a pretrained language model learns. Its own, among them ten epochs
+#: with a step size of 3e-4, are for small networks that begin at random: a language model forgets how to write.
+LANGUAGE_MODEL_DEFAULTS = {
+    "learning_rate": 1e-4,  # for some million parameters; 1e-5 for some hundred million
+    "n_epochs": 2,
+    "gamma": 1.0,
+    "vf_coef": 0.1,
+    "clip_range_vf": 0.2,
+}
+
 # Rows that begin at different times have different readers. With more readers, reading all texts again is faster.
 _MOST_READERS = 8
 
