@@ -24,7 +24,6 @@ for package in (
     pytest.importorskip(package, reason='needs pip install "textgym[docs]"')
 
 import nbformat
-from jupyter_client.manager import start_new_kernel
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from nbclient import NotebookClient
@@ -135,37 +134,18 @@ def test_every_public_name_of_agents_is_in_its_reference():
         assert {module, f"{module}.{name}"} & {*documented}, name
 
 
-def execute(path, folder, kernel=None):
-    """Run a notebook in a folder, in a kernel of its own or in one that is there; return it with its outputs."""
+def execute(path, folder):
+    """Run a notebook in a folder, and return it with its outputs."""
     notebook = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, km=kernel, timeout=600, record_timing=False, resources=resources).execute()
+    NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    """One kernel for all, because importing torch in each takes longer than most of what they do."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    manager, client = start_new_kernel(kernel_name="python3", env=environment)
-
-    def run(code):
-        reply = client.execute_interactive(code, output_hook=lambda _: None)
-        assert reply["content"]["status"] == "ok", reply
-
-    run("_kept = {'_kept', *globals()}")
-    yield manager, run
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_a_tutorial_runs(path, kernel, tmp_path):
-    manager, run = kernel
-    run("for name in {*globals()} - _kept - {'name'}: del globals()[name]")
-    run(f"import os; os.chdir({str(tmp_path)!r}); del os")
-    notebook = execute(path, tmp_path, manager)  # raises where a cell does
+def test_a_tutorial_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = execute(path, tmp_path)  # raises where a cell does
     assert any(cell.get("outputs") for cell in notebook.cells)
 
 
