@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorWrapper
 
-from textgym.guidance import Guidance
+from textgym.spec import guidance_as_plain
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -110,14 +109,15 @@ def description(env: TextVectorEnv) -> dict[str, Any] | None:
     left_out = registered | {"tokenizer", "parking", "autoreset_mode"}
     arguments = {name: value for name, value in _arguments(env.spec).items() if name not in left_out}
     arguments["source"] = env.source
-    if isinstance(arguments.get("guidance"), Guidance):
-        arguments["guidance"] = asdict(arguments["guidance"])
     if not isinstance(arguments.get("guide"), str | None):
         arguments |= {"guide": None, "guidance": None}
     try:
-        return json.loads(json.dumps({"env_id": env.spec.id, "num_envs": env.num_envs, **arguments}))
+        described = json.dumps(
+            {"env_id": env.spec.id, "num_envs": env.num_envs, **arguments}, default=guidance_as_plain
+        )
     except TypeError:
         return None
+    return json.loads(described)
 
 
 def differences(env: TextVectorEnv, other: TextVectorEnv) -> dict[str, tuple[Any, Any]]:

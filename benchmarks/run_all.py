@@ -150,9 +150,10 @@ def run_all(
             if work.run is not None:
                 progress.advance(overall)
                 left[work.task].remove(work.run)
-                records = [record for record in read_results(folder) if record["task"] == work.task]
-                if records and not left[work.task] and any(left.values()):  # at the end there is the whole report
-                    console.print(results(Analysis(Runs(records))).markdown(), soft_wrap=True)
+                if not left[work.task] and any(left.values()):  # at the end there is the whole report
+                    records = [record for record in read_results(folder) if record["task"] == work.task]
+                    if records:
+                        console.print(results(Analysis(Runs(records))).markdown(), soft_wrap=True)
             progress.update(overall, status=f"{int(progress.tasks[0].completed)} of {len(runs)} done")
 
         try:

@@ -55,13 +55,18 @@ class WithSpec:
 
 def _is_plain(value: Any) -> bool:
     try:
-        json.dumps(value, default=_guidance)
+        json.dumps(value, default=guidance_as_plain)
     except TypeError:
         return False
     return True
 
 
-def _guidance(value: Any) -> Any:
+def guidance_as_plain(value: Any) -> Any:
+    """Guidance as what JSON can hold, for the argument `default` of `json.dumps`.
+
+    Raises:
+        TypeError: It is not guidance.
+    """
     if isinstance(value, Guidance):
         return asdict(value)
     raise TypeError
