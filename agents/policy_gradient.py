@@ -21,7 +21,7 @@ from agents.policy import Evaluation, Policy
 from agents.processes import gather, in_parts, in_shares, reduce_gradients, reduce_terms, share_of_loss
 from agents.rollout import Rollout, collect
 from agents.sharding import clip_gradients
-from agents.supervised import Example, encode_example, num_targets, supervised_loss
+from agents.supervised import Example, encode_examples, num_targets, supervised_loss
 from textgym.checks import check
 from textgym.decoding import Decoding
 from textgym.seeding import hash64
@@ -515,13 +515,12 @@ class PolicyGradient(Algorithm):
             array[:, : rollout.prompt_columns].cpu().numpy() for array in (rollout.input_ids, rollout.attention_mask)
         )
         random = np.random.default_rng([self.seed, self.iteration, 1])
-        examples = {}
+        chosen = {}
         for row, (sample, references) in enumerate(zip(rollout.sample_ids, rollout.references, strict=True)):
             if references and self.env.imitates(int(sample)):
-                text = references[random.integers(len(references))]
-                prompt_ids = prompts[row][masks[row] > 0].tolist()
-                examples[row] = encode_example(self.env, rollout.prompts[row], prompt_ids, text)
-        return examples
+                chosen[row] = references[random.integers(len(references))]
+        read = [(rollout.prompts[row], prompts[row][masks[row] > 0].tolist()) for row in chosen]
+        return dict(zip(chosen, encode_examples(self.env, read, list(chosen.values())), strict=True))
 
     def models(self) -> dict[str, nn.Module]:
         """Add the reference policy."""

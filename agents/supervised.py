@@ -18,7 +18,7 @@ from textgym.checks import check
 from textgym.guides import Author
 from textgym.rewards import split_parts
 from textgym.task import Split
-from textgym.tokenization import encode_continuation
+from textgym.tokenization import encode_continuations
 
 if TYPE_CHECKING:
     from textgym.engine import TextVectorEnv
@@ -37,10 +37,21 @@ class Example(NamedTuple):
         return len(self.context) + len(self.target)
 
 
-def encode_example(env: TextVectorEnv, prompt: str, prompt_ids: list[int], text: str) -> Example:
-    """Encode a reference text after its prompt, with an end token, cut at the horizon."""
-    (ids,) = encode_continuation(env.tokenizer, env.in_template(prompt), [text])
-    return Example(prompt_ids, [*ids, env.end_token_id][: env.max_new_tokens])
+def encode_examples(
+    env: TextVectorEnv, prompts: Sequence[tuple[str, list[int]]], texts: Sequence[str]
+) -> list[Example]:
+    """Encode reference texts after their prompts, with an end token, cut at the horizon.
+
+    Args:
+        env: The environment.
+        prompts: N prompts without the template, and their token ids with it.
+        texts: N texts.
+    """
+    continuations = encode_continuations(env.tokenizer, [env.in_template(prompt) for prompt, _ in prompts], texts)
+    return [
+        Example(prompt_ids, [*ids, env.end_token_id][: env.max_new_tokens])
+        for (_, prompt_ids), ids in zip(prompts, continuations, strict=True)
+    ]
 
 
 def collate(
@@ -383,10 +394,12 @@ class SL(Algorithm):
         """Encode pairs of a split; what the guide wrote is learned as it wrote it."""
         env = self.env
         prompts = env.encode_prompts([env.task.prompt_of(split.rows[index]) for index, _ in pairs])
-        examples = [
-            encode_example(env, prompt, ids, text) if isinstance(text, str) else Example(ids, text)
-            for (prompt, ids), (_, text) in zip(prompts, pairs, strict=True)
-        ]
+        texts = [text for _, text in pairs if isinstance(text, str)]
+        written = [text for _, text in pairs if not isinstance(text, str)]
+        if texts:  # then all are references
+            examples = encode_examples(env, prompts, texts)
+        else:
+            examples = [Example(ids, line) for (_, ids), line in zip(prompts, written, strict=True)]
         if self.loss_on == "text":  # nothing predicts the first token
             examples = [Example(context[:1], context[1:] + target) for context, target in examples]
         return examples

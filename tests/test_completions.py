@@ -16,7 +16,7 @@ from textgym.tokenization import (
     StopCriteria,
     beginning,
     encode,
-    encode_continuation,
+    encode_continuations,
     train_tokenizer,
 )
 
@@ -137,7 +137,7 @@ def test_the_name_of_a_special_token_is_text(text):
     assert ended
     assert not {0, 1} & set(ids[:-1])
     assert TOKENIZER.decode(ids[:-1]).strip() == text.strip()
-    assert encode_continuation(TOKENIZER, "", [text])[0] == ids[:-1]
+    assert encode_continuations(TOKENIZER, [""], [text])[0] == ids[:-1]
     assert encode(TOKENIZER, ["<|endoftext|>"]) == [[0]], "and the tokenizer is as it was"
 
 

@@ -20,7 +20,7 @@ from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
 from textgym.models import resolve_device
-from textgym.tokenization import encode_continuation, word_tokenizer
+from textgym.tokenization import encode_continuations, word_tokenizer
 
 NAN, INF = math.nan, math.inf
 ROWS = [{"ask": f"{word} sun", "answer": f"{word} moon"} for word in ("red", "green", "blue")]
@@ -230,7 +230,7 @@ def test_names_of_special_tokens_in_data_are_letters(words_tokenizer):
         ids = observation["input_ids"][observation["attention_mask"] > 0]
         assert eos not in ids
         assert words_tokenizer.decode(ids).startswith(prompt)
-    assert eos not in encode_continuation(words_tokenizer, "red", [f"sun {name}", "sea"])[0]
+    assert eos not in encode_continuations(words_tokenizer, 2 * ["red"], [f"sun {name}", "sea"])[0]
     framed = TextEnv(task=env.task, tokenizer=words_tokenizer, template=f"{name}{{prompt}}{name}", max_prompt_tokens=40)
     observation, info = framed.reset(seed=0)
     ids = observation["input_ids"][observation["attention_mask"] > 0].tolist()

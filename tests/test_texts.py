@@ -34,7 +34,7 @@ from textgym.tokenization import (
     decode,
     decode_by_author,
     decode_continuations,
-    encode_continuation,
+    encode_continuations,
     encode_prompts,
     train_tokenizer,
 )
@@ -148,12 +148,23 @@ def test_a_prompt_and_its_text_are_the_text_of_all_tokens(kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_encoded_together_as_each_alone(kind):
+    tokenizer = tokenizer_of(kind)
+    texts = ("very good", " very good", ".", "!", " a fun film", "")
+    pairs = [(prompt, text) for prompt in (*PROMPTS, "") for text in texts]
+    alone = [encode_continuations(tokenizer, [prompt], [text])[0] for prompt, text in pairs]
+    assert encode_continuations(tokenizer, *zip(*pairs, strict=True)) == alone
+    backwards = encode_continuations(tokenizer, *zip(*pairs[::-1], strict=True))
+    assert backwards[::-1] == alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_text_that_is_encoded_after_a_prompt_is_read_again(kind, prompt):
     tokenizer = tokenizer_of(kind)
     (_, prompt_ids) = encode_prompts(tokenizer, [("", prompt, "")], P)[0]
     for reference in ("very good", " very good", ".", "!", " a fun film"):
-        (ids,) = encode_continuation(tokenizer, prompt, [reference])
+        (ids,) = encode_continuations(tokenizer, [prompt], [reference])
         expected = reference if prompt[-1].isspace() or reference[0] == " " else " " + reference
         if prompt[-1].isspace() and not decode(tokenizer, [prompt_ids])[0][-1].isspace():
             expected = expected.lstrip()  # what stands between two words is lost, and stands in the prompt already
@@ -220,7 +231,7 @@ def test_everybody_reads_the_same_text(kind, prompt):
 
     made = task(prompt, "very good", reward)
     env = TextVectorEnv(1, task=made, tokenizer=tokenizer, guide=guide, handoff=True, render_mode="ansi")
-    (ids,) = encode_continuation(tokenizer, prompt, ["very good"])
+    (ids,) = encode_continuations(tokenizer, [prompt], ["very good"])
     text = play(env, ids)
     check_whole(tokenizer, prompt, ids, text)
     assert text == ("very good" if prompt[-1].isspace() else " very good")
@@ -256,9 +267,9 @@ def test_everybody_reads_the_same_text(kind, prompt):
 def test_stop_strings_with_a_space_end_a_text_at_its_first_token(kind):
     tokenizer = tokenizer_of(kind)
     env = TextVectorEnv(1, task=task("the film was", "", lambda **_: [0.0]), tokenizer=tokenizer, stop=(" very",))
-    (ids,) = encode_continuation(tokenizer, "the film was", ["very good"])
+    (ids,) = encode_continuations(tokenizer, ["the film was"], ["very good"])
     assert play(env, ids) == ""
-    assert env._length[0] <= len(encode_continuation(tokenizer, "the film was", ["very"])[0])
+    assert env._length[0] <= len(encode_continuations(tokenizer, ["the film was"], ["very"])[0])
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece BPE", "T5", "byte-level BPE", "WordPiece"])
@@ -306,7 +317,7 @@ def test_a_guide_with_a_tokenizer_of_its_own_reads_and_writes_the_space(kind):
         1, task=task("the film", "", lambda prompts, **_: [0.0]), tokenizer=words, guide=guide, handoff=True
     )
     env.reset(seed=0)
-    for token in encode_continuation(words, "the film", ["was"])[0]:
+    for token in encode_continuations(words, ["the film"], ["was"])[0]:
         env.step(np.array([token]))
     *_, infos = env.step(np.array([env.vocab_size]))
     assert infos["text"][0] == " was very good"
@@ -344,7 +355,7 @@ def test_the_end_of_a_text_is_found_without_a_context_too():
 def test_stretches_of_authors_are_decoded_as_parts_of_one_text(kind):
     tokenizer = tokenizer_of(kind)
     context = Context(tokenizer("the film", add_special_tokens=False)["input_ids"], "the film")
-    ids = encode_continuation(tokenizer, "the film", ["was very good fun"])[0]
+    ids = encode_continuations(tokenizer, ["the film"], ["was very good fun"])[0]
     authors = [0, *[1] * (len(ids) - 2), 0]
     stretches = decode_by_author(tokenizer, context, ids, authors)
     assert [author for author, _ in stretches] == [0, 1, 0]

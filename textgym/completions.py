@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from textgym.checks import check, is_int, is_text
 from textgym.guides.base import Completion, Guide, GuideRequest
-from textgym.tokenization import Context, StopCriteria, beginning, encode_continuation
+from textgym.tokenization import Context, StopCriteria, beginning, encode_continuations
 
 
 def complete(
@@ -36,12 +36,17 @@ def complete(
         ValueError: The guide did not return one completion per request, in text or in valid token ids.
     """
     completions, result = ask(guide, requests, tokenizer, len(stop_criteria.tokens)), []
-    for context, request, completion in zip(contexts, requests, completions, strict=True):
-        if completion.token_ids is not None:
-            ids = list(completion.token_ids)
-        else:
-            text = beginning(tokenizer, completion.text or "", request.max_new_tokens)
-            ids = encode_continuation(tokenizer, context.text + request.prefix, [text], "a guide's text")[0]
+    texts = {
+        row: beginning(tokenizer, completion.text or "", request.max_new_tokens)
+        for row, (request, completion) in enumerate(zip(requests, completions, strict=True))
+        if completion.token_ids is None
+    }
+    before = [contexts[row].text + requests[row].prefix for row in texts]
+    encoded = dict(
+        zip(texts, encode_continuations(tokenizer, before, [*texts.values()], "a guide's text"), strict=True)
+    )
+    for row, (context, request, completion) in enumerate(zip(contexts, requests, completions, strict=True)):
+        ids = encoded[row] if row in encoded else list(completion.token_ids or ())
         ended = stop_criteria.cut(ids, request.prefix_ids, context)
         if ended is None and completion.finished:
             ended = [*ids, stop_criteria.closing_token]

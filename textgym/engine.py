@@ -37,7 +37,7 @@ from textgym.tokenization import (
     StopCriteria,
     decode_by_author,
     decode_continuations,
-    encode_continuation,
+    encode_continuations,
     ends_beside,
     load_tokenizer,
     unused_ids,
@@ -535,7 +535,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
     def _user_prefix(self, row: int, prefix: Any) -> list[int]:
         context, horizon = self._context(row), self.max_new_tokens
         if isinstance(prefix, str):
-            (prefix,) = encode_continuation(self.tokenizer, context.text, [prefix], "options['prefix']")
+            (prefix,) = encode_continuations(self.tokenizer, [context.text], [prefix], "options['prefix']")
         ids = [int(token) for token in prefix]
         if len(ids) >= horizon:
             raise ValueError(

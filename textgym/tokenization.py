@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
@@ -473,45 +473,56 @@ _LAST_CHARACTERS, _LAST_TOKENS, _DECODED_ENDS = 32, 4, 10_000
 _ANCHORS = ("a", ".", "\n", "\u4e2d")
 
 
-def encode_continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str], what: str = "a text"
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: Sequence[str], what: str = "a text"
 ) -> list[list[int]]:
-    """Encode texts that continue a prompt, without an EOS; `what` they are is said in errors.
+    """Encode texts that continue prompts, without an EOS.
 
     A SentencePiece tokenizer adds or removes a space before a text that is encoded alone. Where decoding the tokens
     after the prompt shows that, the text is encoded after an anchor, whose tokens are then left out. A leading space is
     added where there is none (see `as_continuation`). The name of a special token is a text like any other: data and
     guides cannot end a text by writing "<|endoftext|>".
 
+    Args:
+        tokenizer: The tokenizer.
+        prompts: N prompts.
+        texts: N texts, one for each prompt.
+        what: What a text is, in errors.
+
     Raises:
         ValueError: A text cannot be encoded.
     """
     if not texts:
         return []
-    texts = [as_continuation(prompt, text) for text in texts]
-    end = prompt[-_LAST_CHARACTERS:]
-
-    def loses_space(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each text would be read with other space at its start than it has."""
-        read = decode_continuations(tokenizer, [context] * len(ids), [line[: 2 * _LAST_TOKENS] for line in ids])
-        return [_leading_space(text) != _leading_space(line) for text, line in zip(texts, read, strict=True)]
-
+    texts = [as_continuation(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     ids = encode(tokenizer, texts, literal=True, what=what)
-    if not end or _vocabulary(tokenizer).joins is not False:
+    if _vocabulary(tokenizer).joins is not False:
         return ids
-    context = Context(encode(tokenizer, [end])[0], end)
-    wrong = [i for i, lost in enumerate(loses_space(texts, ids)) if lost]
-    for anchor in (end, *_ANCHORS):
+    ends = [prompt[-_LAST_CHARACTERS:] for prompt in prompts]
+    contexts = [Context(line, end) for line, end in zip(encode(tokenizer, ends), ends, strict=True)]
+
+    def lose_space(lines: Mapping[int, Sequence[int]]) -> set[int]:
+        """Which texts would be read with other space at their start than they have, if these were their tokens."""
+        starts = [line[: 2 * _LAST_TOKENS] for line in lines.values()]
+        read = decode_continuations(tokenizer, [contexts[i] for i in lines], starts)
+        return {i for i, start in zip(lines, read, strict=True) if _leading_space(start) != _leading_space(texts[i])}
+
+    wrong = sorted(lose_space({i: ids[i] for i, end in enumerate(ends) if end}))
+    for anchor in ("", *_ANCHORS):
         if not wrong:
             break
-        before, *tried = encode(tokenizer, [anchor, *(anchor + texts[i] for i in wrong)], literal=True)
-        after = [line[len(before) :] if line[: len(before)] == before else None for line in tried]
-        good = {i: line for i, line in zip(wrong, after, strict=True) if line}
-        losses = loses_space([texts[i] for i in good], list(good.values()))
-        for (i, line), lost in zip(good.items(), losses, strict=True):
-            if not lost:
-                ids[i] = line
-                wrong.remove(i)
+        anchors = [anchor or ends[i] for i in wrong]  # the end of its own prompt comes first
+        before = encode(tokenizer, anchors, literal=True)
+        both = encode(tokenizer, [anchor + texts[i] for anchor, i in zip(anchors, wrong, strict=True)], literal=True)
+        after = {
+            i: line[len(start) :]
+            for i, start, line in zip(wrong, before, both, strict=True)
+            if line[: len(start)] == start and len(line) > len(start)
+        }
+        lost = lose_space(after)
+        for i in after.keys() - lost:
+            ids[i] = after[i]
+        wrong = [i for i in wrong if i not in after or i in lost]
     return ids
 
 
@@ -588,7 +599,7 @@ def decode_by_author(
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], literal: bool = False, what: str = "a text"
 ) -> list[list[int]]:
-    """Encode texts as they stand, without special tokens around them (see `encode_continuation` for continuations).
+    """Encode texts as they stand, without special tokens around them (see `encode_continuations` for continuations).
 
     Args:
         tokenizer: The tokenizer.

@@ -7,9 +7,9 @@ LANGUAGE_MODEL = LanguageModel(
     n_embd=128,
     n_layer=2,
     n_head=4,
-    training={"n_epochs": 1, "episodes_per_iteration": 1024, "minibatch_size": 32, "learning_rate": 3e-3},
+    training={"n_epochs": 1, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-3},
 )
-SUPERVISED = {"n_epochs": 1, "episodes_per_iteration": 1024, "minibatch_size": 32, "learning_rate": 1e-3}
+SUPERVISED = {"n_epochs": 0.5, "episodes_per_iteration": 2048, "minibatch_size": 32, "learning_rate": 3e-3}
 RL = {
     "episodes_per_iteration": 64,
     "minibatch_size": 32,

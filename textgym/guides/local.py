@@ -22,7 +22,7 @@ from textgym.tokenization import (
     check_embedded,
     check_vocabulary,
     encode,
-    encode_continuation,
+    encode_continuations,
     end_ids,
     has_bos_twice,
     pretrained_tokenizer,
@@ -196,7 +196,7 @@ class LocalGuide:
         if self._model.config.is_encoder_decoder:
             prompts = own(asked, verbose=False)["input_ids"]
             begun = [
-                encode_continuation(own, text, [request.prefix])[0] if request.prefix else []
+                encode_continuations(own, [text], [request.prefix])[0] if request.prefix else []
                 for text, request in zip(asked, requests, strict=True)
             ]
             contexts = list(zip(prompts, begun, strict=True))
