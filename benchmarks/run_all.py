@@ -99,11 +99,15 @@ def run_all(
 
     # torch and transformers take seconds
     with console.status("loading") if display.can_draw(console) else contextlib.nullcontext():
+        from benchmarks.comparison import schedule
+
+        if not dry_run:
+            schedule.start_server()  # it loads at the same time
         from transformers.utils.logging import disable_progress_bar
 
         import textgym  # noqa: F401  (registers the environments)
         from agents.processes import check_trackers
-        from benchmarks.comparison import cost, schedule
+        from benchmarks.comparison import cost
         from benchmarks.comparison.jobs import Run
         from benchmarks.comparison.results import Runs, read_results
         from benchmarks.comparison.runner import Benchmark

@@ -175,13 +175,20 @@ def _locked(benchmark: Benchmark) -> Iterator[None]:
         yield
 
 
+def start_server() -> None:
+    """Start the process that runs are forked from: it imports what they need while this one goes on."""
+    if sys.platform != "win32":
+        from multiprocessing import forkserver
+
+        forkserver.set_forkserver_preload(["benchmarks.comparison.runner", "agents.evaluation", "textgym.metrics.base"])
+        with _without_interrupts():
+            forkserver.ensure_running()
+
+
 def _start(benchmark: Benchmark, work: Work, place: int, jobs: int) -> tuple[Connection, BaseProcess]:
     # Forking a server that has imported everything is faster than starting Python.
-    if sys.platform == "win32":
-        context: Any = get_context("spawn")
-    else:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.comparison.runner", "agents.evaluation", "textgym.metrics.base"])
+    start_server()
+    context: Any = get_context("spawn" if sys.platform == "win32" else "forkserver")
     receiver, sender = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // jobs)
     process = context.Process(

@@ -255,6 +255,12 @@ HALF_WAY_SEARCH = Profile(
     tasks={"half-way": replace(HALF_WAY, rows=HALF_WAY_TRIED)},
     default=tuple(HALF_WAY_TRIED),
 )
+HALF_WAY_CONSTANT = Profile(
+    name="frontier-half-way-constant",
+    source="mini",
+    tasks={"half-way-long": replace(HALF_WAY, tokens=3_000_000)},
+    default=("grpo-rescue", "distill-grpo"),
+)
 
 # The map (`benchmarks.report.map`): what pays, by the start policy's chance of success and by the guide. A start has
 # imitated a guide with this accuracy; the guide "half" is right in the first half of a chain, and guesses the rest.
