@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import IntEnum
-from functools import partial
+from functools import cache, partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal, Never
 
@@ -1055,11 +1055,12 @@ def _key(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8])
 
 
-def argument_names(environment: type) -> list[str]:
+@cache
+def argument_names(environment: type) -> tuple[str, ...]:
     """The names of all keyword arguments of an environment's class and its bases."""
     constructors = [vars(base)["__init__"] for base in environment.__mro__ if "__init__" in vars(base)]
     parameters = [parameter for init in constructors for parameter in signature(init).parameters.values()]
-    return list(dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY))
+    return tuple(dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY))
 
 
 def _merge(infos: dict[str, Any], other: dict[str, Any]) -> None:
