@@ -1,5 +1,6 @@
 """The benchmark of speed compares like with like, and says what it measured."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import throughput
 from benchmarks.performance import environments, measurement, peers, processes, scaling, training, workload
 from benchmarks.performance.measurement import Measurement, measure
-from textgym.process import keep_freed_memory
+from textgym.process import importing, keep_freed_memory
 
 
 @pytest.fixture
@@ -215,3 +216,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         for how in ("keep", "no")
     )
     assert kept < usual / 4
+
+
+def test_garbage_is_looked_for_after_imports_as_before():
+    try:
+        for change in (gc.disable, gc.enable):
+            change()
+            before = gc.isenabled()
+            with importing():
+                assert not gc.isenabled()
+            assert gc.isenabled() == before
+    finally:
+        gc.enable()

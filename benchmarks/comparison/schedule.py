@@ -181,7 +181,7 @@ def _start(benchmark: Benchmark, work: Work, place: int, jobs: int) -> tuple[Con
         context: Any = get_context("spawn")
     else:
         context = get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.comparison.runner", "agents.evaluation", "textgym.metrics.base"])
+        context.set_forkserver_preload(["benchmarks.comparison.preload"])
     receiver, sender = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // jobs)
     process = context.Process(
