@@ -1055,12 +1055,14 @@ def _key(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8])
 
 
-@cache
-def argument_names(environment: type) -> tuple[str, ...]:
+_signature = cache(signature)  # it is read for every environment that is made
+
+
+def argument_names(environment: type) -> list[str]:
     """The names of all keyword arguments of an environment's class and its bases."""
     constructors = [vars(base)["__init__"] for base in environment.__mro__ if "__init__" in vars(base)]
-    parameters = [parameter for init in constructors for parameter in signature(init).parameters.values()]
-    return tuple(dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY))
+    parameters = [parameter for init in constructors for parameter in _signature(init).parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY))
 
 
 def _merge(infos: dict[str, Any], other: dict[str, Any]) -> None:
