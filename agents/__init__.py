@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from textgym.packages import other_owners
+from textgym.process import importing
 
 if TYPE_CHECKING:
     import os
@@ -183,4 +184,5 @@ def __getattr__(name: str) -> Any:
         if not name.startswith("_") and (owners := other_owners(__name__)):
             message += f"; it is textgym's, and {' and '.join(owners)} has one too, in the same place"
         raise AttributeError(message)
-    return getattr(import_module(f"agents.{_MODULES[name]}"), name)
+    with importing():
+        return getattr(import_module(f"agents.{_MODULES[name]}"), name)

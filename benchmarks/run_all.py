@@ -75,12 +75,14 @@ def run_all(
     from benchmarks.profiles import load_profile, row_of
     from textgym.checks import check_name
     from textgym.packages import require
+    from textgym.process import importing
     from textgym.rendering import visible
 
     require("report", "a benchmark's report", "jinja2", "sacrebleu")  # now, not after the runs
     console = Console(markup=False, emoji=False, highlight=False)  # names are shown as they are
-    chosen = load_profile(profile)
-    own = dict(row_of(given) for given in algo)
+    with importing():
+        chosen = load_profile(profile)
+        own = dict(row_of(given) for given in algo)
     if algos is not None:
         from agents import ALGORITHMS
 
@@ -98,7 +100,7 @@ def run_all(
     from agents import display
 
     # torch and transformers take seconds
-    with console.status("loading") if display.can_draw(console) else contextlib.nullcontext():
+    with importing(), console.status("loading") if display.can_draw(console) else contextlib.nullcontext():
         from benchmarks.comparison import schedule
 
         if not dry_run:

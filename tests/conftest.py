@@ -6,19 +6,23 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; tests run beside each other, and so do their processes
-
 import gymnasium as gym
 import pytest
-import torch
-from accelerate.tracking import GeneralTracker
-from gymnasium.vector import AutoresetMode
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import textgym
-from agents.policy import CausalLMPolicy
-from textgym.engine import TextVectorEnv
-from textgym.tokenization import train_tokenizer
+from textgym.process import importing
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; tests run beside each other, and so do their processes
+
+with importing():
+    import torch
+    from accelerate.tracking import GeneralTracker
+    from gymnasium.vector import AutoresetMode
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from agents.policy import CausalLMPolicy
+    from textgym.engine import TextVectorEnv
+    from textgym.tokenization import train_tokenizer
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "sea", "hill", "tree"]
 PROMPT_TOKENS, HORIZON = 8, 6

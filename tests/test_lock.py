@@ -136,7 +136,8 @@ def test_the_advantages_of_aggrevated_are_the_guides_q_minus_v(lock_arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_only_with_a_guide_is_the_lock_opened(seed):
-    final = {label: learn(CURVE[label], PLAIN, seed, 120) for label in ("PPO", "PPO++", "AggreVaTeD", "D2LOLS")}
+    lock = PLAIN | {"length": 6}  # out of reach of chance, too
+    final = {label: learn(CURVE[label], lock, seed, 80) for label in ("PPO", "PPO++", "AggreVaTeD", "D2LOLS")}
     assert final["PPO"].max() < 1e-6
     for label in ("PPO++", "AggreVaTeD", "D2LOLS"):
         assert final[label][-1] > 0.9, label
@@ -144,15 +145,15 @@ def test_only_with_a_guide_is_the_lock_opened(seed):
 
 @pytest.mark.slow
 def test_imitation_stays_at_the_safe_ending_and_d2lols_surpasses_it():
-    imitating = [learn(CURVE["AggreVaTeD"], FORK, seed, 60)[-1] for seed in range(5)]
+    imitating = [learn(CURVE["AggreVaTeD"], FORK, seed, 50)[-1] for seed in range(5)]
     assert np.abs(np.array(imitating) - 0.5).max() < 0.05
-    surpassing = [learn(CURVE["D2LOLS"], FORK, seed, 100)[-1] for seed in range(10)]
+    surpassing = [learn(CURVE["D2LOLS"], FORK, seed, 50)[-1] for seed in range(10)]
     assert sum(reward > 0.95 for reward in surpassing) >= 8, surpassing
 
 
 @pytest.mark.slow
 def test_a_language_model_opens_a_lock_with_the_guide_and_not_without():
-    def final(algorithm, seed, **arguments):
+    def final(algorithm, seed, episodes, **arguments):
         env: Any = make_env(LOCK_ID, num_envs=128, vocab_size=10, length=6)
         torch.manual_seed(seed)
         config = GPT2Config(
@@ -172,15 +173,19 @@ def test_a_language_model_opens_a_lock_with_the_guide_and_not_without():
             device="cpu",
             **arguments,
         )
-        for _ in range(4):
-            agent.learn(total_episodes=128 * 40)
-            if expected_reward(policy, env.lock) > 0.9:
-                break
-        return expected_reward(policy, env.lock)
+        reward = 0.0
+        while reward <= 0.9 and agent.num_episodes < episodes:
+            agent.learn(total_episodes=128 * 20)
+            reward = expected_reward(policy, env.lock)
+        return reward, agent.num_episodes
 
-    assert final(PPO, 3) < 0.01
     # From some initial weights it takes longer, and from which depends on how a processor rounds.
-    assert any(final(AggreVaTeD, seed, beta=0.8) > 0.9 for seed in (3, 2, 1))
+    for seed in (3, 2, 1):
+        reward, episodes = final(AggreVaTeD, seed, 128 * 160, beta=0.8)
+        if reward > 0.9:
+            break
+    assert reward > 0.9
+    assert final(PPO, seed, episodes)[0] < 0.01, "from the same weights, in as many episodes"
 
 
 def test_curves_are_drawn_or_the_missing_extra_is_named(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The benchmark of speed compares like with like, and says what it measured."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import throughput
-from benchmarks.performance import measurement, peers, processes, scaling, training, workload
+from benchmarks.performance import environments, measurement, peers, processes, scaling, training, workload
 from benchmarks.performance.measurement import Measurement, measure
-from textgym.process import keep_freed_memory
+from textgym.process import importing, keep_freed_memory
 
 
 @pytest.fixture
@@ -23,6 +24,17 @@ def small(monkeypatch):
     monkeypatch.setattr(workload, "EPOCHS", 1)
     monkeypatch.setattr(workload.texts, "__defaults__", (16, *workload.texts.__defaults__[1:]))
     monkeypatch.setattr("agents.policy.language_model.compile_layers", lambda model: None)
+    monkeypatch.setattr(environments, "EPISODES", {1: 2, 16: 1})
+    monkeypatch.setattr(training, "MATRIX", 64)
+
+
+@pytest.fixture
+def short(small, monkeypatch):
+    """Completions of a few tokens."""
+    monkeypatch.setattr(workload, "NEW", 6)
+    for function in (workload.policy, workload.generate):
+        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], 6))
+    monkeypatch.setattr(scaling.measurements, "__defaults__", (4, 6))
 
 
 @pytest.mark.parametrize(
@@ -54,12 +66,12 @@ def test_ours_and_the_reference_take_turns_and_a_ratio_above_one_is_better(monke
     assert order == ["ours", "theirs"] * 4
 
 
-def test_figures_are_printed_and_written(small, tmp_path, monkeypatch, capsys):
+def test_figures_are_printed_and_written(short, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["throughput.py", "--only", "sample"])
     only = "env_vector_1,cartpole_vector_1,sample,update,iteration,mfu_update"
     figures = throughput.throughput(only, rounds=1, json_file=tmp_path / "it.json", page=tmp_path / "it.md")
     names = [figure["name"] for figure in figures]
-    assert {"env_vector_1", "env_vector_1024", "sample_full", "sample_early_stop_best", "update_best"} < {*names}
+    assert {"env_vector_1", "env_vector_16", "sample_full", "sample_early_stop_best", "update_best"} < {*names}
     assert {"iteration_ppo_separate_critic", "iteration_grpo_best", "iteration_ppo_plus_plus"} < {*names}
     assert {"iteration_aggrevated", "mfu_update"} < {*names}
     assert len({*names}) == len(names)
@@ -75,7 +87,7 @@ def test_figures_are_printed_and_written(small, tmp_path, monkeypatch, capsys):
     assert "iteration_aggrevated" in capsys.readouterr().out
 
 
-def test_a_llama_is_measured_where_a_model_is(small):
+def test_a_llama_is_measured_where_a_model_is(short):
     figures = throughput.throughput("env_single,sample_full,update,mfu", "llama", rounds=1)
     assert {figure["name"].split("_")[0] for figure in figures} == {"sample", "update"}
     assert {figure["settings"].split(",")[0] for figure in figures} == {"llama"}
@@ -168,7 +180,7 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
     assert pairs["peak_memory"].ours() < plain
 
 
-def test_scaling_is_measured_and_drawn(small, tmp_path, monkeypatch):
+def test_scaling_is_measured_and_drawn(short, tmp_path, monkeypatch):
     sweeps = {
         "texts": [{"rows": rows, "vocab_size": 64} for rows in (2, 4)],
         "parameters": [{"n_embd": width, "vocab_size": 64} for width in (16, 32)],
@@ -204,3 +216,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         for how in ("keep", "no")
     )
     assert kept < usual / 4
+
+
+def test_garbage_is_looked_for_after_imports_as_before():
+    try:
+        for change in (gc.disable, gc.enable):
+            change()
+            before = gc.isenabled()
+            with importing():
+                assert not gc.isenabled()
+            assert gc.isenabled() == before
+    finally:
+        gc.enable()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import IntEnum
-from functools import partial
+from functools import cache, partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal, Never
 
@@ -1055,10 +1055,13 @@ def _key(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8])
 
 
+_signature = cache(signature)  # it is read for every environment that is made
+
+
 def argument_names(environment: type) -> list[str]:
     """The names of all keyword arguments of an environment's class and its bases."""
     constructors = [vars(base)["__init__"] for base in environment.__mro__ if "__init__" in vars(base)]
-    parameters = [parameter for init in constructors for parameter in signature(init).parameters.values()]
+    parameters = [parameter for init in constructors for parameter in _signature(init).parameters.values()]
     return list(dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY))
 
 

@@ -180,7 +180,7 @@ def start_server() -> None:
     if sys.platform != "win32":
         from multiprocessing import forkserver
 
-        forkserver.set_forkserver_preload(["benchmarks.comparison.runner", "agents.evaluation", "textgym.metrics.base"])
+        forkserver.set_forkserver_preload(["benchmarks.comparison.preload"])
         with _without_interrupts():
             forkserver.ensure_running()
 

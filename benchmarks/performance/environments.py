@@ -10,22 +10,24 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from benchmarks.performance import workload
 from benchmarks.performance.measurement import Measurement
-from benchmarks.performance.workload import NEW, task, tokenizer
 from textgym.engine import TextVectorEnv
 from textgym.env import TextEnv
+
+EPISODES = {1: 100, 64: 60, 1024: 12}  # by the number of rows of a vector environment
 
 
 def environments() -> Iterator[Measurement]:
     """Steps of environments with random actions, resets included, without reward model and guide."""
-    arguments: Any = {"task": task(), "tokenizer": tokenizer()}
+    arguments: Any = {"task": workload.task(), "tokenizer": workload.tokenizer()}
     random = np.random.default_rng(0)
 
     def stepper(env: Any, episodes: int) -> Callable[[], float]:
         rows = getattr(env, "num_envs", None)
         env.reset(seed=0)
         upper = int((env.action_space if rows is None else env.single_action_space).n)
-        actions = random.integers(0, upper, (episodes * NEW, *(() if rows is None else (rows,))))
+        actions = random.integers(0, upper, (episodes * workload.NEW, *(() if rows is None else (rows,))))
 
         def steps() -> float:
             for action in actions:
@@ -41,7 +43,7 @@ def environments() -> Iterator[Measurement]:
 
     single = stepper(TextEnv(**arguments), 100)
     yield Measurement("env_single", "steps/s", single, stepper(sync(1), 50), "SyncVectorEnv")
-    for rows, episodes in ((1, 100), (64, 60), (1024, 12)):
+    for rows, episodes in EPISODES.items():
         ours = stepper(TextVectorEnv(rows, **arguments), episodes)
         reference = stepper(sync(rows), max(1, 40 // rows))
         yield Measurement(f"env_vector_{rows}", "steps/s", ours, reference, f"SyncVectorEnv of {rows}")

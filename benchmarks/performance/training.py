@@ -15,6 +15,8 @@ from benchmarks.performance.measurement import Measurement
 from benchmarks.performance.peers import PEERS, trl
 from textgym.precision import fast_dtype
 
+MATRIX = 2048  # the width of the matrices of `torch.mm`
+
 
 def sampling(family: str = "gpt2") -> Iterator[Measurement]:
     """Sampling of tokens with log-probabilities and values, beside `generate`, which returns neither."""
@@ -138,12 +140,12 @@ def utilisation() -> Iterator[Measurement]:
     flop = workload.EPISODES * workload.text_flop(workload.PROMPT + workload.NEW - 1, workload.NEW, **workload.SIZE)
 
     def products(dtype: torch.dtype) -> Callable[[], float]:
-        left, right = torch.randn(2, 2048, 2048).to(dtype)
+        left, right = torch.randn(2, MATRIX, MATRIX).to(dtype)
 
         def multiply() -> float:
             for _ in range(10):
                 torch.mm(left, right)
-            return 10 * 2 * 2048**3
+            return 10 * 2 * MATRIX**3
 
         return multiply
 

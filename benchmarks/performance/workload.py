@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from agents.advantages import gae, whiten
 from agents.policy import CausalLMPolicy
 from agents.ppo import ppo_loss, token_rewards
+from textgym.data.splits import Split
 from textgym.decoding import Decoding
 from textgym.engine import TextVectorEnv
 from textgym.guides.local import LocalGuide
@@ -50,7 +51,8 @@ def no_reward(*, completions: Sequence[str], **_: Any) -> np.ndarray:
 def task() -> Task:
     """Continue random words."""
     rows = [{"text": " ".join(f"w{token}" for token in prompt)} for prompt in texts(10 * EPISODES)]
-    return Task("workload", rows, "{text}", lambda row: (), PROMPT, NEW, no_reward, tokenizer=tokenizer)
+    split = Split.of(rows)  # hashed once, for any number of environments
+    return Task("workload", lambda *_: split, "{text}", lambda row: (), PROMPT, NEW, no_reward, tokenizer=tokenizer)
 
 
 def language_model(stops: bool = False, family: str = "gpt2", **size: Any) -> Any:
