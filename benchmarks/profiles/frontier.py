@@ -177,8 +177,8 @@ HALF_WAY = replace(
     # The longer step: what distillation leaves is no skill to lose (`HALF_WAY_SEARCH`).
     rows=rows(HALF, HALF_DISTILL) | {"distill-grpo": Row("grpo", GROUP, after=HALF_DISTILL)},
 )
-# Whether what is above at the end of that budget is above at twice as much, with steps that end at zero: with constant
-# ones the reward goes up and down by a tenth from one evaluation to the next (`HALF_WAY_CONSTANT`).
+# Whether what is above at the end of that budget is above at twice as much, with steps that become shorter: constant
+# ones let the reward go up and down by a tenth from one evaluation to the next (`HALF_WAY_CONSTANT`).
 EPISODES = {"ppo": 122_000, "grpo": 122_000, "rloo": 122_000, "grpo-rescue": 97_000, "distill-grpo": 71_000}
 LINEAR = {
     name: replace(row, arguments={**row.arguments, "lr_schedule": "linear", "schedule_episodes": EPISODES[name]})
