@@ -80,9 +80,8 @@ def run_all(
 
     require("report", "a benchmark's report", "jinja2", "sacrebleu")  # now, not after the runs
     console = Console(markup=False, emoji=False, highlight=False)  # names are shown as they are
-    with importing():
-        chosen = load_profile(profile)
-        own = dict(row_of(given) for given in algo)
+    chosen = load_profile(profile)
+    own = dict(row_of(given) for given in algo)
     if algos is not None:
         from agents import ALGORITHMS
 

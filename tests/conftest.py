@@ -6,13 +6,13 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; tests run beside each other, and so do their processes
+
 import gymnasium as gym
 import pytest
 
 import textgym
 from textgym.process import importing
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; tests run beside each other, and so do their processes
 
 with importing():
     import torch

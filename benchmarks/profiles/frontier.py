@@ -179,6 +179,7 @@ HALF_WAY = replace(
 )
 # Whether what is above at the end of that budget is above at twice as much, with steps that become shorter: constant
 # ones let the reward go up and down by a tenth from one evaluation to the next (`HALF_WAY_CONSTANT`).
+# A schedule is as long as the episodes that a row plays with that budget.
 EPISODES = {"ppo": 122_000, "grpo": 122_000, "rloo": 122_000, "grpo-rescue": 97_000, "distill-grpo": 71_000}
 LINEAR = {
     name: replace(row, arguments={**row.arguments, "lr_schedule": "linear", "schedule_episodes": EPISODES[name]})
@@ -258,7 +259,7 @@ HALF_WAY_SEARCH = Profile(
 HALF_WAY_CONSTANT = Profile(
     name="frontier-half-way-constant",
     source="mini",
-    tasks={"half-way-long": replace(HALF_WAY, tokens=3_000_000)},
+    tasks={"half-way-long": replace(HALF_WAY_LONG, rows=HALF_WAY.rows)},
     default=("grpo-rescue", "distill-grpo"),
 )
 

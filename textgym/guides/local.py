@@ -195,10 +195,7 @@ class LocalGuide:
         asked = [self.template.format(prompt=request.prompt) for request in requests]
         if self._model.config.is_encoder_decoder:
             prompts = own(asked, verbose=False)["input_ids"]
-            begun = [
-                encode_continuations(own, [text], [request.prefix])[0] if request.prefix else []
-                for text, request in zip(asked, requests, strict=True)
-            ]
+            begun = encode_continuations(own, asked, [request.prefix for request in requests])
             contexts = list(zip(prompts, begun, strict=True))
             positions -= len(decoder_start(self._model))
         else:

@@ -31,7 +31,8 @@ python benchmarks/run_all.py --profile benchmarks.profiles.frontier:HALF_WAY_SEA
 # half-way-long, with code of c423854 on a third machine; its start policy differs from that of half-way in its last digits. The rows
 # with a schedule, with that code and the profile of 505ab70. Before them both ran with constant steps: table.md of
 # ../frontier-half-way-constant, from runs of this profile as it was in c423854, now the profile HALF_WAY_CONSTANT.
-python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-long --algos start,distill
+python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-long \
+    --algos start,distill --seeds 2
 python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-long \
     --algos grpo-rescue,distill-grpo --seeds 2
 python benchmarks/run_all.py --profile benchmarks.profiles.frontier:HALF_WAY_CONSTANT --out benchmarks/results/frontier-half-way-constant
