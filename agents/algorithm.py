@@ -381,7 +381,7 @@ class Algorithm(ABC):
         """Draw reward, KL, lengths and the guide's share of the tokens by episodes (extra ``plots``).
 
         Returns:
-            A `matplotlib.figure.Figure`, which `savefig` writes.
+            A `matplotlib.figure.Figure`, which `savefig` writes and a notebook shows.
 
         Raises:
             ImportError: matplotlib is not installed.

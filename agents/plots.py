@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from io import BytesIO
+from typing import Any
 
 import numpy as np
 
 from textgym.packages import require
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+require("plots", "drawing", "matplotlib")
+
+from matplotlib.figure import Figure  # noqa: E402
 
 # Panels: their title, and the numbers of a record that they draw.
 PANELS = {
@@ -22,6 +24,15 @@ PANELS = {
 }
 
 
+class Picture(Figure):
+    """A figure that a notebook shows where it is the value of a cell, without ``%matplotlib inline``."""
+
+    def _repr_png_(self) -> bytes:
+        file = BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
 def plot_history(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draw what a history has, by episodes.
 
@@ -30,12 +41,8 @@ def plot_history(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
         title: Stands above the picture.
 
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: The history is empty.
     """
-    require("plots", "drawing", "matplotlib")
-    from matplotlib.figure import Figure
-
     if not history:
         raise ValueError("history is empty: nothing has been learned yet")
     records = [{**record, "guide_share": _guide_share(record)} for record in history]
@@ -45,7 +52,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
         if name != "loss" or not any("reward" in record for record in records)
     }
     panels = {name: keys for name, keys in panels.items() if keys}
-    figure = Figure(figsize=(3.4 * len(panels), 3), layout="constrained")
+    figure = Picture(figsize=(3.4 * len(panels), 3), layout="constrained")
     figure.suptitle(title)
     for axes, (name, keys) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         for key in keys:

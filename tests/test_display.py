@@ -8,6 +8,7 @@ import re
 import gymnasium as gym
 import pandas
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from rich.console import Console
 
 from agents import PPOPlusPlus, TabularPolicy
@@ -60,6 +61,8 @@ def test_the_picture_has_what_the_history_has(agent):
     ]
     rewards = next(line for line in figure.axes[0].lines if line.get_label() == "reward")
     assert rewards.get_ydata().tolist() == [record["reward"] for record in agent.history]
+    shown, _ = InteractiveShell().display_formatter.format(figure)
+    assert shown["image/png"].startswith(b"\x89PNG"), "a notebook shows it without `%matplotlib inline`"
 
 
 def test_an_agent_says_what_it_is(agent):
