@@ -318,6 +318,26 @@ def test_environments(id):
         assert f"``{field.name}``" in page
 
 
+@pytest.mark.parametrize("id", IDS)
+def test_a_string_ends_the_texts_of_a_vocabulary_without_letters(id):
+    whole, ended, never = (make_env(id, num_envs=32, parking=True, stop=stop) for stop in ([], ["1"], ["\n"]))
+    words = sorted({*whole.tokenizer.get_vocab().values()} - {*whole.tokenizer.all_special_ids})
+    actions = np.random.default_rng(0).choice(words, (whole.max_new_tokens, 32))
+    texts = []
+    for env in (whole, ended, never):
+        env.reset(seed=0)
+        found = np.full(32, None)
+        for tokens in actions:
+            *_, infos = env.step(tokens)  # rows that are parked ignore theirs
+            found = np.where(infos.get("_text", False), infos.get("text"), found)
+            if all(text is not None for text in found):
+                break
+        texts.append(found.tolist())
+    assert texts[2] == texts[0]
+    assert texts[1] == [text.split("1")[0] for text in texts[0]]
+    assert any("1" in text for text in texts[0])
+
+
 @pytest.mark.parametrize("make", [gym.make, gym.make_vec])
 @pytest.mark.parametrize(
     ("id", "name", "meant"),

@@ -746,11 +746,10 @@ class StopCriteria:
         if not self._strings:
             return np.zeros(tokens.shape, bool)
         new = np.unique(tokens[self._near[tokens] < 0]).tolist()
-        # After a letter, because decoded alone some tokens lose a leading space.
-        letter = encode(self._tokenizer, ["a"])[0] if new else []
-        start, *texts = decode(self._tokenizer, [letter, *([*letter, token] for token in new)])
+        # Twice, because at the beginning of a text some tokens lose a leading space.
+        texts = decode(self._tokenizer, [[token, token] for token in new])
         last = {string[-1] for string in self._strings} | {"\ufffd"}
-        self._near[new] = [not last.isdisjoint(text[len(start) :]) for text in texts]
+        self._near[new] = [not last.isdisjoint(text) for text in texts]
         return self._near[tokens] > 0
 
     def _hold_strings(self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]) -> list[bool]:
