@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from agents.algorithm import check_guide
 from agents.environments import learning_env
 from agents.group import check_rescue, dead, rescue
 from agents.policy import CausalLMPolicy
@@ -77,8 +78,8 @@ class GroupRollouts:
             raise ValueError("env must be made without handoff=True: the model of GRPOTrainer has no such action")
         if not isinstance(self.env.guidance, Guidance):
             raise ValueError("env must have the same guidance in all rows, which a group shares")
-        if self.dead_groups == "rescue" and self.env.guide is None:
-            raise ValueError('env must have a guide for dead_groups="rescue", got guide=None')
+        if self.dead_groups == "rescue":
+            check_guide(self.env, 'dead_groups="rescue"')
         self._samples: dict[str, list[int]] = {}
         for sample, prompt in enumerate(prompt_dataset(self.env)["prompt"]):
             self._samples.setdefault(_text(prompt), []).append(sample)

@@ -315,7 +315,7 @@ def test_rollouts_that_cannot_be_played_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a multiple of num_generations=3: a group has one start, in one process"):
         GroupRollouts(env, args)
     args.num_generations = 4
-    with pytest.raises(ValueError, match='env must have a guide for dead_groups="rescue"'):
+    with pytest.raises(ValueError, match='env must have a guide that can start texts for dead_groups="rescue"'):
         GroupRollouts(gym.make("textgym/CommonGen-v0"), args, dead_groups="rescue")
     with pytest.raises(ValueError, match=r"rescue_fractions must be ascending numbers in \(0, 1\]"):
         GroupRollouts(env, args, rescue_fractions=(0.5, 0.25))
