@@ -223,7 +223,12 @@ def test_the_report_has_every_row_with_pass_at_1_and_the_largest_k(out, records)
 def test_every_row_of_the_frontier_can_begin():
     """With its own arguments, in an environment of its task with few problems, from a small start model."""
     profile = load_profile("frontier")
+    begun = []
     for (name, _), job in resolve(profile, None, {}).items():
+        row = job.row, job.before and job.before.row, {**job.task.env, "guide_accuracy": None}
+        if row in begun:  # half-way's tasks have most of them in common
+            continue
+        begun.append(row)
         count = 128 if name.startswith("half-way") else 16  # of whose texts one in 64 can be learned
         small = {"train_problems": count, "test_problems": count}
         shape = replace(job.task.language_model, n_embd=16, n_layer=1, n_head=2)

@@ -44,7 +44,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", SNIPPETS)
+@pytest.mark.parametrize("name", [name for name, snippet in SNIPPETS.items() if "evaluate_policy" not in snippet])
 def test_a_snippet_runs_by_itself(name, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     snippet = re.sub(MODELS, repr(str(model)), SNIPPETS[name])
@@ -62,6 +62,15 @@ def test_the_first_agent_of_the_readme_opens_its_lock_with_the_guide_alone(capsy
     alone, guided = capsys.readouterr().out.splitlines()
     assert alone == "None 0.0"
     assert float(guided.removeprefix("adaback ")) > 0.95
+
+
+@pytest.mark.slow
+def test_ppo_of_stable_baselines3_raises_the_reward_as_the_readme_says(capsys, monkeypatch):
+    (snippet,) = [snippet for snippet in SNIPPETS.values() if "evaluate_policy" in snippet]
+    monkeypatch.chdir(ROOT)
+    exec(snippet, {})
+    before, after = map(float, capsys.readouterr().out.split())
+    assert after > before + 0.02
 
 
 def test_every_test_that_a_page_names_is_there():

@@ -177,16 +177,39 @@ HALF_WAY = replace(
     # The longer step: what distillation leaves is no skill to lose (`HALF_WAY_SEARCH`).
     rows=rows(HALF, HALF_DISTILL) | {"distill-grpo": Row("grpo", GROUP, after=HALF_DISTILL)},
 )
-# Whether what is above at the end of that budget is above at twice as much, with steps that become shorter: constant
-# ones let the reward go up and down by a tenth from one evaluation to the next (`HALF_WAY_CONSTANT`).
-# A schedule is as long as the episodes that a row plays with that budget.
-EPISODES = {"ppo": 122_000, "grpo": 122_000, "rloo": 122_000, "grpo-rescue": 97_000, "distill-grpo": 71_000}
-LINEAR = {
-    name: replace(row, arguments={**row.arguments, "lr_schedule": "linear", "schedule_episodes": EPISODES[name]})
-    for name, row in HALF_WAY.rows.items()
-    if name in EPISODES
-}
-HALF_WAY_LONG = replace(HALF_WAY, tokens=3_000_000, rows={**HALF_WAY.rows, **LINEAR})
+
+
+def falling(task: TaskProfile, episodes: Mapping[str, int]) -> dict[str, Row]:
+    """A task's rows, some with steps that fall linearly to zero.
+
+    Args:
+        task: Whose rows.
+        episodes: Those that each of the rows plays with the task's budget of tokens, so long is its schedule.
+    """
+    steps = {name: {"lr_schedule": "linear", "schedule_episodes": number} for name, number in episodes.items()}
+    return {name: replace(row, arguments={**row.arguments, **steps.get(name, {})}) for name, row in task.rows.items()}
+
+
+# Constant steps let the reward go up and down by a tenth from one evaluation to the next (`HALF_WAY_CONSTANT`).
+HALF_WAY_LONG = replace(
+    HALF_WAY,
+    tokens=3_000_000,
+    rows=falling(HALF_WAY, {"ppo": 122_000, "grpo-rescue": 97_000, "distill-grpo": 71_000}),
+)
+# The start policy has imitated a guide that is right less often, and never succeeds.
+WEAK = replace(
+    HALF_WAY,
+    env={**HALF_WAY.env, "guide_accuracy": 0.65},
+    tokens=4_000_000,
+    # Of a batch with a single success the scale "batch" makes a step that destroys the policy.
+    rows={**HALF_WAY.rows, "grpo": Row("grpo", {**GROUP, "scale": "group"})},
+)
+HALF_WAY_WEAK = replace(
+    WEAK,
+    rows=falling(
+        WEAK, {"ppo": 108_000, "grpo": 108_000, "rloo": 108_000, "grpo-rescue": 120_000, "distill-grpo": 98_000}
+    ),
+)
 
 FRONTIER = Profile(
     name="frontier",
@@ -195,6 +218,7 @@ FRONTIER = Profile(
         "parities": PARITIES,
         "half-way": HALF_WAY,
         "half-way-long": HALF_WAY_LONG,
+        "half-way-weak": HALF_WAY_WEAK,
         "fork": FORK,
         "countdown": COUNTDOWN,
         "star-graph": STAR_GRAPH,
