@@ -225,10 +225,10 @@ def test_every_row_of_the_frontier_can_begin():
     profile = load_profile("frontier")
     begun = []
     for (name, _), job in resolve(profile, None, {}).items():
-        row = job.row, job.before and job.before.row, {**job.task.env, "guide_accuracy": None}
-        if row in begun:  # half-way's tasks have most of them in common
+        settings = job.row, job.before and job.before.row, {**job.task.env, "guide_accuracy": None}
+        if settings in begun:  # half-way's tasks have most of them in common
             continue
-        begun.append(row)
+        begun.append(settings)
         count = 128 if name.startswith("half-way") else 16  # of whose texts one in 64 can be learned
         small = {"train_problems": count, "test_problems": count}
         shape = replace(job.task.language_model, n_embd=16, n_layer=1, n_head=2)
