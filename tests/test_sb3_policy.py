@@ -19,10 +19,13 @@ import torch
 from conftest import ENV_ID, HORIZON, PROMPT_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.policy import CausalLMPolicy
 from agents.sb3 import (
+    LANGUAGE_MODEL_DEFAULTS,
     CausalLMActorCriticPolicy,
     KLPenalty,
     MaskableCausalLMActorCriticPolicy,
@@ -439,3 +442,22 @@ def test_kl_penalty_is_part_of_rewards_and_returns(make_policy, make_envs, make_
         expected[:, step] = advantage
     np.testing.assert_allclose(buffer.advantages.reshape(rows, steps), expected, atol=1e-5)
     assert starts[:, 1:-1].any(), "episodes ended on the way"
+
+
+def test_ppo_learns_with_a_language_model(make_policy, make_envs):
+    envs = make_envs(32)
+    model = stable_baselines3.PPO(
+        CausalLMActorCriticPolicy,
+        envs,
+        n_steps=HORIZON,
+        batch_size=8 * HORIZON,
+        seed=0,
+        device="cpu",
+        policy_kwargs={"model": make_policy()},
+        **{**LANGUAGE_MODEL_DEFAULTS, "learning_rate": 3e-3},  # for some thousand parameters
+    )
+
+    before, _ = evaluate_policy(model, VecMonitor(envs), n_eval_episodes=128, deterministic=False)
+    model.learn(15 * HORIZON * 32)
+    after, _ = evaluate_policy(model, VecMonitor(envs), n_eval_episodes=128, deterministic=False)
+    assert after > before + 0.3
