@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from agents.ppo_plus_plus import PPOPlusPlus
     from agents.prefix_rft import PrefixRFT
     from agents.reinforce import REINFORCE
+    from agents.relift import ReLIFT
     from agents.rloo import RLOO
     from agents.supervised import SL
     from agents.uft import UFT
@@ -54,6 +55,7 @@ _ALGORITHMS = {
     "LUFFY": "luffy",
     "PrefixRFT": "prefix_rft",
     "HPT": "hpt",
+    "ReLIFT": "relift",
     "PAV": "pav",
     "OnPolicyDistillation": "on_policy_distillation",
     "GKD": "gkd",
@@ -92,6 +94,7 @@ __all__ = [
     "PPOPlusPlus",
     "Policy",
     "PrefixRFT",
+    "ReLIFT",
     "Seq2SeqPolicy",
     "TabularPolicy",
     "VinePPO",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -54,6 +54,12 @@ def encode_examples(
     ]
 
 
+def encode_written(env: TextVectorEnv, split: Split, pairs: Sequence[tuple[int, list[int]]]) -> list[Example]:
+    """Texts that a guide wrote, as it wrote them, after the prompts of a split's rows."""
+    prompts = env.encode_prompts([env.task.prompt_of(split.rows[index]) for index, _ in pairs])
+    return [Example(prompt_ids, ids) for (_, prompt_ids), (_, ids) in zip(prompts, pairs, strict=True)]
+
+
 def collate(
     examples: Sequence[Example], pad_token_id: int, prompt_columns: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,6 +97,39 @@ def supervised_loss(policy: Policy, examples: Sequence[Example], pad_token_id: i
     input_ids, attention_mask, columns = (tensor.to(policy.device) for tensor in batch)
     log_probs = policy.evaluate_actions(input_ids, attention_mask, columns, values_of=None).log_probs
     return -log_probs.sum() / (columns >= 0).sum()
+
+
+def supervised_step(
+    algorithm: Algorithm,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    max_grad_norm: float,
+    parts: int = 1,
+) -> torch.Tensor:
+    """Take a gradient step on texts, divided among processes, and return the loss before it.
+
+    Args:
+        algorithm: Whose policy learns, inside its `learning`.
+        optimizer: Takes the step, of `algorithm.trainable`.
+        examples: The texts.
+        max_grad_norm: Maximum norm of the gradient, which is scaled down to it.
+        parts: Number of passes, to save memory; the gradient is the same.
+    """
+    accelerator, total = algorithm.accelerator, torch.zeros((), device=algorithm.policy.device)
+    size, targets = -(-len(examples) // parts), num_targets(examples)
+    optimizer.zero_grad()
+    for part in (examples[at : at + size] for at in range(0, len(examples), size)):
+        texts, weight = share_of_loss(accelerator, part)
+        weight *= num_targets(texts) / targets
+        loss = weight * supervised_loss(algorithm.learner, texts, algorithm.env.pad_token_id)
+        loss.backward()
+        total = total + loss.detach()
+    total = reduce(accelerator, total)
+    algorithm.check_finite("loss", total)
+    reduce_gradients(accelerator, algorithm.trainable)
+    algorithm.check_finite("gradient norm", clip_gradients(algorithm.trainable, max_grad_norm))
+    optimizer.step()
+    return total
 
 
 def rewards_of(env: TextVectorEnv, pairs: Sequence[tuple[int, list[int]]]) -> list[float]:
@@ -287,17 +326,7 @@ class SL(Algorithm):
 
     def update(self, batch: list[Example]) -> torch.Tensor:
         """Take a gradient step, divided among processes, and return the loss before it."""
-        texts, weight = share_of_loss(self.accelerator, batch)
-        weight *= num_targets(texts) / num_targets(batch)
-        loss = weight * supervised_loss(self.learner, texts, self.env.pad_token_id)
-        self.optimizer.zero_grad()
-        loss.backward()
-        loss = reduce(self.accelerator, loss.detach())
-        self.check_finite("loss", loss)
-        reduce_gradients(self.accelerator, self.trainable)
-        self.check_finite("gradient norm", clip_gradients(self.trainable, self.max_grad_norm))
-        self.optimizer.step()
-        return loss
+        return supervised_step(self, self.optimizer, batch, self.max_grad_norm)
 
     def schedule(self, progress: float) -> float:
         """The step size, as a fraction of its peak, at a fraction of the schedule: linear rise, then linear decay."""
@@ -391,15 +420,12 @@ class SL(Algorithm):
         return [(sample, list(ids)) for sample, ids in dict.fromkeys(kept)]
 
     def encode(self, split: Split, pairs: Sequence[Pair]) -> list[Example]:
-        """Encode pairs of a split; what the guide wrote is learned as it wrote it."""
-        env = self.env
-        prompts = env.encode_prompts([env.task.prompt_of(split.rows[index]) for index, _ in pairs])
-        texts = [text for _, text in pairs if isinstance(text, str)]
-        written = [text for _, text in pairs if not isinstance(text, str)]
-        if texts:  # then all are references
-            examples = encode_examples(env, prompts, texts)
+        """Encode pairs of a split."""
+        if self.targets == "guide":
+            examples = encode_written(self.env, split, cast("Sequence[tuple[int, list[int]]]", pairs))
         else:
-            examples = [Example(ids, line) for (_, ids), line in zip(prompts, written, strict=True)]
+            prompts = self.env.encode_prompts([self.env.task.prompt_of(split.rows[index]) for index, _ in pairs])
+            examples = encode_examples(self.env, prompts, [cast(str, text) for _, text in pairs])
         if self.loss_on == "text":  # nothing predicts the first token
             examples = [Example(context[:1], context[1:] + target) for context, target in examples]
         return examples

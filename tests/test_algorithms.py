@@ -47,6 +47,7 @@ VARIANTS = {
     "grpo in mixed groups": ("grpo", {"curriculum": "mixed", "baseline": "start", "guide_loss": "clipped"}),
     "ppo that imitates": ("ppo", {"curriculum": "uniform", "guide_loss": "likelihood", "critic": "separate"}),
     "guided grpo": ("grpo", {"beta": 1.0, "lr_schedule": "linear", "schedule_episodes": 64}),
+    "relift with a small buffer": ("relift", {"buffer_size": 3, "success": 0.8, "group_size": 4}),
     "opd of whole texts, with reward": ("opd", {"gamma": 1.0, "reward_coef": 0.5, "n_epochs": 2}),
     "vine-ppo with a hand-off": ("vine-ppo", {"kl_penalty": "reward", "tokens_per_step": 2, "rollouts_per_state": 3}),
 }

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import ALGORITHMS, GRPO, HPT, LUFFY, PPO, RLOO, UFT, PPOPlusPlus, PrefixRFT, TabularPolicy
+from agents import ALGORITHMS, GRPO, HPT, LUFFY, PPO, RLOO, UFT, PPOPlusPlus, PrefixRFT, ReLIFT, TabularPolicy
 from agents.curriculum import Mixed, Stages
 from agents.environments import make_env
 from agents.guide_loss import Clipped, GuideLoss, Likelihood, Shaped, Uncertain
@@ -230,15 +230,15 @@ def test_failed_groups_imitate_and_others_do_not():
     assert agent.num_episodes == 32 + int(agent.failed.sum())
 
 
-@pytest.mark.parametrize("algorithm", [UFT, LUFFY, PrefixRFT, HPT])
+@pytest.mark.parametrize("algorithm", [UFT, LUFFY, PrefixRFT, HPT, ReLIFT])
 def test_guide_tokens_open_a_lock_that_grpo_does_not(algorithm):
     def opened(algorithm, **arguments):
         agent = lock_agent(algorithm, rows=64, group_size=8, env={"vocab_size": 12, "length": 6}, **arguments)
         return agent.learn(total_episodes=64 * 60).history[-1].get("reward_without_prefix", agent.history[-1]["reward"])
 
     assert opened(GRPO) < 0.05
-    settings = {"curriculum": {"name": "cosine", "iterations": 40}} if algorithm is UFT else {}
-    assert opened(algorithm, **settings) > 0.8
+    settings = {UFT: {"curriculum": {"name": "cosine", "iterations": 40}}, ReLIFT: {"buffer_size": 8}}
+    assert opened(algorithm, **settings.get(algorithm, {})) > 0.8
 
 
 def test_dead_groups_that_imitate_are_not_dropped():
@@ -301,5 +301,5 @@ def test_wrong_guide_losses_are_refused(algorithm, arguments, message):
 def test_one_loss_serves_several_algorithms():
     kind = Shaped(gamma=0.2)
     assert GuideLoss.of(kind) == kind == GuideLoss.of({"name": "shaped", "gamma": 0.2})
-    assert {"uft", "luffy", "prefix-rft", "hpt"} <= set(ALGORITHMS)
+    assert {"uft", "luffy", "prefix-rft", "hpt", "relift"} <= set(ALGORITHMS)
     assert lock_agent(RLOO, group_size=4, curriculum=Stages((0.5,)), guide_loss=kind).learn(total_episodes=32).history

@@ -61,6 +61,7 @@ def rows(guide: Mapping[str, Any], distill: Row) -> dict[str, Row]:
         "luffy": Row("luffy", {"group_size": 8}, env=guide),
         "prefix-rft": Row("prefix-rft", {"group_size": 8, "curriculum": FADING}, env=guide),
         "hpt": Row("hpt", GROUP, env=guide),
+        "relift": Row("relift", {"min_reward": 1.0}, env=guide),
         "pav": Row("pav", {"group_size": 8, "kl_coef": 0.0, "tokens_per_step": 12}, env=guide),
         # A policy that succeeds loses what it knows in longer steps; this one was searched for GRPO alone.
         "distill-grpo": Row("grpo", {**GROUP, "learning_rate": 1e-5}, after=distill),
@@ -205,7 +206,14 @@ HALF_WAY_WEAK = replace(
     rows=falling(
         # With the scale "batch" plain GRPO loses on half-way what little success the start has.
         {**HALF_WAY.rows, "grpo": Row("grpo", {**GROUP, "scale": "group"})},
-        {"ppo": 108_000, "grpo": 108_000, "rloo": 108_000, "grpo-rescue": 120_000, "distill-grpo": 98_000},
+        {
+            "ppo": 108_000,
+            "grpo": 108_000,
+            "rloo": 108_000,
+            "grpo-adaback": 120_000,
+            "grpo-rescue": 120_000,
+            "distill-grpo": 98_000,
+        },
     ),
 )
 
