@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agents.hpt import HPT
     from agents.lols import D2LOLS, LOLS
     from agents.luffy import LUFFY
+    from agents.mentor import MENTOR
     from agents.on_policy_distillation import OnPolicyDistillation
     from agents.pav import PAV
     from agents.policy import CausalLMPolicy, LanguageModelPolicy, Policy, Seq2SeqPolicy
@@ -56,6 +57,7 @@ _ALGORITHMS = {
     "PrefixRFT": "prefix_rft",
     "HPT": "hpt",
     "ReLIFT": "relift",
+    "MENTOR": "mentor",
     "PAV": "pav",
     "OnPolicyDistillation": "on_policy_distillation",
     "GKD": "gkd",
@@ -80,6 +82,7 @@ __all__ = [
     "HPT",
     "LOLS",
     "LUFFY",
+    "MENTOR",
     "PAV",
     "PPO",
     "REINFORCE",

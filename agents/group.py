@@ -38,10 +38,10 @@ class GroupPolicyGradient(PolicyGradient):
     group_size: int = 4
     """k, the number of texts of a group, which have the same prompt and, without a curriculum, the same prefix."""
     baseline: Literal["group", "start", "unguided"] = "group"
-    """Whose returns are a text's baseline, where a curriculum gives a prefix to some texts of a group: those of the
-    "group" (LUFFY, Yan et al. 2025, arXiv 2504.14945); of the texts of the group with the same prefix, "start", so that
-    a start is not credited with being easy; or of those without prefix, "unguided", where texts with one learn only
-    from a higher return (MENTOR, arXiv 2510.04140). A text with nobody to compare with has the advantage 0."""
+    """Whose returns are a text's baseline, where the guide helps with some texts of a group: those of the "group"
+    (LUFFY, Yan et al. 2025, arXiv 2504.14945); of the texts of the group with the same prefix, "start", so that a start
+    is not credited with being easy; or of those without prefix and guide, "unguided", where the others learn only from
+    a higher return (MENTOR, arXiv 2510.04140). A text with nobody to compare with has the advantage 0."""
     beta: float = 0.0
     """Probability that a group starts from a guide's prefix, cut as in PPO++; 0 needs no guide."""
 
@@ -203,17 +203,18 @@ class GroupPolicyGradient(PolicyGradient):
     def relative(self, rollout: Rollout, returns: torch.Tensor, leave_one_out: bool) -> torch.Tensor:
         """Returns (groups, k) minus their `baseline`, a mean over other texts and, unless `leave_one_out`, the text."""
         starts = rollout.prefix_length.view_as(returns)
+        helped = (starts > 0) | rollout.guided.any(1).view_as(returns)
         if self.baseline == "start":  # prefixes of one length are equal: they are cut from one text
             members = starts[:, :, None] == starts[:, None, :]
         else:
-            members = (starts[:, None, :] == 0) | (self.baseline == "group")
+            members = ~helped[:, None, :] | (self.baseline == "group")
             members = members.expand(-1, self.group_size, -1)
         if leave_one_out:
             members = members & ~torch.eye(self.group_size, dtype=torch.bool, device=returns.device)
         count = members.sum(2)
         advantages = returns - (members * returns[:, None, :]).sum(2) / count.clamp(min=1)
         if self.baseline == "unguided":
-            advantages = torch.where(starts > 0, advantages.clamp(min=0), advantages)
+            advantages = torch.where(helped, advantages.clamp(min=0), advantages)
         return advantages.masked_fill(count == 0, 0)
 
 

@@ -40,6 +40,8 @@ class Rollout:
             (whatever the decoding was); zero elsewhere.
         values: float32 (N, T), of the state before each decision if the policy continues; zero elsewhere, and where
             they were not recorded.
+        entropies: float32 (N, T), of the policy's distribution of each token that it wrote, in nats; zero elsewhere,
+            and where no guidance depends on them.
         rewards: float32 (N,), the task's reward of each whole text.
         prefix_length: int64 (N,), number of tokens before the policy's first.
         policy_tokens: int64 (N,).
@@ -58,6 +60,7 @@ class Rollout:
     handoffs: torch.Tensor
     log_probs: torch.Tensor
     values: torch.Tensor
+    entropies: torch.Tensor
     rewards: torch.Tensor
     prefix_length: torch.Tensor
     policy_tokens: torch.Tensor
@@ -188,7 +191,9 @@ def collect(
         # The last reset of a sequential pass can leave rows without a sample.
         live = np.flatnonzero(sample_ids != NO_SAMPLE)
         sampler, lengths = _sampler(env, policy, observation, info["parked"], seeds, decoding, values)
-        actions = np.zeros(env.num_envs, np.int64)
+        actions, entropies = np.zeros(env.num_envs, np.int64), None
+        if env.watches_entropy:
+            entropies = np.zeros(env.num_envs)
         # Only tokens are copied from the device at every step.
         rows: list[np.ndarray] = []
         columns: list[np.ndarray] = []
@@ -200,7 +205,9 @@ def collect(
                 columns.append(lengths[sampler.rows])
                 lengths[sampler.rows] += 1
                 actions[sampler.rows] = samples[-1].tokens.cpu().numpy()
-            observation, rewards, terminations, _, info = env.step(actions)
+                if entropies is not None:
+                    entropies[sampler.rows] = cast("Tensor", samples[-1].entropies).cpu().numpy()
+            observation, rewards, terminations, _, info = env.step(actions, entropies)
             if terminations[live].all():
                 break
             if "handed_back" not in info:
@@ -209,7 +216,7 @@ def collect(
                 sampler, lengths = _sampler(env, policy, observation, info["parked"], seeds, decoding, values)
 
     shape = (env.num_envs, env.max_new_tokens)
-    log_probs, state_values = torch.zeros(2, *shape, device=policy.device)
+    log_probs, state_values, token_entropies = torch.zeros(3, *shape, device=policy.device)
     handoffs = torch.zeros(shape, dtype=torch.bool, device=policy.device)
     if samples:
         where = tuple(torch.from_numpy(np.concatenate(part)).to(policy.device) for part in (rows, columns))
@@ -217,6 +224,13 @@ def collect(
         handoffs[where] = torch.cat([sample.tokens for sample in samples]) == env.vocab_size
         if values:
             state_values[where] = torch.cat([cast("Tensor", sample.values) for sample in samples]).float()
+
+        if entropies is not None:
+            token_entropies[where] = torch.cat([cast("Tensor", sample.entropies) for sample in samples]).float()
+            # Where the guide wrote instead, the policy's token was dropped.
+            dropped = ~handoffs & (torch.from_numpy(info["authors"]).to(policy.device) != int(Author.POLICY))
+            for recorded in (log_probs, state_values, token_entropies):
+                recorded.masked_fill_(dropped, 0)
 
     def tensor(array: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array[live]).to(policy.device, dtype)
@@ -229,6 +243,7 @@ def collect(
         handoffs=handoffs[live],
         log_probs=log_probs[live],
         values=state_values[live],
+        entropies=token_entropies[live],
         rewards=tensor(rewards, torch.float32),
         prefix_length=tensor(info["prefix_length"], torch.int64),
         policy_tokens=tensor(info["policy_tokens"], torch.int64),
@@ -260,6 +275,7 @@ def _sampler(
         values=values,
         max_new_tokens=env.max_new_tokens,
         prefix_lengths=lengths,
+        **({"entropies": True} if env.watches_entropy else {}),
     )
     sampler.keep(~parked[sampler.rows])
     return sampler, lengths.copy()  # the sampler keeps its own

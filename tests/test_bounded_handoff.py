@@ -233,3 +233,85 @@ def test_a_guided_stretch_is_imitated_and_the_policy_then_knows_it():
 def test_wrong_bounds_are_refused(guidance, message):
     with pytest.raises(ValueError, match=message):
         Guidance(**guidance)
+
+
+def unsure(threshold, tokens=1):
+    return Guidance(handoff_prob=1, handoff_entropy=threshold, handoff_tokens=tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_who_is_uncertain_is_helped_as_often_as_the_closed_form_says(tokens):
+    rows, threshold = 8192, 1.1
+    agent = lock_agent(PPO, rows, unsure(threshold, tokens))
+    rollout = agent.play()
+    ((ending, _),) = agent.env.lock.endings
+    probs = agent.policy.logits.detach().double().softmax(-1)[:5]
+    entropy = -(probs * probs.log()).sum(-1)
+    asked = (entropy / threshold).clamp(max=1)
+    assert asked.min() > 0.1
+    assert (asked == 1).any(), "some states must always be the guide's"
+    # value[t]: the probability that the rest of the text is right, from the state after t right tokens
+    value = torch.ones(5 + tokens, dtype=torch.float64)
+    for at in reversed(range(5)):
+        helped = 0.9 ** min(tokens, 5 - at) * value[at + tokens]
+        value[at] = asked[at] * helped + (1 - asked[at]) * probs[at, ending[at]] * value[at + 1]
+    solved = rollout.rewards == 1
+    assert stats.binomtest(int(solved.sum()), rows, float(value[0])).pvalue > 1e-3
+    first = rollout.authors[:, 0] == GUIDE_WROTE
+    assert stats.binomtest(int(first.sum()), rows, float(asked[0])).pvalue > 1e-3
+
+    texts = rollout.input_ids, rollout.attention_mask
+    now = agent.policy.evaluate_actions(*texts, rollout.columns(rollout.body))
+    assert torch.equal(rollout.decisions, rollout.body), "what the environment decides is no action of the policy"
+    for recorded, evaluated in ((rollout.log_probs, now.log_probs), (rollout.entropies, now.entropy)):
+        torch.testing.assert_close(recorded, evaluated)
+        assert (recorded[~rollout.body] == 0).all()
+
+
+def test_uncertain_language_models_are_helped_row_by_row(make_env, make_policy):
+    policy = make_policy()
+
+    def played(rows):
+        env = make_env(len(range(16)[rows]), guide=GUIDE)
+        # Guidance of its own for each row: every second one is left alone.
+        guidance = [unsure(6.0) if row % 2 else Guidance() for row in range(16)[rows]]
+        seeds, resets = hash64(1, np.arange(16))[rows], list(range(1, 17))[rows]
+        return collect(env, policy, seeds=seeds, reset_seed=resets, options={"guidance": guidance})
+
+    whole = played(slice(None))
+    helped = whole.guided.any(1)
+    assert helped[1::2].any()
+    assert not helped[::2].any()
+    now = policy.evaluate_actions(whole.input_ids, whole.attention_mask, whole.columns(whole.body))
+    torch.testing.assert_close(whole.entropies, now.entropy, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole.log_probs, now.log_probs, atol=1e-4, rtol=1e-4)
+    for rows in (slice(1, 2), slice(3, 8)):
+        part = played(rows)
+        assert torch.equal(part.input_ids, whole.input_ids[rows])
+        torch.testing.assert_close(part.entropies, whole.entropies[rows], atol=1e-5, rtol=1e-4)
+
+
+def test_a_single_environment_is_told_the_entropy():
+    env = gym.make(ENV_ID, guide=GUIDE, guidance=unsure(1.0, tokens=2))
+    env.reset(seed=0)
+    for wrong in ({}, {"entropy": -1.0}, {"entropy": float("nan")}):
+        with pytest.raises(ValueError, match=r"entropies must be numbers of at least 0 of shape \(1,\) in nats"):
+            env.unwrapped.step(21, **wrong)
+    authors, over, entropies = "", False, (0.0, 5.0)
+    while not over:
+        _, _, over, _, info = env.unwrapped.step(21, entropy=entropies[len(authors) % 3 == 1])
+        authors += "p" if len(authors) % 3 != 1 else "gg"
+    assert info["authors"].tolist() == authors_of(authors)[:HORIZON]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        ({"handoff_entropy": 0}, "Guidance.handoff_entropy must be None or a number above 0, in nats, got 0"),
+        ({"handoff_entropy": 1.0, "handoff_rate": 0.5}, "handoff_rate and Guidance.handoff_entropy exclude each other"),
+        ({"handoff_entropy": 1.0, "no_body_prob": 0.5}, "no_body_prob must be 0 with a handoff_entropy, got 0.5"),
+    ],
+)
+def test_wrong_entropies_are_refused(guidance, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**guidance)

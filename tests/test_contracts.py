@@ -113,6 +113,7 @@ GUIDANCE = {
     "restart_fraction": [-1, 2, "a", (0.9, 0.1)],
     "handoff_length": [-1, 1.5, (3, 1), "2"],
     "handoff_rate": [0, 2, "a", NAN],
+    "handoff_entropy": [0, -1, "a", NAN],
     "handoff_tokens": [0, 1.5, "2"],
     "text_seed": [-1, 1.5, "a"],
 }

@@ -249,6 +249,7 @@ LEARNERS = {
     "grpo": {"curriculum": "adaback"},
     "rloo": {"beta": 1.0, "dead_groups": "resample", "resamplings": 1},
     "hpt": {"success": 0.9, "group_size": 4},
+    "mentor": {"group_size": 4, "guided_texts": 2},
     "relift": {"success": 0.9, "group_size": 4, "buffer_size": 2},
     "prefix-rft": {"group_size": 4, "dead_groups": "rescue"},
     "vine-ppo": {"rollouts_per_state": 2},

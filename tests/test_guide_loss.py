@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import ALGORITHMS, GRPO, HPT, LUFFY, PPO, RLOO, UFT, PPOPlusPlus, PrefixRFT, ReLIFT, TabularPolicy
+from agents import ALGORITHMS, GRPO, HPT, LUFFY, MENTOR, PPO, RLOO, UFT, PPOPlusPlus, PrefixRFT, ReLIFT, TabularPolicy
 from agents.curriculum import Mixed, Stages
 from agents.environments import make_env
 from agents.guide_loss import Clipped, GuideLoss, Likelihood, Shaped, Uncertain
@@ -164,7 +164,8 @@ def test_the_bias_of_each_baseline_in_a_mixed_group(algorithm):
     prefixes = [ending[:1], ending[:1], (), ()]
     rewards, probabilities, scores = every_group(agent.policy, lock, prefixes)
     assert float(probabilities.sum()) == pytest.approx(1)
-    rollout = SimpleNamespace(prefix_length=torch.tensor([[1, 1, 0, 0]]).expand(len(rewards), 4).flatten())
+    starts = torch.tensor([[1, 1, 0, 0]]).expand(len(rewards), 4).flatten()
+    rollout = SimpleNamespace(prefix_length=starts, guided=starts[:, None] > 0)
     exact = torch.einsum("n,nk,nk...->k...", probabilities, rewards, scores)  # of each text's expected reward
     assert exact.abs().amax((1, 2)).min() > 0.01
     # GRPO's mean contains the text's own return, which shortens its gradient; over fewer texts it does so more.
@@ -191,7 +192,8 @@ def test_the_bias_of_each_baseline_in_a_mixed_group(algorithm):
 
 def test_a_text_with_nobody_to_compare_with_has_no_advantage():
     agent = lock_agent(RLOO, rows=4, group_size=4, baseline="start")
-    rollout = SimpleNamespace(prefix_length=torch.tensor([3, 0, 0, 0]))
+    starts = torch.tensor([3, 0, 0, 0])
+    rollout = SimpleNamespace(prefix_length=starts, guided=starts[:, None] > 0)
     returns = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     advantages = agent.relative(rollout, returns, leave_one_out=True)
     torch.testing.assert_close(advantages, torch.tensor([[0.0, -0.5, 1.0, -0.5]]))
@@ -230,11 +232,12 @@ def test_failed_groups_imitate_and_others_do_not():
     assert agent.num_episodes == 32 + int(agent.failed.sum())
 
 
-@pytest.mark.parametrize("algorithm", [UFT, LUFFY, PrefixRFT, HPT, ReLIFT])
+@pytest.mark.parametrize("algorithm", [UFT, LUFFY, PrefixRFT, HPT, ReLIFT, MENTOR])
 def test_guide_tokens_open_a_lock_that_grpo_does_not(algorithm):
     def opened(algorithm, **arguments):
         agent = lock_agent(algorithm, rows=64, group_size=8, env={"vocab_size": 12, "length": 6}, **arguments)
-        return agent.learn(total_episodes=64 * 60).history[-1].get("reward_without_prefix", agent.history[-1]["reward"])
+        last = agent.learn(total_episodes=64 * 60).history[-1]
+        return last.get("reward_alone", last.get("reward_without_prefix", last["reward"]))
 
     assert opened(GRPO) < 0.05
     settings = {UFT: {"curriculum": {"name": "cosine", "iterations": 40}}, ReLIFT: {"buffer_size": 8}}
@@ -301,5 +304,5 @@ def test_wrong_guide_losses_are_refused(algorithm, arguments, message):
 def test_one_loss_serves_several_algorithms():
     kind = Shaped(gamma=0.2)
     assert GuideLoss.of(kind) == kind == GuideLoss.of({"name": "shaped", "gamma": 0.2})
-    assert {"uft", "luffy", "prefix-rft", "hpt", "relift"} <= set(ALGORITHMS)
+    assert {"uft", "luffy", "prefix-rft", "hpt", "relift", "mentor"} <= set(ALGORITHMS)
     assert lock_agent(RLOO, group_size=4, curriculum=Stages((0.5,)), guide_loss=kind).learn(total_episodes=32).history

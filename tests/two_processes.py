@@ -57,6 +57,7 @@ AGENTS = {
     ),
     "rloo with other samples": ("rloo", {**UNEVEN, "beta": 0.5, "dead_groups": "resample"}),
     "hpt": ("hpt", {**UNEVEN, "success": 0.3}),
+    "mentor": ("mentor", {**UNEVEN, "group_size": 4, "guided_texts": 2}),
     "relift": ("relift", {**UNEVEN, "group_size": 4, "success": 0.3, "buffer_size": 3}),
     "prefix-rft": ("prefix-rft", {**UNEVEN, "group_size": 4}),
     "vine-ppo": ("vine-ppo", {**UNEVEN, "tokens_per_step": 4, "rollouts_per_state": 3}),

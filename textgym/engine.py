@@ -467,6 +467,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._fraction_bounds = np.array([g.fraction_bounds() for g in in_force])
         self._handoff_bounds = np.array([g.handoff_bounds(self.max_new_tokens) for g in in_force])
         self._handoff_rate = np.array([g.handoff_rate or 0.0 for g in in_force])
+        self._handoff_entropy = np.array([g.handoff_entropy or 0.0 for g in in_force])
         self._handoff_tokens = np.array([g.handoff_tokens or 0 for g in in_force])  # 0: to the end of the text
 
     def _begin(self, rows: np.ndarray, options: ResetOptions) -> None:
@@ -662,6 +663,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             return
         draws, leader = self._draws, self._draws.leader
         rows = rows[draws.uniform(rows, Purpose.SCHEDULE) < self._handoff_prob[leader[rows]]]
+        rows = rows[self._handoff_entropy[leader[rows]] == 0]  # others are handed off as the policy writes
         low, high = self._handoff_bounds[leader[rows]].T
         after = seeding.integer(low, high, draws.uniform(rows, Purpose.HANDOFF_LENGTH))
         by_rate = self._handoff_rate[leader[rows]] > 0
@@ -734,12 +736,16 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
 
     # Step
 
-    def step(self, actions: Any) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(
+        self, actions: Any, entropies: Any = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Write one token in every active row.
 
         Args:
             actions: int (N,), a token id per row, or ``vocab_size`` for a hand-off where the environment has that
                 action. Rows that are parked, idle or about to be reset ignore theirs.
+            entropies: float (N,), the entropy in nats of the distribution from which each action was drawn, for rows
+                whose guidance has a `handoff_entropy`: where the guide is asked instead, the action is dropped.
 
         Returns:
             Observations, rewards (float64 (N,)), terminations (bool (N,)), truncations (bool (N,), never True) and
@@ -749,7 +755,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             wrote its part and the policy goes on, ``handed_back`` (bool (N,)) says where.
 
         Raises:
-            ValueError: Actions of another shape, type or range.
+            ValueError: Actions of another shape, type or range, or entropies that are missing or wrong.
             gymnasium.error.ResetNeeded: An episode is over and autoreset is disabled, or reset was never called.
         """
         actions = np.asarray(actions)
@@ -771,6 +777,9 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 "an episode is over and autoreset is disabled: call reset(), with options={'reset_mask': ...} for "
                 f"rows {np.flatnonzero(resetting).tolist()}"
             )
+        asks = chosen == self.vocab_size
+        if self.watches_entropy:
+            asks |= self._is_unsure(rows, entropies)
         infos: dict[str, Any] = {}
         handed_back: dict[str, Any] = {}
         rewards = np.zeros(self.num_envs, np.float64)
@@ -784,7 +793,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
                 self._begin(np.flatnonzero(resetting), self._no_options)
             progress = [vars(self)[name].copy() for name in _PROGRESS]
             undo.append(partial(self._unwrite, progress, self.guide_tokens_written))
-            self._write(rows, chosen)
+            self._write(rows, chosen, asks)
             # Parked rows wait for all others. A row that was just reset must not end in the same step, so a batch with
             # one ends in the next.
             if not (self.parking and (any_reset or (self._phase == ACTIVE).any())):
@@ -807,10 +816,32 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._answers.clear()
         return self._observation(), rewards, terminations, np.zeros(self.num_envs, bool), infos
 
-    def _write(self, rows: np.ndarray, actions: np.ndarray) -> None:
+    @property
+    def watches_entropy(self) -> bool:
+        """Whether the guidance of a row depends on the entropies that `step` is told."""
+        return bool(np.count_nonzero(self._handoff_entropy))
+
+    def _is_unsure(self, rows: np.ndarray, entropies: Any) -> np.ndarray:
+        """Bool (n,): in which rows the guide writes instead of the policy, because of the policy's entropy."""
+        threshold = self._handoff_entropy[self._draws.leader[rows]]
+        watched = threshold > 0
+        if not watched.any():
+            return watched
+        told = np.asarray(np.nan if entropies is None else entropies, np.float64)
+        valid = told.shape == (self.num_envs,) and (told[rows[watched]] >= 0).all()  # not NaN
+        if not valid:
+            raise ValueError(
+                f"entropies must be numbers of at least 0 of shape ({self.num_envs},) in nats, because guidance has a "
+                f"handoff_entropy, got {entropies!r}"
+            )
+        draws, position = self._draws, self._length[rows]
+        scheduled = draws.uniform(rows, Purpose.SCHEDULE) < self._handoff_prob[draws.leader[rows]]
+        below = draws.uniform(rows, Purpose.HANDOFF_LENGTH, position) * threshold < told[rows]
+        return watched & scheduled & below
+
+    def _write(self, rows: np.ndarray, actions: np.ndarray, asks: np.ndarray) -> None:
         """Append the policy's tokens, and find the rows that are complete or handed to the guide."""
-        if self.handoff:
-            asks = actions == self.vocab_size
+        if np.count_nonzero(asks):
             self._phase[rows[asks]] = NEEDS_GUIDE
             rows, actions = rows[~asks], actions[~asks]
         position = self._length[rows]

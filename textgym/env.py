@@ -96,22 +96,27 @@ class TextEnv(WithSpec, gym.Env):  # type: ignore[misc]
         observation, infos = self.engine.reset(seed=seed, options=options)
         return _first(observation), row_info(infos, 0)
 
-    def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: Any, entropy: float | None = None
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Write one token, or ask the guide to finish (see `TextVectorEnv.step`).
 
         Args:
             action: A token id, or ``vocab_size`` for a hand-off where the environment has that action.
+            entropy: The entropy in nats of the distribution from which it was drawn, where the guidance has a
+                `handoff_entropy`.
 
         Returns:
             Observation, reward, terminated, truncated (never True) and info, which is empty until the episode ends.
 
         Raises:
-            ValueError: An action outside of the action space.
+            ValueError: An action outside of the action space, or an entropy that is missing or wrong.
             gymnasium.error.ResetNeeded: The episode is over, or never began.
         """
         action = np.asarray(action)
         check("action", action, action.size == 1, "one action")
-        observation, rewards, terminations, _, infos = self.engine.step(action.reshape(1))
+        entropies = None if entropy is None else [entropy]
+        observation, rewards, terminations, _, infos = self.engine.step(action.reshape(1), entropies)
         return _first(observation), float(rewards[0]), bool(terminations[0]), False, row_info(infos, 0)
 
     def action_masks(self) -> np.ndarray:

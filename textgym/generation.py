@@ -27,15 +27,16 @@ class BeamSearch(Sampler):
         **named: Of `decoding`, only `num_beams` and `min_new_tokens` matter.
 
     Raises:
-        ValueError: A value head or a head for hand-offs, which take no part in a search; or as for `Sampler`.
+        ValueError: A value head, a head for hand-offs or entropies, which take no part in a search; or as for
+            `Sampler`.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        if self.value_head is not None or self.handoff_head is not None:
+        if self.value_head is not None or self.handoff_head is not None or self.with_entropies:
             raise ValueError(
-                "num_beams must be 1 where values are recorded or a policy can hand off: beam search is for "
-                "evaluations and generate, training needs samples"
+                "num_beams must be 1 where values or entropies are recorded or a policy can hand off: beam search is "
+                "for evaluations and generate, training needs samples"
             )
         self._found: dict[int, list[int]] | None = None
 

@@ -43,6 +43,10 @@ class Guidance:
             seed: environments with the same guide see the same texts.
         handoff_rate: Probability of a hand-off after each of the policy's tokens, instead of a `handoff_length`; after
             a bounded hand-off the next one is scheduled in the same way. None for a single one.
+        handoff_entropy: Lets the guide write where the policy is uncertain, instead of a `handoff_length`: before each
+            of the policy's tokens it is asked with probability min(1, H / `handoff_entropy`), H the entropy in nats of
+            the policy's distribution of that token (MENTOR, arXiv 2510.04140). `TextVectorEnv.step` is then told the
+            entropies, as `agents.rollout.collect` does. None for a schedule that does not look at the policy.
         handoff_tokens: Most tokens that the guide writes at a hand-off, scheduled or chosen, before the policy goes on;
             where the guide ends the text within them the episode is over. None lets it complete the text.
 
@@ -58,6 +62,7 @@ class Guidance:
     restart_fraction: Fraction = None
     text_seed: int = 0
     handoff_rate: float | None = None
+    handoff_entropy: float | None = None
     handoff_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -85,11 +90,21 @@ class Guidance:
         check(
             "Guidance.handoff_tokens", tokens, tokens is None or (is_int(tokens) and tokens >= 1), "None or an int >= 1"
         )
-        if rate is not None and self.handoff_length is not None:
+        entropy = self.handoff_entropy
+        valid = entropy is None or (is_number(entropy) and entropy > 0)
+        check("Guidance.handoff_entropy", entropy, valid, "None or a number above 0, in nats")
+        given = {
+            name: value
+            for name in ("handoff_length", "handoff_rate", "handoff_entropy")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
             raise ValueError(
-                "Guidance.handoff_length and Guidance.handoff_rate exclude each other, got "
-                f"{self.handoff_length!r} and {rate!r}"
+                f"{' and '.join(f'Guidance.{name}' for name in given)} exclude each other, got "
+                f"{' and '.join(map(repr, given.values()))}"
             )
+        if entropy is not None and self.no_body_prob:
+            raise ValueError(f"Guidance.no_body_prob must be 0 with a handoff_entropy, got {self.no_body_prob!r}")
         check("Guidance.text_seed", self.text_seed, is_int(self.text_seed) and self.text_seed >= 0, "an int >= 0")
 
     @classmethod

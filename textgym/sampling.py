@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
+from torch.special import entr
 from transformers import PreTrainedModel
 
 from textgym.caches import PackedCache, PaddedCache
@@ -38,6 +39,7 @@ class Sample(NamedTuple):
         log_probs: (n,) float32, log-probabilities under the untruncated distribution at temperature 1, whatever the
             decoding: the probability ratios of policy gradients are ratios of the policy's own distribution.
         values: (n,) float32, values of the states in which the tokens were chosen; None without a value head.
+        entropies: (n,) float32, of the same distributions as the log-probabilities, in nats; None unless asked for.
 
     Tokens found by beam search have NaN for log-probabilities.
     """
@@ -45,6 +47,7 @@ class Sample(NamedTuple):
     tokens: Tensor
     log_probs: Tensor
     values: Tensor | None
+    entropies: Tensor | None = None
 
 
 class TokenSampler(Protocol):
@@ -90,6 +93,7 @@ class Sampler:
             tokenizer can also have more tokens than the model has rows; these are never chosen either.
         unused_ids: Smaller token ids that are never chosen: gaps of the vocabulary.
         dtype: Precision of matrix products, by autocast; None for the type of the weights.
+        entropies: Whether samples hold entropies.
 
     Raises:
         ValueError: Shapes that do not agree, or texts longer than the model has positions.
@@ -111,6 +115,7 @@ class Sampler:
         vocab_size: int | None = None,
         unused_ids: Sequence[int] = (),
         dtype: torch.dtype | None = None,
+        entropies: bool = False,
     ) -> None:
         ids, valid = on_host(input_ids), on_host(attention_mask) != 0
         if ids.ndim != 2 or ids.shape != valid.shape:
@@ -140,7 +145,7 @@ class Sampler:
             check_positions(model, (lengths + remaining).max(initial=0))
 
         self.model, self.decoding, self.eos_token_ids = model, decoding, as_ids(eos_token_id)
-        self.value_head, self.handoff_head = value_head, handoff_head
+        self.value_head, self.handoff_head, self.with_entropies = value_head, handoff_head, entropies
         logits = model.get_output_embeddings().weight.shape[0]
         self.vocab_size = logits if vocab_size is None else vocab_size
         unused = [token for token in unused_ids if token < logits]
@@ -181,6 +186,7 @@ class Sampler:
             logits = head(self.model, hidden)
         logits, hidden = at_least_float32(logits), at_least_float32(hidden)
         values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
+        entropies = entr(logits.softmax(-1)).sum(-1) if self.with_entropies else None
         scores = logits[:, : self.vocab_size]
         left_out = [logits[:, scores.shape[1] :].logsumexp(-1)]
         if len(self._unused):
@@ -207,7 +213,7 @@ class Sampler:
             log_probs = torch.where(handed, logsigmoid(gate), log_probs)
             tokens = tokens.masked_fill(handed, self.vocab_size)
         self._step += 1
-        return Sample(tokens, log_probs, values)
+        return Sample(tokens, log_probs, values, entropies)
 
     def _check_not_over(self) -> None:
         name = type(self).__name__

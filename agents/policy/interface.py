@@ -102,6 +102,7 @@ class Actor(nn.Module, ABC):
         prefix_lengths: Any = None,
         decoding: Decoding | None = None,
         values: bool = True,
+        entropies: bool = False,
     ) -> TokenSampler:
         """Return a sampler that writes a batch of texts.
 
@@ -112,6 +113,8 @@ class Actor(nn.Module, ABC):
             prefix_lengths: (N,) number of new tokens that the observation already holds; None for 0.
             decoding: How tokens are chosen; None for the actor's own `decoding`.
             values: Whether samples hold the values of states that the policy continues.
+            entropies: Whether they hold the entropies of the tokens' distributions. It is given only where a guidance
+                depends on them.
 
         Returns:
             The sampler, which writes one token of each text per call.

@@ -271,12 +271,13 @@ class LanguageModelPolicy(Policy):
         prefix_lengths: Any = None,
         decoding: Decoding | None = None,
         values: bool = True,
+        entropies: bool = False,
     ) -> TokenSampler:
         """Return a sampler that writes a batch of texts (see `Actor.sampler`).
 
         Raises:
-            ValueError: A text could be longer than the model has positions; a decoding with beams, with values or a
-                policy that can hand off.
+            ValueError: A text could be longer than the model has positions; a decoding with beams, with values,
+                entropies or a policy that can hand off.
         """
         new = int(np.max(max_new_tokens - np.asarray(0 if prefix_lengths is None else prefix_lengths), initial=0))
         self._prepare(observation["input_ids"], observation["attention_mask"], new)
@@ -295,6 +296,7 @@ class LanguageModelPolicy(Policy):
             vocab_size=vocabulary_size(self.tokenizer),
             unused_ids=unused_ids(self.tokenizer),
             dtype=self._dtype,
+            entropies=entropies,
         )
 
     def evaluate_actions(

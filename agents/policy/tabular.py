@@ -190,8 +190,10 @@ class TabularSampler:
         prefix_lengths: Any = None,
         decoding: Decoding | None = None,
         values: bool = True,
+        entropies: bool = False,
     ) -> None:
-        self.policy, self.decoding, self._with_values = policy, decoding or policy.decoding, values
+        self.policy, self.decoding = policy, decoding or policy.decoding
+        self._with_values, self._with_entropies = values, entropies
         ids = torch.as_tensor(observation["input_ids"], device=policy.device).long()
         valid = torch.as_tensor(observation["attention_mask"], device=policy.device).bool()
         self._lengths = valid.sum(1)
@@ -222,11 +224,14 @@ class TabularSampler:
         ends = list(policy.end_token_ids)
         scores[:, ends] = scores[:, ends].masked_fill(self._eos_banned[rows, self._step, None], -math.inf)
         tokens = choose(scores, self._uniforms[rows, self._step], self.decoding)
-        log_probs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        probs = logits.log_softmax(-1)
+        log_probs = probs.gather(1, tokens[:, None]).squeeze(1)
         self._texts[rows, lengths] = tokens
         self._lengths[rows] += 1
         self._step += 1
-        return Sample(tokens, log_probs, at_least_float32(policy.value_table[states]) if self._with_values else None)
+        values = at_least_float32(policy.value_table[states]) if self._with_values else None
+        entropies = -(probs.exp() * probs).sum(-1) if self._with_entropies else None
+        return Sample(tokens, log_probs, values, entropies)
 
     def keep(self, mask: np.ndarray) -> None:
         """Leave only those of `rows` in the batch where `mask`, bool (n,), is True."""

@@ -163,7 +163,8 @@ class CausalLMActorCriticPolicy(ActorCriticPolicy):
             self._readers.append(self._reader(arrays, rows=rows))
         samples = [reader.sample() for reader in self._readers]
         order = torch.from_numpy(np.concatenate([reader.rows for reader in self._readers]).argsort()).to(self.device)
-        return Sample(*(torch.cat(parts)[order] for parts in zip(*samples, strict=True)))
+        tokens, log_probs, values = (torch.cat(parts)[order] for parts in zip(*(s[:3] for s in samples), strict=True))
+        return Sample(tokens, log_probs, values)
 
     def _reader(self, obs: Mapping[str, Any], deterministic: bool = False, rows: np.ndarray | None = None) -> _Reader:
         rows = np.arange(len(obs["input_ids"])) if rows is None else rows

@@ -61,6 +61,7 @@ def rows(guide: Mapping[str, Any], distill: Row) -> dict[str, Row]:
         "luffy": Row("luffy", {"group_size": 8}, env=guide),
         "prefix-rft": Row("prefix-rft", {"group_size": 8, "curriculum": FADING}, env=guide),
         "hpt": Row("hpt", GROUP, env=guide),
+        "mentor": Row("mentor", {"group_size": 8, "iterations": 80}, env=guide),
         "relift": Row("relift", {"min_reward": 1.0}, env=guide),
         "pav": Row("pav", {"group_size": 8, "kl_coef": 0.0, "tokens_per_step": 12}, env=guide),
         # A policy that succeeds loses what it knows in longer steps; this one was searched for GRPO alone.

@@ -75,6 +75,7 @@ def suite(
         "prefix-rft": Row("prefix-rft", GROUP),
         "hpt": Row("hpt", {**GROUP, "success": 0.5}),
         "relift": Row("relift", {**GROUP, "success": 0.5}),
+        "mentor": Row("mentor", {**GROUP, "guided_texts": 2, "iterations": iterations}),
         # From below its guide: the supervised policy is the guide, and has nothing to learn from itself.
         "opd-from-base": Row("opd", {"n_epochs": 1, "kl_coef": 0.0}, start="start_model"),
         "gkd-from-base": Row("gkd", {"n_epochs": 1, "kl_coef": 0.0}, start="start_model"),
