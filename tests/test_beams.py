@@ -153,7 +153,7 @@ def test_where_beams_cannot_be_is_named(make_env, make_policy):
         evaluate(policy, env, decoding=BEAMS, best_of=2)
     observation, _ = env.reset(seed=0)
     arguments = {"seeds": np.arange(8), "max_new_tokens": 3, "decoding": BEAMS}
-    with pytest.raises(ValueError, match="num_beams must be 1 where values are recorded"):
+    with pytest.raises(ValueError, match="num_beams must be 1 where values or entropies are recorded"):
         policy.sampler(observation, **arguments)
     handing = CausalLMPolicy(policy.model, policy.tokenizer, handoff_prob=0.1)
     with pytest.raises(ValueError, match="or a policy can hand off"):
