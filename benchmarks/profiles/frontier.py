@@ -205,7 +205,8 @@ HALF_WAY_WEAK = replace(
     env={**HALF_WAY.env, "guide_accuracy": 0.65},
     tokens=4_000_000,
     rows=falling(
-        # With the scale "batch" GRPO loses what little success there is: the start's on half-way, here that of distillation.
+        # With the scale "batch" a lone success makes a step that destroys the policy: on half-way from the start, here
+        # after distillation.
         HALF_WAY.rows
         | {
             "grpo": Row("grpo", {**GROUP, "scale": "group"}),
