@@ -200,10 +200,14 @@ class GroupPolicyGradient(PolicyGradient):
             returns = returns - self.kl_coef * rollout.log_ratio(reference_log_probs).sum(1)
         return returns.unflatten(0, (-1, self.group_size))
 
+    def helped(self, rollout: Rollout) -> torch.Tensor:
+        """Bool (N,): in which texts the guide takes part, for the baseline "unguided"."""
+        return (rollout.prefix_length > 0) | rollout.guided.any(1)
+
     def relative(self, rollout: Rollout, returns: torch.Tensor, leave_one_out: bool) -> torch.Tensor:
         """Returns (groups, k) minus their `baseline`, a mean over other texts and, unless `leave_one_out`, the text."""
         starts = rollout.prefix_length.view_as(returns)
-        helped = (starts > 0) | rollout.guided.any(1).view_as(returns)
+        helped = self.helped(rollout).view_as(returns)
         if self.baseline == "start":  # prefixes of one length are equal: they are cut from one text
             members = starts[:, :, None] == starts[:, None, :]
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from agents.rollout import Rollout
 from agents.sharding import load_optimizer, whole
 from agents.supervised import encode_written, rewards_of, supervised_step
 from textgym.checks import check
+from textgym.guides import Author
 
 
 class ReLIFT(GRPO):
@@ -23,8 +25,9 @@ class ReLIFT(GRPO):
     | none | policy to the end | none | body; likelihood of the guide's whole texts, in steps of their own | none |
 
     For every group without a success the guide writes a text, which waits in a buffer. An iteration after which
-    `buffer_size` texts wait ends with a supervised step on the latest of them, taken by an Adam of its own. A problem
-    that stays unsolved enters the buffer again whenever it is played; its text is written once, and kept.
+    `buffer_size` texts wait ends with a supervised step on the latest of them, taken by an Adam of its own; as many of
+    the others go on waiting, and older ones are dropped. A problem that stays unsolved enters the buffer again whenever
+    it is played; its text is kept, and not written again. References are learned where the task says to imitate them.
 
     Records have the share of groups without a success, "unsolved_groups", the number of texts that wait, "buffer", and
     where a supervised step was taken its loss, "supervised_loss".
@@ -68,6 +71,8 @@ class ReLIFT(GRPO):
         unsolved = (rollout.rewards < self.success).view(-1, self.group_size).all(1)
         self.play_record["unsolved_groups"] = float(unsolved.float().mean())
         samples = rollout.sample_ids[:: self.group_size][unsolved.cpu().numpy()].tolist()
+        if getattr(self.env.guide, "author", None) == Author.REFERENCE:
+            samples = [sample for sample in samples if self.env.imitates(sample)]
         # Not yet in the buffer: nothing has been learned if the rest of the iteration fails.
         self.written = self.ask_guide(samples)
         return rollout
@@ -85,19 +90,18 @@ class ReLIFT(GRPO):
     def iterate(self) -> dict[str, Any]:
         """An iteration of GRPO, and a supervised step if enough texts wait."""
         record = super().iterate()
-        self.buffer = self.written + self.buffer
-        latest, self.buffer = self.buffer[: self.buffer_size], self.buffer[self.buffer_size :]
-        if len(latest) < self.buffer_size:
-            self.buffer = latest
-        else:
+        waiting = self.written + self.buffer
+        if len(waiting) >= self.buffer_size:
+            latest, waiting = waiting[: self.buffer_size], waiting[self.buffer_size : 2 * self.buffer_size]
             for group in self.supervised_optimizer.param_groups:
                 group["lr"] = record["learning_rate"]
             examples = encode_written(self.env, self.env.data, latest)
+            # As many texts a pass as a minibatch of episodes takes.
+            texts = math.ceil(self.minibatch_size / self.gradient_accumulation_steps)
             with self.learning():
-                loss = supervised_step(
-                    self, self.supervised_optimizer, examples, self.max_grad_norm, self.gradient_accumulation_steps
-                )
+                loss = supervised_step(self, self.supervised_optimizer, examples, self.max_grad_norm, texts)
             record["supervised_loss"] = float(loss)
+        self.buffer = waiting  # not before: a step that fails is taken again with the same texts
         return {**record, "buffer": len(self.buffer)}
 
     def training_state(self) -> dict[str, Any]:

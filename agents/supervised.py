@@ -104,7 +104,7 @@ def supervised_step(
     optimizer: torch.optim.Optimizer,
     examples: Sequence[Example],
     max_grad_norm: float,
-    parts: int = 1,
+    texts_at_once: int | None = None,
 ) -> torch.Tensor:
     """Take a gradient step on texts, divided among processes, and return the loss before it.
 
@@ -113,10 +113,10 @@ def supervised_step(
         optimizer: Takes the step, of `algorithm.trainable`.
         examples: The texts.
         max_grad_norm: Maximum norm of the gradient, which is scaled down to it.
-        parts: Number of passes, to save memory; the gradient is the same.
+        texts_at_once: Texts of a pass, to save memory; None for all. The gradient is the same.
     """
     accelerator, total = algorithm.accelerator, torch.zeros((), device=algorithm.policy.device)
-    size, targets = -(-len(examples) // parts), num_targets(examples)
+    size, targets = texts_at_once or len(examples), num_targets(examples)
     optimizer.zero_grad()
     for part in (examples[at : at + size] for at in range(0, len(examples), size)):
         texts, weight = share_of_loss(accelerator, part)

@@ -15,6 +15,7 @@ from agents import GRPO, PPO, RLOO, TabularPolicy, VinePPO
 from agents.advantages import gae
 from agents.environments import make_env as make_vec
 from agents.rollout import collect
+from agents.sb3 import TextVecEnv
 from textgym import Guidance
 from textgym.guides import Author, CallableGuide, Completion
 from textgym.seeding import hash64
@@ -315,3 +316,12 @@ def test_a_single_environment_is_told_the_entropy():
 def test_wrong_entropies_are_refused(guidance, message):
     with pytest.raises(ValueError, match=message):
         Guidance(**guidance)
+
+
+def test_entropies_that_nobody_needs_are_not_asked_for(make_env, make_asking):
+    env = make_env(4, guidance=Guidance(handoff_entropy=1.0))
+    assert not env.watches_entropy
+    with pytest.raises(ValueError, match=r"Guidance.handoff_entropy and handoff=True exclude each other"):
+        make_env(4, guide=GUIDE, handoff=True, guidance=unsure(1.0))
+    with pytest.raises(ValueError, match=r"without Guidance.handoff_entropy: Stable-Baselines3 tells no entropies"):
+        TextVecEnv(make_env(4, guide=GUIDE, guidance=unsure(1.0), parking=False))

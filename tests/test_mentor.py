@@ -6,7 +6,7 @@ import torch
 from test_guide_loss import lock_agent
 
 from agents import MENTOR
-from agents.mentor import FIRST_THRESHOLD
+from agents.mentor import FIRST_THRESHOLD, SMALLEST_THRESHOLD
 
 OPEN = {"vocab_size": 4, "length": 3, "guide_accuracy": 0.9}
 
@@ -16,9 +16,10 @@ def test_advantages_are_those_of_the_formula(scale):
     agent = lock_agent(MENTOR, rows=64, env=OPEN, scale=scale, guided_texts=3, iterations=10)
     agent.threshold, agent.iteration = 2.0, 4
     rollout = agent.play()
-    rewards, guided = (part.view(8, 8).numpy() for part in (rollout.rewards, rollout.guided.any(1)))
-    assert guided[:, :3].any()
-    assert not guided[:, 3:].any()
+    rewards, wrote = (part.view(8, 8).numpy() for part in (rollout.rewards, rollout.guided.any(1)))
+    guided = np.broadcast_to(np.arange(8) < 3, (8, 8))
+    assert wrote[:, :3].any()
+    assert not wrote[:, 3:].any()
     alone = [row[~helped] for row, helped in zip(rewards, guided, strict=True)]
     means = np.array([part.mean() for part in alone])
     together = np.concatenate([part - part.mean() for part in alone])
@@ -42,13 +43,13 @@ def test_the_threshold_is_a_quantile_of_the_policys_entropies():
     (first,) = agent.learn(total_episodes=32).history
     assert first["entropy_threshold"] == FIRST_THRESHOLD
     rollout = agent.last_rollout
-    own = rollout.entropies[rollout.body]
+    own = rollout.entropies.view(4, 8, -1)[:, 4:][rollout.body.view(4, 8, -1)[:, 4:]]
     assert agent.threshold == float(np.quantile(own.numpy(), 0.5))
     assert 0 < agent.threshold < np.log(4)
     second = agent.learn(total_episodes=32).history[1]
     assert second["entropy_threshold"] == float(np.quantile(own.numpy(), 0.5))
     rollout = agent.last_rollout
-    assert rollout.guided.view(4, 8, -1)[:, :4].any(2).all(), "half of the states are the guide's: no text is without"
+    assert rollout.guided.view(4, 8, -1)[:, :4].any(2).float().mean() > 0.8, "half of the states are the guide's"
     assert second["reward_alone"] == float(rollout.rewards.view(4, 8)[:, 4:].mean())
 
 
@@ -60,7 +61,9 @@ def test_the_guide_retires_and_certainty_needs_none():
     certain = lock_agent(MENTOR, rows=32, env=OPEN)
     certain.policy.logits.data *= 1e4
     history = certain.learn(total_episodes=64).history
-    assert (certain.threshold, history[1]["guide_tokens"]) == (0.0, 0)
+    assert (certain.threshold, history[1]["guide_tokens"]) == (SMALLEST_THRESHOLD, 0)
+    certain.policy.logits.data /= 1e4
+    assert certain.learn(total_episodes=32).history[-1]["guide_tokens"] > 0
 
 
 def test_the_guides_tokens_have_a_gradient():
@@ -77,7 +80,10 @@ def test_the_guides_tokens_have_a_gradient():
     [
         ({"guided_texts": 7}, r"guided_texts must be in \{1..group_size - 2 = 6\}"),
         ({"quantile": 1.5}, r"quantile must be in \[0, 1\]"),
-        ({"baseline": "group"}, 'baseline must be "unguided" for mentor'),
+        ({"baseline": "group"}, "baseline must be 'unguided' for mentor"),
+        ({"curriculum": "uniform"}, "curriculum must be None for mentor"),
+        ({"dead_groups": "rescue"}, "dead_groups must be 'keep' for mentor"),
+        ({"beta": 0.5}, "beta must be 0 for mentor"),
         ({"env": {"guide": None}}, "guide that can complete texts"),
     ],
 )

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_algorithms import make_agent
+from test_algorithms import iterate, make_agent
 from test_guide_loss import lock_agent
 
-from agents import GRPO, ReLIFT
+from agents import GRPO, ReLIFT, relift
 
 SHUT = {"vocab_size": 12, "length": 6}
 
@@ -59,6 +59,33 @@ def test_texts_below_the_least_reward_do_not_wait():
     assert good == [(sample, ids) for sample, ids in every if ids == list(ending)]
     assert 0 < len(good) < len(every) == 32
     assert agents[0].num_guide_tokens == agents[1].num_guide_tokens, "what is left out was written, too"
+
+
+def test_a_step_that_fails_is_taken_again_with_the_same_texts(monkeypatch):
+    agent = lock_agent(ReLIFT, env=SHUT, buffer_size=6).learn(total_episodes=32)
+    waited = list(agent.buffer)
+    with monkeypatch.context() as patch:
+        patch.setattr(relift, "supervised_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            agent.learn(total_episodes=32)
+    assert (agent.buffer, agent.iteration) == (waited, 1)
+    assert agent.learn(total_episodes=32).history[1]["buffer"] == 2
+
+
+def test_of_many_texts_as_many_as_a_step_takes_wait(make_env, make_policy):
+    agent = make_agent("relift", make_env, make_policy, group_size=2, success=2.0, buffer_size=3)
+    for _ in range(3):  # eight come each time
+        agent.learn(total_episodes=1)
+        assert len(agent.buffer) == 3
+
+
+def test_references_are_learned_where_the_task_says_so(make_env, make_policy, monkeypatch):
+    env = make_env(8, guide="references")
+    monkeypatch.setattr(env, "imitates", lambda sample: sample % 2 == 0)
+    agent = ReLIFT(make_policy(), env, episodes_per_iteration=16, group_size=2, success=2.0)
+    iterate(agent, 3)
+    assert 0 < len(agent.buffer) < 24
+    assert all(sample % 2 == 0 for sample, _ in agent.buffer)
 
 
 def test_solved_groups_ask_nobody(make_env, make_policy):

@@ -453,6 +453,11 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
             completes = self.guide is None or self.guide.can_hand_off or guidance.writes_whole_texts
             if guidance.handoff_prob and not completes:
                 raise ValueError(f"guidance {guidance} hands off, which this guide cannot: {self.guide!r}")
+            if guidance.handoff_entropy and self.handoff:
+                raise ValueError(
+                    f"Guidance.handoff_entropy and handoff=True exclude each other: who decides that the guide writes? "
+                    f"(got {guidance})"
+                )
             if guidance.can_skip_body and not self.parking:
                 raise ValueError(
                     "Guidance.handoff_length=0 and no_body_prob leave no action to an episode, and a reset cannot "
@@ -467,7 +472,7 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         self._fraction_bounds = np.array([g.fraction_bounds() for g in in_force])
         self._handoff_bounds = np.array([g.handoff_bounds(self.max_new_tokens) for g in in_force])
         self._handoff_rate = np.array([g.handoff_rate or 0.0 for g in in_force])
-        self._handoff_entropy = np.array([g.handoff_entropy or 0.0 for g in in_force])
+        self._handoff_entropy = np.array([(g.handoff_prob and g.handoff_entropy) or 0.0 for g in in_force])
         self._handoff_tokens = np.array([g.handoff_tokens or 0 for g in in_force])  # 0: to the end of the text
 
     def _begin(self, rows: np.ndarray, options: ResetOptions) -> None:
@@ -832,7 +837,8 @@ class TextVectorEnv(WithSpec, VectorEnv):  # type: ignore[misc]
         if not valid:
             raise ValueError(
                 f"entropies must be numbers of at least 0 of shape ({self.num_envs},) in nats, because guidance has a "
-                f"handoff_entropy, got {entropies!r}"
+                "handoff_entropy: env.unwrapped.step takes them, which wrappers do not pass on, and "
+                f"agents.rollout.collect gives them (got {entropies!r})"
             )
         draws, position = self._draws, self._length[rows]
         scheduled = draws.uniform(rows, Purpose.SCHEDULE) < self._handoff_prob[draws.leader[rows]]

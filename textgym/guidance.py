@@ -45,8 +45,9 @@ class Guidance:
             a bounded hand-off the next one is scheduled in the same way. None for a single one.
         handoff_entropy: Lets the guide write where the policy is uncertain, instead of a `handoff_length`: before each
             of the policy's tokens it is asked with probability min(1, H / `handoff_entropy`), H the entropy in nats of
-            the policy's distribution of that token (MENTOR, arXiv 2510.04140). `TextVectorEnv.step` is then told the
-            entropies, as `agents.rollout.collect` does. None for a schedule that does not look at the policy.
+            the policy's distribution of that token (MENTOR, arXiv 2510.04140). `step` is then told the entropies, by
+            whoever calls it on the unwrapped environment; `agents.rollout.collect` does. None for a schedule that does
+            not look at the policy.
         handoff_tokens: Most tokens that the guide writes at a hand-off, scheduled or chosen, before the policy goes on;
             where the guide ends the text within them the episode is over. None lets it complete the text.
 

@@ -224,13 +224,13 @@ class TabularSampler:
         ends = list(policy.end_token_ids)
         scores[:, ends] = scores[:, ends].masked_fill(self._eos_banned[rows, self._step, None], -math.inf)
         tokens = choose(scores, self._uniforms[rows, self._step], self.decoding)
-        probs = logits.log_softmax(-1)
-        log_probs = probs.gather(1, tokens[:, None]).squeeze(1)
+        every = logits.log_softmax(-1)
+        log_probs = every.gather(1, tokens[:, None]).squeeze(1)
         self._texts[rows, lengths] = tokens
         self._lengths[rows] += 1
         self._step += 1
         values = at_least_float32(policy.value_table[states]) if self._with_values else None
-        entropies = -(probs.exp() * probs).sum(-1) if self._with_entropies else None
+        entropies = -(every.exp() * every).sum(-1) if self._with_entropies else None
         return Sample(tokens, log_probs, values, entropies)
 
     def keep(self, mask: np.ndarray) -> None:

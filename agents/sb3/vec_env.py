@@ -47,6 +47,8 @@ class TextVecEnv(VecEnv):
         ):
             if getattr(env, name) != value:
                 raise ValueError(f"env must be made with {name}={value!r}, got {getattr(env, name)!r}: {why}")
+        if env.watches_entropy:
+            raise ValueError("env must be made without Guidance.handoff_entropy: Stable-Baselines3 tells no entropies")
         if env.autoreset_mode == AutoresetMode.SAME_STEP:
             raise ValueError("env must be made with autoreset_mode NEXT_STEP or DISABLED, got SAME_STEP")
         self.env = env

@@ -205,10 +205,10 @@ HALF_WAY_WEAK = replace(
     env={**HALF_WAY.env, "guide_accuracy": 0.65},
     tokens=4_000_000,
     rows=falling(
-        # With the scale "batch" plain GRPO loses on half-way what little success the start has. After distillation steps
-        # of 1e-4 destroyed the policy in most runs, with either scale.
-        HALF_WAY.rows
-        | {
+        # With the scale "batch" plain GRPO loses on half-way what little success the start has. After distillation the
+        # longer step destroyed the policy in most runs, with either scale.
+        {
+            **HALF_WAY.rows,
             "grpo": Row("grpo", {**GROUP, "scale": "group"}),
             "distill-grpo": Row("grpo", {**GROUP, "learning_rate": 3e-5}, after=HALF_DISTILL),
         },
