@@ -183,7 +183,7 @@ def play(policy, ids, mask, prefix_lengths, seeds, decoding, horizon=T):
     )
     at = prefix_lengths.copy()
     while len(sampler.rows):
-        rows, (tokens, *recorded) = sampler.rows, (part.cpu().numpy() for part in sampler.sample())
+        rows, (tokens, *recorded) = sampler.rows, (part.cpu().numpy() for part in sampler.sample()[:3])
         ids[rows, P + at[rows]], mask[rows, P + at[rows]] = tokens, 1
         log_probs[rows, at[rows]], values[rows, at[rows]] = recorded
         at[rows] += 1
