@@ -199,7 +199,7 @@ HALF_WAY_LONG = replace(
     tokens=3_000_000,
     rows=falling(HALF_WAY.rows, {"ppo": 122_000, "grpo-rescue": 97_000, "distill-grpo": 71_000}),
 )
-# The start policy has imitated a guide that is right less often, and never succeeds.
+# The start policy has imitated a guide that is right less often, and hardly ever succeeds.
 HALF_WAY_WEAK = replace(
     HALF_WAY,
     env={**HALF_WAY.env, "guide_accuracy": 0.65},

@@ -37,7 +37,9 @@ python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontie
     --algos grpo-rescue,distill-grpo --seeds 2
 python benchmarks/run_all.py --profile benchmarks.profiles.frontier:HALF_WAY_CONSTANT --out benchmarks/results/frontier-half-way-constant
 
-# half-way-weak, and PPO on half-way-long, on the machine and with the code of half-way-long (c423854) and this folder's profile.
+# half-way-weak, and PPO on half-way-long, on the machine and with the code of half-way-long (c423854) and this folder's profile. Row
+# distill-grpo of half-way-weak had the step of half-way's before, and was replaced.
 python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-long --algos ppo
+python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-weak --algos ppo,grpo,rloo
 python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-weak \
-    --algos start,distill,ppo,grpo,grpo-rescue,distill-grpo
+    --algos start,distill,grpo-rescue,distill-grpo --seeds 2
