@@ -280,7 +280,7 @@ def test_algorithms_learn_from_what_the_policy_reads():
         turns = [{"role": "user", "content": f"Now {rollout.prompts[row]}!"}]
         assert example.context == tokenizer().apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     supervised = SL(policy(), env, seed=0)
-    (example,) = supervised.encode(env.data, [(3, 0)])
+    (example,) = supervised.encode(env.data, [(3, "a text")])
     turns = [{"role": "user", "content": f"Now ask {TASK.data[3]['ask']}?!"}]
     assert example.context == tokenizer().apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
 
