@@ -39,7 +39,7 @@ class Sample(NamedTuple):
         log_probs: (n,) float32, log-probabilities under the untruncated distribution at temperature 1, whatever the
             decoding: the probability ratios of policy gradients are ratios of the policy's own distribution.
         values: (n,) float32, values of the states in which the tokens were chosen; None without a value head.
-        entropies: (n,) float32, of the same distributions as the log-probabilities, in nats; None unless asked for.
+        entropies: (n,) float32, of the untruncated distributions of tokens, in nats; None unless asked for.
 
     Tokens found by beam search have NaN for log-probabilities.
     """
