@@ -169,7 +169,7 @@ class Cosine(Curriculum):
         """Whole slices."""
         if iteration >= self.iterations:
             return np.zeros(len(samples))
-        probability = _cosine(self.high, self.low, iteration / self.iterations)
+        probability = cosine(self.high, self.low, iteration / self.iterations)
         return random.binomial(self.slices, probability, len(samples)) / self.slices
 
 
@@ -326,7 +326,7 @@ class Mixed(Curriculum):
     def plan(self, iteration: int, groups: int, group_size: int, random: np.random.Generator) -> Plan:
         """The first episodes of each group are guided."""
         samples = random.integers(self.num_samples, size=groups)
-        fraction = _cosine(self.high, self.low, iteration / self.iterations)
+        fraction = cosine(self.high, self.low, iteration / self.iterations)
         return Plan(samples, _some(self.guided, fraction, groups, group_size, random), [None] * groups)
 
 
@@ -440,7 +440,7 @@ class PrefixRL(Curriculum):
         return np.arange(self.cuts) * len(text) // self.cuts
 
 
-def _cosine(high: float, low: float, progress: float) -> float:
+def cosine(high: float, low: float, progress: float) -> float:
     """A number that falls from `high` to `low` as progress goes from 0 to 1."""
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

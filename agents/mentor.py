@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from agents.algorithm import check_guide
-from agents.curriculum import Plan
+from agents.curriculum import Plan, cosine
 from agents.grpo import EPSILON, GRPO
 from agents.guide_loss import Clipped, GuideLoss
 from agents.phase import Phase
@@ -89,7 +88,7 @@ class MENTOR(GRPO):
     @property
     def weight(self) -> float:
         """W above, in this iteration."""
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, self.iteration / self.iterations)))
+        return cosine(1.0, 0.0, self.iteration / self.iterations)
 
     @property
     def phase(self) -> Phase:

@@ -9,10 +9,9 @@ import torch
 
 from agents.algorithm import check_guide
 from agents.grpo import GRPO
-from agents.processes import join_shares, share
 from agents.rollout import Rollout
 from agents.sharding import load_optimizer, whole
-from agents.supervised import encode_written, rewards_of, supervised_step
+from agents.supervised import encode_written, supervised_step, written_by_guide
 from textgym.checks import check
 from textgym.guides import Author
 
@@ -74,18 +73,8 @@ class ReLIFT(GRPO):
         if getattr(self.env.guide, "author", None) == Author.REFERENCE:
             samples = [sample for sample in samples if self.env.imitates(sample)]
         # Not yet in the buffer: nothing has been learned if the rest of the iteration fails.
-        self.written = self.ask_guide(samples)
+        _, _, self.written = written_by_guide(self.accelerator, self.env, samples, [self.seed], self.min_reward)
         return rollout
-
-    def ask_guide(self, samples: list[int]) -> list[tuple[int, list[int]]]:
-        """The samples with the guide's texts for them, without the texts that are not learned."""
-        own = share(self.accelerator, samples)
-        pairs = list(zip(own, self.env.guide_texts(own, self.seed), strict=True))
-        rewards = [0.0] * len(pairs) if self.min_reward is None else rewards_of(self.env, pairs)
-        pairs, rewards = join_shares(self.accelerator, pairs), join_shares(self.accelerator, rewards)
-        least = -torch.inf if self.min_reward is None else self.min_reward
-        # A guide may have nothing to say.
-        return [pair for pair, reward in zip(pairs, rewards, strict=True) if pair[1] and reward >= least]
 
     def iterate(self) -> dict[str, Any]:
         """An iteration of GRPO, and a supervised step if enough texts wait."""

@@ -21,6 +21,8 @@ from textgym.task import Split
 from textgym.tokenization import encode_continuations
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from textgym.engine import TextVectorEnv
 
 # A row of a split, and a text to imitate there: a reference, or token ids that the guide wrote.
@@ -144,6 +146,37 @@ def rewards_of(env: TextVectorEnv, pairs: Sequence[tuple[int, list[int]]]) -> li
         references=[env.task.references_of(row) for row in rows],
     )
     return split_parts(values, len(pairs))[0].tolist()
+
+
+def written_by_guide(
+    accelerator: Accelerator,
+    env: TextVectorEnv,
+    samples: Sequence[int],
+    text_seeds: Sequence[int],
+    min_reward: float | None,
+) -> tuple[list[tuple[int, list[int]]], list[float], list[tuple[int, list[int]]]]:
+    """Let the guide of an environment write for samples, each process for its share.
+
+    Args:
+        accelerator: The processes, which all get all texts.
+        env: The environment, whose split the samples are of.
+        samples: Rows of the split.
+        text_seeds: Seeds of the texts of a sample (see `TextVectorEnv.guide_texts`).
+        min_reward: The least reward of a text that is learned; None: all are.
+
+    Returns:
+        Samples with the token ids of their texts, the rewards of these (0 where no least one is asked for), and what of
+        them is learned.
+    """
+    # Rewards are shared, too: a reward that rounds differently in another process must not keep other texts there.
+    own = share(accelerator, samples)
+    texts = zip(*(env.guide_texts(own, seed) for seed in text_seeds), strict=True)
+    pairs = [(sample, ids) for sample, written in zip(own, texts, strict=True) for ids in written]
+    rewards = [0.0] * len(pairs) if min_reward is None else rewards_of(env, pairs)
+    pairs, rewards = join_shares(accelerator, pairs), join_shares(accelerator, rewards)
+    least = -np.inf if min_reward is None else min_reward
+    # A guide may have nothing to say.
+    return pairs, rewards, [pair for pair, reward in zip(pairs, rewards, strict=True) if pair[1] and reward >= least]
 
 
 class SL(Algorithm):
@@ -399,25 +432,15 @@ class SL(Algorithm):
             ValueError: No text has the least reward.
         """
         seeds = seeding.hash64(self.seed, stream, np.arange(self.samples_per_prompt)) >> np.uint64(1)
-        # Rewards are shared, too: a reward that rounds differently in another process must not keep other texts there.
-        own = share(self.accelerator, samples)
-        texts = zip(*(env.guide_texts(own, seed) for seed in seeds.tolist()), strict=True)
-        pairs = [(sample, ids) for sample, written in zip(own, texts, strict=True) for ids in written]
-        rewards = [0.0] * len(pairs) if self.min_reward is None else rewards_of(env, pairs)
-        pairs, rewards = join_shares(self.accelerator, pairs), join_shares(self.accelerator, rewards)
+        pairs, rewards, kept = written_by_guide(self.accelerator, env, samples, seeds.tolist(), self.min_reward)
         self.num_guide_tokens += sum(len(ids) for _, ids in pairs)
-        kept = [
-            (sample, tuple(ids))
-            for (sample, ids), reward in zip(pairs, rewards, strict=True)
-            if ids and (self.min_reward is None or reward >= self.min_reward)  # a guide may have nothing to say
-        ]
         if not kept:
             why = "all are empty" if self.min_reward is None else f"the highest reward is {max(rewards)}"
             raise ValueError(
                 f"min_reward={self.min_reward} keeps none of the {len(pairs)} texts of the guide for split "
                 f"{env.split!r}; {why}"
             )
-        return [(sample, list(ids)) for sample, ids in dict.fromkeys(kept)]
+        return [(sample, list(ids)) for sample, ids in dict.fromkeys((sample, tuple(ids)) for sample, ids in kept)]
 
     def encode(self, split: Split, pairs: Sequence[Pair]) -> list[Example]:
         """Encode pairs of a split."""
