@@ -527,10 +527,12 @@ class PolicyGradient(Algorithm):
         return {**super().models(), "reference": self.reference}
 
     def training_state(self) -> dict[str, Any]:
-        """Add the KL coefficient, which `kl_target` changes, and what the curriculum has learned."""
+        """Add the KL coefficient, which `kl_target` changes, what the curriculum has learned and the last episodes."""
         state = {**super().training_state(), "kl_coef": self.kl_coef}
         if self.rule is not None:
             state["curriculum"] = self.rule.get_state()
+        if (rollout := getattr(self, "last_rollout", None)) is not None:
+            state["last_rollout"] = rollout.get_state()
         return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -539,6 +541,8 @@ class PolicyGradient(Algorithm):
         self.kl_coef = state["kl_coef"]
         if self.rule is not None:
             self.rule.set_state(state["curriculum"])
+        if "last_rollout" in state:  # not before the first iteration, nor in those of older versions
+            self.last_rollout = Rollout.from_state(state["last_rollout"], self.policy.device)
 
 
 def _evaluate(policy: Policy, rollout: Rollout, tokens: Tensor, rows: Tensor) -> Evaluation:

@@ -132,6 +132,28 @@ class Rollout:
         moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
         return type(self)(**values | moved)
 
+    def get_state(self) -> dict[str, Any]:
+        """The episodes as a checkpoint holds them, for `from_state`: with lists in the place of object arrays."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) and value.dtype == object else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device | str) -> Rollout:
+        """The episodes of `get_state`, also as they come from a file: all numbers as tensors, tuples as lists."""
+        values: dict[str, Any] = {}
+        for name, value in state.items():
+            if isinstance(value, Mapping):
+                values[name] = {part: np.asarray(numbers) for part, numbers in value.items()}
+            elif isinstance(value, list):
+                entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)
+                values[name] = np.fromiter(entries, object, len(value))
+            else:
+                values[name] = np.asarray(value) if name == "sample_ids" else value.to(device)
+        return cls(**values)
+
     @classmethod
     def concatenate(cls, rollouts: list[Rollout]) -> Rollout:
         """Join rollouts of one environment, row after row."""

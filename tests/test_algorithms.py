@@ -92,6 +92,13 @@ def test_a_seed_decides_the_history_to_the_bit(name, make_env, make_policy):
     assert histories[0] != histories[2]
 
 
+def arrays(rollout):
+    """What a rollout has, by name, with the kind of its numbers."""
+    values = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    parts = {f"reward_parts/{name}": numbers for name, numbers in values.pop("reward_parts").items()}
+    return {name: (np.asarray(value).dtype, np.asarray(value)) for name, value in (values | parts).items()}
+
+
 @pytest.mark.parametrize("name", [*sorted(ALGORITHMS), *VARIANTS])
 def test_saving_and_loading_changes_nothing(name, make_env, make_policy, tmp_path):
     arguments = {} if name == "sl" else {"kl_target": 0.1, "kl_coef": 0.05, "target_coef": 0.1}
@@ -101,8 +108,11 @@ def test_saving_and_loading_changes_nothing(name, make_env, make_policy, tmp_pat
     part = make_agent(name, make_env, make_policy, **arguments)
     iterate(part, 2)
     part.save(tmp_path / "checkpoint")
+    last = getattr(part, "last_rollout", None)
     iterate(part, 1)  # what happens after a save is not in it
     resumed = type(part).load(tmp_path / "checkpoint", part.env)
+    if last is not None:
+        np.testing.assert_equal(arrays(resumed.last_rollout), arrays(last))
     iterate(resumed, 2)
 
     assert numbers(resumed.history) == numbers(whole.history)

@@ -34,13 +34,13 @@ class Killed(BaseException):
 
 
 def run(out, row, killed_after=None):
-    """A run in this process, and its record; it is killed after so many iterations."""
+    """A run in this process, and its record; it is killed after so many iterations, or when it reports this."""
     reports = 0
 
     def report(what, share):
         nonlocal reports
         reports += what.startswith(("loss", "reward"))
-        if reports == killed_after:
+        if killed_after in (reports, what):
             raise Killed
 
     append_result(out, Benchmark(LOCKS, None, None, out).run(Run("lock", row, 0), report))
@@ -133,6 +133,12 @@ def test_a_chain_that_is_killed_in_a_stage_goes_on_and_ends_with_the_same_record
     folders = sorted(path.name for path in tmp_path.iterdir() if (path / "last" / "training").is_dir())
     assert folders == [f"lock-distill-grpo-0{stage}" for stage in begun]
     assert numbers(run(tmp_path, "distill-grpo")) == numbers(records["distill-grpo"])
+
+
+def test_a_run_that_is_killed_when_training_is_over_shows_its_last_episodes(records, tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, "ppo++", killed_after="evaluation")
+    assert numbers(run(tmp_path, "ppo++")) == numbers(records["ppo++"])
 
 
 def test_the_guide_is_the_environments_own_and_tests_are_without(records, out):
