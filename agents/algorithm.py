@@ -506,7 +506,8 @@ class Algorithm(ABC):
             repo_id: "user/name"; the repository is made where there is none.
             private: Whether a new repository is private; None for the account's default.
             token: An access token; None for the one that is logged in.
-            training: Whether the state of the training is uploaded, too, from which `load` continues.
+            training: Whether the state of the training is uploaded, too, from which `load` continues; the prompts and
+                texts of the last iteration are part of it.
 
         Returns:
             The address of the commit.
