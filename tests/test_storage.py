@@ -233,6 +233,13 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, how
         assert tree(other) == {"text": "made"}
         assert make_in(other, log) == "made"
         assert not log.exists()
+        (tmp_path / "another").touch()
+        nowhere = tmp_path / "another" / "thing"
+        with (
+            pytest.warns(UserWarning, match=f"is kept in {nowhere}"),
+            pytest.raises(OSError, match=f"neither {cache / 'thing'} nor {nowhere} can be written: .*File exists"),
+        ):
+            made_once(cache / "thing", make, keep, load, otherwise=nowhere)
 
 
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path):

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -100,40 +100,56 @@ def made_once(
     Raises:
         OSError: Neither `folder` nor `otherwise` can be written.
     """
+    places = [folder] if otherwise is None else [folder, otherwise]
+    for place, following in zip(places, [*places[1:], None], strict=True):
+        try:
+            return _made_in(place, make, keep, load)
+        except _NotKeptError as error:
+            make, reason = error.make, error.__cause__
+        if following is None and otherwise is not None:
+            raise OSError(f"neither {folder} nor {otherwise} can be written: {reason}") from reason
+        whose = "by this process alone" if following is None else f"in {following}"
+        warnings.warn(
+            f"{place} cannot be written, so that what belongs there is kept {whose}: {reason}; the environment "
+            "variable TEXTGYM_CACHE names another cache",
+            UserWarning,
+            stacklevel=2,
+        )
+    return make()
+
+
+class _NotKeptError(Exception):
+    """A folder cannot be written, for the reason that is its cause."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        self.make = make  # what was to be kept; makes nothing again that is made
+
+
+def _made_in(
+    folder: Path, make: Callable[[], Made], keep: Callable[[Made, Path], None], load: Callable[[Path], Made]
+) -> Made:
     if folder.is_dir():  # also where nothing can be written
         with contextlib.suppress(Exception):
             return load(folder)
-
-    def elsewhere(error: Exception, make: Callable[[], Made]) -> Made:
-        place = "by this process alone" if otherwise is None else f"in {otherwise}"
-        warnings.warn(
-            f"{folder} cannot be written, so that what belongs there is kept {place}: {error}; the environment "
-            "variable TEXTGYM_CACHE names another cache",
-            UserWarning,
-            stacklevel=3,
-        )
-        return make() if otherwise is None else made_once(otherwise, make, keep, load)
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
     except OSError as error:
-        return elsewhere(error, make)
+        raise _NotKeptError(make) from error
     with lock:
         if folder.is_dir():  # by now
             try:
                 return load(folder)
             except Exception as error:
-                warnings.warn(f"{folder} is damaged and is made again: {error}", UserWarning, stacklevel=2)
+                warnings.warn(f"{folder} is damaged and is made again: {error}", UserWarning, stacklevel=3)
         made = make()
         try:
             with new_folder(folder) as new:
                 keep(made, new)
         except Exception as error:  # libraries have their own for a full disk
-            reason = error
-        else:
-            return load(folder)
-    return elsewhere(reason, lambda: made)
+            raise _NotKeptError(lambda: made) from error
+        return load(folder)
 
 
 @contextlib.contextmanager

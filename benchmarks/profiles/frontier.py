@@ -206,7 +206,8 @@ HALF_WAY_WEAK = replace(
     tokens=4_000_000,
     rows=falling(
         # With the scale "batch" plain GRPO loses on half-way what little success the start has. After distillation the
-        # longer step destroyed the policy in most runs, with either scale.
+        # longer step destroyed the policy in most runs, with either scale. Of three steps rescue has the best
+        # (`HALF_WAY_WEAK_SEARCH`).
         {
             **HALF_WAY.rows,
             "grpo": Row("grpo", {**GROUP, "scale": "group"}),
@@ -284,6 +285,19 @@ HALF_WAY_SEARCH = Profile(
     source="mini",
     tasks={"half-way": replace(HALF_WAY, rows=HALF_WAY_TRIED)},
     default=tuple(HALF_WAY_TRIED),
+)
+HALF_WAY_WEAK_TRIED = {
+    f"rescue {step}": replace(
+        HALF_WAY_WEAK.rows["grpo-rescue"],
+        arguments={**HALF_WAY_WEAK.rows["grpo-rescue"].arguments, "learning_rate": float(step)},
+    )
+    for step in ("3e-5", "2e-4")
+}
+HALF_WAY_WEAK_SEARCH = Profile(
+    name="frontier-half-way-weak-search",
+    source="mini",
+    tasks={"half-way-weak": replace(HALF_WAY_WEAK, rows=HALF_WAY_WEAK_TRIED)},
+    default=tuple(HALF_WAY_WEAK_TRIED),
 )
 HALF_WAY_CONSTANT = Profile(
     name="frontier-half-way-constant",
