@@ -144,14 +144,17 @@ class Rollout:
     def from_state(cls, state: Mapping[str, Any], device: torch.device | str) -> Rollout:
         """The episodes of `get_state`, also as they come from a file: all numbers as tensors, tuples as lists."""
         values: dict[str, Any] = {}
-        for name, value in state.items():
-            if isinstance(value, Mapping):
+        for name, kind in ((part.name, part.type) for part in fields(cls)):
+            value = state[name]
+            if kind == "torch.Tensor":
+                values[name] = value.to(device)
+            elif isinstance(value, Mapping):
                 values[name] = {part: np.asarray(numbers) for part, numbers in value.items()}
             elif isinstance(value, list):
                 entries = (tuple(entry) if isinstance(entry, list) else entry for entry in value)
                 values[name] = np.fromiter(entries, object, len(value))
             else:
-                values[name] = np.asarray(value) if name == "sample_ids" else value.to(device)
+                values[name] = np.asarray(value)
         return cls(**values)
 
     @classmethod
