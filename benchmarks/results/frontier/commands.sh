@@ -40,6 +40,12 @@ python benchmarks/run_all.py --profile benchmarks.profiles.frontier:HALF_WAY_CON
 # half-way-weak, and PPO on half-way-long, on the machine and with the code of half-way-long (c423854) and this folder's profile. Row
 # distill-grpo of half-way-weak had the step of half-way's before, and was replaced.
 python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-long --algos ppo
-python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-weak --algos ppo,grpo,rloo
-python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-weak \
-    --algos start,distill,grpo-rescue,distill-grpo --seeds 2
+weak() {
+    python benchmarks/run_all.py --profile frontier --out benchmarks/results/frontier --tasks half-way-weak --algos "$1" --seeds "$2"
+}
+weak ppo,rloo 1
+weak start,distill,grpo 2
+weak distill-grpo 3
+weak grpo-rescue 4
+python benchmarks/run_all.py --profile benchmarks.profiles.frontier:HALF_WAY_WEAK_SEARCH \
+    --out benchmarks/results/frontier-half-way-weak-search
