@@ -541,8 +541,9 @@ class PolicyGradient(Algorithm):
         self.kl_coef = state["kl_coef"]
         if self.rule is not None:
             self.rule.set_state(state["curriculum"])
-        if "last_rollout" in state:  # not before the first iteration, nor in those of older versions
-            self.last_rollout = Rollout.from_state(state["last_rollout"], self.policy.device)
+        saved = state.get("last_rollout", {})  # none before the first iteration
+        if saved.keys() == {part.name for part in fields(Rollout)}:  # of another version it is left out
+            self.last_rollout = Rollout.from_state(saved, self.policy.device)
 
 
 def _evaluate(policy: Policy, rollout: Rollout, tokens: Tensor, rows: Tensor) -> Evaluation:
