@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 from dataclasses import replace
-from multiprocessing import parent_process
+from multiprocessing import current_process
 from pathlib import Path
 
 from plugins import LONG, WORDS
@@ -67,7 +67,8 @@ class Guide:
         return [Completion(text=(" red sun", " moon")[len(request.prompt) % 2]) for request in requests]
 
 
-if "SOAK" in os.environ or parent_process():
+# A process of a run reads what it is to do, this module with it, before it has a parent or its environment.
+if "SOAK" in os.environ or getattr(current_process(), "_inheriting", False):
     sys.addaudithook(hook)
 ROWS = {"sl": WORDS.rows["sl"], "ppo": WORDS.rows["ppo"], "ppo++": Row("ppo++", {"beta": 1.0}, {"guide": Guide()})}
 PROFILE = replace(
