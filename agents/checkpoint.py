@@ -151,7 +151,7 @@ def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    """Nested containers with arrays as tensors, and value objects and paths as plain data."""
+    """Nested containers with arrays of numbers as tensors, of objects as lists, value objects and paths as plain data."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, Mapping):
@@ -159,7 +159,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        return _plain(value.tolist()) if value.dtype == object else torch.from_numpy(value)
     if isinstance(value, np.generic):
         return value.item()
     return str(value) if isinstance(value, Path | torch.device) else value

@@ -532,7 +532,7 @@ class PolicyGradient(Algorithm):
         if self.rule is not None:
             state["curriculum"] = self.rule.get_state()
         if (rollout := getattr(self, "last_rollout", None)) is not None:
-            state["last_rollout"] = rollout.get_state()
+            state["last_rollout"] = vars(rollout)
         return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:

@@ -132,17 +132,9 @@ class Rollout:
         moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
         return type(self)(**values | moved)
 
-    def get_state(self) -> dict[str, Any]:
-        """The episodes as a checkpoint holds them, for `from_state`: with lists in the place of object arrays."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: value.tolist() if isinstance(value, np.ndarray) and value.dtype == object else value
-            for name, value in values.items()
-        }
-
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device | str) -> Rollout:
-        """The episodes of `get_state`, also as they come from a file: all numbers as tensors, tuples as lists."""
+        """The episodes of a checkpoint, in which all numbers are tensors, and object arrays and tuples lists."""
         values: dict[str, Any] = {}
         for name, kind in ((part.name, part.type) for part in fields(cls)):
             value = state[name]

@@ -100,22 +100,24 @@ def made_once(
     Raises:
         OSError: Neither `folder` nor `otherwise` can be written.
     """
-    places = [folder] if otherwise is None else [folder, otherwise]
-    for place, following in zip(places, [*places[1:], None], strict=True):
-        try:
-            return _made_in(place, make, keep, load)
-        except _NotKeptError as error:
-            make, reason = error.make, error.__cause__
-        if following is None and otherwise is not None:
-            raise OSError(f"neither {folder} nor {otherwise} can be written: {reason}") from reason
-        whose = "by this process alone" if following is None else f"in {following}"
-        warnings.warn(
-            f"{place} cannot be written, so that what belongs there is kept {whose}: {reason}; the environment "
-            "variable TEXTGYM_CACHE names another cache",
-            UserWarning,
-            stacklevel=2,
-        )
-    return make()
+    try:
+        return _made_in(folder, make, keep, load)
+    except _NotKeptError as error:
+        make, reason = error.make, error.__cause__
+    place = "by this process alone" if otherwise is None else f"in {otherwise}"
+    warnings.warn(
+        f"{folder} cannot be written, so that what belongs there is kept {place}: {reason}; the environment "
+        "variable TEXTGYM_CACHE names another cache",
+        UserWarning,
+        stacklevel=2,
+    )
+    if otherwise is None:
+        return make()
+    try:
+        return _made_in(otherwise, make, keep, load)
+    except _NotKeptError as error:
+        reason = error.__cause__
+        raise OSError(f"neither {folder} nor {otherwise} can be written: {reason}") from reason
 
 
 class _NotKeptError(Exception):
