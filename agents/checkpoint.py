@@ -151,7 +151,7 @@ def _own_weights(model: nn.Module, policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    """Nested containers with arrays of numbers as tensors, of objects as lists, value objects and paths as plain data."""
+    """Nested containers: arrays of numbers as tensors, of objects as lists, value objects and paths as plain data."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, Mapping):
